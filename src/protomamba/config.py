@@ -1,0 +1,271 @@
+"""The one schema of a run: every field with its default, bounds and help text.
+
+`ModelConfig` and `TrainConfig` are what the library takes; `RunConfig` is everything `protomamba train` accepts, flat, one
+field a flag. The three share their fields through the groups below, so that no default stands twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from protomamba.errors import ConfigError
+
+NAMED_LAYERS = ("mamba", "compact")
+NAMED_HEADS = ("hpn", "softmax")
+
+
+class Schema(BaseModel):
+    """Frozen, keyword-only, strict about unknown names; a wrong value raises ConfigError, not pydantic's own error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(type(self), e) for e in error.errors())) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated again."""
+        return type(self)(**{**self.model_dump(), **changes})
+
+    def project(self, schema: type[Schema], **extra: Any) -> Any:
+        """The fields that `schema` shares with this config, as an instance of `schema`."""
+        return schema(
+            **{k: v for k, v in self.model_dump().items() if k in schema.model_fields and k not in extra}, **extra
+        )
+
+
+class ArchitectureFields(Schema):
+    d_model: int = Field(512, ge=1, le=65_536, description="hidden width D")
+    d_state: int = Field(16, ge=1, le=1_024, description="state width N of each channel")
+    d_conv: int = Field(4, ge=1, le=64, description="taps K of the causal convolution")
+    expand: int = Field(2, ge=1, le=16, description="inner width as a multiple of d_model (mamba layer)")
+    dt_rank: int | None = Field(
+        None, ge=1, le=65_536, description="rank of the time-step projection; auto = ceil(d_model / 16)"
+    )
+    layer: str = Field("mamba", description="mamba, compact or package.module:Class")
+    head: str = Field("hpn", description="hpn, softmax or package.module:Class")
+    prototypes: Literal["learned", "fixed"] = Field(
+        "learned", description="hpn head: prototypes trained, or placed once and kept"
+    )
+    separation: float = Field(
+        10.0, ge=0, le=1e6, description="hpn head, learned prototypes: weight of the separation term"
+    )
+    tie_embedding: bool = Field(False, description="softmax head: share its matrix with the embedding")
+
+    @property
+    def time_step_rank(self) -> int:
+        """dt_rank, or its published default ceil(d_model / 16)."""
+        return self.dt_rank or math.ceil(self.d_model / 16)
+
+
+class ModelConfig(ArchitectureFields):
+    """The shape of a SequenceModel. `vocab_size` counts tokens, and classes where the targets are labels of another set."""
+
+    vocab_size: int = Field(
+        ge=1, le=16_777_216, description="tokens the embedding knows, and classes the head tells apart"
+    )
+    n_layer: int = Field(2, ge=0, le=10_000, description="layers")
+    n_class: int | None = Field(
+        None, ge=1, description="classes of the head where they are not the tokens; auto = vocab_size"
+    )
+
+    @property
+    def classes(self) -> int:
+        return self.n_class or self.vocab_size
+
+
+class TrainFields(Schema):
+    steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
+    seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
+    lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
+    lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up before the decay")
+    lr_min_scale: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay as a fraction of lr")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW decoupled weight decay (matrices only)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the second moment")
+    adam_eps: float = Field(1e-8, gt=0, le=1, description="AdamW epsilon")
+    grad_accum: int = Field(1, ge=1, le=100_000, description="micro-batches per update")
+    grad_clip_norm: float = Field(0.0, ge=0, description="global gradient norm to clip to (0 = off)")
+    fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
+    ff_lr: float = Field(1e-4, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")
+    bp_cadence_steps: int = Field(
+        32, ge=1, description="backpropagate on every N-th step; the local update runs on each"
+    )
+    gradient_surgery_method: Literal["pcgrad", "gradnorm", "cagradstep"] = Field(
+        "pcgrad", description="how the local gradient yields to a conflicting global one"
+    )
+    gradient_surgery_epsilon: float = Field(1e-8, ge=0, le=1, description="epsilon of the surgery's divisions")
+    gradnorm_alpha: float = Field(0.2, ge=0, le=100, description="disagreement exponent of gradnorm")
+    cagrad_lambda: float = Field(1.0, ge=0, le=100, description="conflict aversion of cagradstep")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="matrix products in fp32 or bf16 (the rest stays fp32)"
+    )
+
+
+class TrainConfig(TrainFields):
+    """How a Trainer updates a model. The library's defaults are the command line's."""
+
+
+class GrowthFields(Schema):
+    base_layers: int = Field(2, ge=0, le=10_000, description="layers before expansion")
+    target_layers: int = Field(6, ge=0, le=10_000, description="layers after expansion")
+    placement: str = Field(
+        "specific:1,3,4,5", description="append, prepend, insert:N or specific:i,j,... (final indices)"
+    )
+    freeze: str = Field("first:2", description="none, first:N or indices:i,j,...")
+    freeze_embedding: bool = Field(False, description="keep the embedding table as it is")
+
+
+class DataFields(Schema):
+    token_file: Path | None = Field(None, description="token file: .txt, .bin or .npy")
+    token_dir: Path | None = Field(None, description="folder of token shards")
+    val_token_file: Path | None = Field(None, description="validation token file")
+    val_token_dir: Path | None = Field(None, description="folder of validation shards")
+    shard_ext: str = Field("txt", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="extension of the shards in a folder")
+    vocab_size: int | None = Field(None, ge=1, le=16_777_216, description="vocabulary; auto = largest token + 1")
+    val_ratio: float = Field(
+        0.05, ge=0, lt=1, description="share of the tokens held out where no validation data is given"
+    )
+    batch_size: int = Field(8, ge=1, le=1_000_000, description="rows of a batch")
+    seq_len: int = Field(64, ge=1, le=100_000_000, description="tokens of a row")
+    shuffle_shards: bool = Field(True, description="new shard order each epoch")
+    packed_sequences: bool = Field(
+        True, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
+    )
+    eos_token: int | None = Field(None, ge=0, description="token that ends a document")
+    reset_at_eos: bool = Field(False, description="the state does not cross a document's end")
+    prefetch_workers: int = Field(0, ge=0, le=256, description="threads that decode batches ahead (0 = in line)")
+    prefetch_buffer: int = Field(16, ge=1, le=100_000, description="batches decoded ahead at most")
+
+
+class RunFields(Schema):
+    out_dir: Path = Field(Path("runs/"), description="run folder: checkpoints, metrics, configuration")
+    resume: str | None = Field(None, description="checkpoint to continue, or auto")
+    init_from: Path | None = Field(None, description="start weights: a checkpoint, or a transformers Mamba folder")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints kept beside latest")
+    on_save_error: Literal["stop", "continue"] = Field(
+        "stop", description="what a checkpoint that cannot be written does to the run"
+    )
+    log_every: int = Field(20, ge=1, description="steps between metric lines")
+    val_every: int = Field(200, ge=1, description="steps between validations")
+    eval_batches: int = Field(8, ge=1, description="batches of one validation, the same ones each time")
+    early_stopping_patience: int = Field(
+        0, ge=0, description="validations without improvement before stopping (0 = off)"
+    )
+    threads: int | None = Field(None, ge=1, le=1_024, description="torch's threads; auto = torch's choice")
+    kernels: Literal["auto", "native", "reference"] = Field(
+        "auto", description="native kernels, the slow reference, or what works"
+    )
+    progress: bool | None = Field(None, description="progress bar; auto = on a terminal")
+
+
+class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFields):
+    """Everything `protomamba train` takes; written resolved to config.json and into each checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+# Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
+MAY_CHANGE = frozenset(
+    "steps log_every save_every val_every early_stopping_patience keep_last on_save_error prefetch_workers "
+    "prefetch_buffer threads progress out_dir resume kernels token_file token_dir val_token_file val_token_dir".split()
+)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A ' (did you mean X?)' for a misspelt name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The fields in a TOML, YAML or JSON file, under their flag names or field names; unknown ones raise ConfigError."""
+    parsers = {".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        raise ConfigError(
+            f"--config {path}: expected a .toml, .yaml or .json file, found {path.suffix or 'no extension'}"
+        )
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--config {path}: expected names and values, found {type(values).__name__}")
+    return {_known_field(str(key), path): _yaml_number(value) for key, value in values.items()}
+
+
+def _yaml_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; what it plainly means is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and math.isfinite(float(value)) else value
+        except ValueError:
+            return value
+    return value
+
+
+def _known_field(key: str, path: Path) -> str:
+    name = key.replace("-", "_")
+    if name not in RunConfig.model_fields:
+        names = [n.replace("_", "-") for n in RunConfig.model_fields]
+        raise ConfigError(f"--config {path}: unknown key {key!r}{nearest(key.replace('_', '-'), names)}")
+    return name
+
+
+def _explain(schema: type[Schema], error: ErrorDetails) -> str:
+    """One line for one pydantic error: the flag, what was found, what is allowed."""
+    name = str(error["loc"][0]) if error["loc"] else schema.__name__
+    if error["type"] == "extra_forbidden":
+        return f"unknown field {name!r} of {schema.__name__}{nearest(name, schema.model_fields)}"
+    if error["type"] == "missing":
+        return f"{schema.__name__} needs {name}"
+    return f"{flag(name)} {error['input']!r}: expected {describe_bounds(schema, name)}"
+
+
+def describe_bounds(schema: type[Schema], name: str) -> str:
+    """What a field takes, in words: 'an integer from 1 to 64', 'one of a, b'."""
+    field = schema.model_fields[name]
+    kind = value_type(field.annotation)
+    if choices := get_args(kind):
+        return "one of " + ", ".join(str(c) for c in choices)
+    words = {int: "an integer", float: "a finite number", bool: "1, 0, true or false", Path: "a path", str: "text"}[
+        kind
+    ]
+    return words + "".join(_bound_words(constraint) for constraint in field.metadata)
+
+
+def value_type(annotation: Any) -> Any:
+    """The type behind an optional annotation: `int | None` -> int; a Literal stays itself."""
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    return options[0] if options and type(None) in get_args(annotation) else annotation
+
+
+def _bound_words(constraint: Any) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "like"}
+    return "".join(
+        f" {sign} {getattr(constraint, key)}"
+        for key, sign in signs.items()
+        if getattr(constraint, key, None) is not None
+    )
