@@ -171,7 +171,7 @@ def _read_head(path: Path, file: BinaryIO, file_bytes: int) -> bytes:
 
 
 def _what_else(start: bytes) -> str:
-    """Why a file with an impossible header length is refused. A pickle always has one: its first bytes are not small."""
+    """Why a file with an impossible header length is refused. Every pickle has one: it starts with large bytes."""
     if start.startswith(b"PK"):
         return "a zip archive, as torch.save writes: it holds pickle, which can run code and is never read"
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

@@ -1,0 +1,55 @@
+"""A run that is asked to stop finishes its step, saves and says so in its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+STOPPED_EXIT_CODE = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While its `with` block lasts, the first SIGTERM or SIGINT sets `requested`, which the loop polls.
+
+    The second one ends the process at once: the first puts the system's own action back, so that it works even while
+    Python is deep in a kernel. Outside the main thread, where handlers cannot be set, only `request()` sets the flag.
+    The handlers found at the start are put back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._flag = threading.Event()
+        self._former: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._flag.is_set()
+
+    def request(self) -> None:
+        """Ask the run to stop as a signal would; from any thread."""
+        self._flag.set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._flag.set()
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        # Not print: a handler may run in the middle of another print to the same stream. The stream may be closed.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{self.signal.name}: finishing this step and saving; once more ends at once\n".encode())
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {each: signal.signal(each, self._handle) for each in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._former.items():
+            # None: a handler set outside Python, which cannot be put back from here.
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        self._former = {}
