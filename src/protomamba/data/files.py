@@ -1,0 +1,149 @@
+"""Files: atomic writing, the checksum that identifies contents, and operating-system errors in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from protomamba.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+
+
+class WriteError(UserError):
+    """A file could not be written; callers that have another place to write to catch this one."""
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One file as it was when it was examined: where, how long, when modified, and the checksum of its contents."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    def same_stamp(self, status: os.stat_result) -> bool:
+        """Whether size and modification time are the recorded ones (contents are then taken as unchanged)."""
+        return status.st_size == self.size and status.st_mtime_ns == self.mtime_ns
+
+
+def os_message(error: OSError) -> str:
+    """The operating system's reason alone, without Python's prefix."""
+    return error.strerror or str(error)
+
+
+def check_regular_file(path: Path) -> os.stat_result:
+    """The status of `path`; a UserError if it is missing, a folder or not a regular file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {os_message(error)}; expected a token file") from error
+    if path.is_dir():
+        raise UserError(f"{path}: expected a token file, found a folder; use --token-dir for a folder of shards")
+    if not path.is_file():
+        raise UserError(f"{path}: expected a regular file, found a device, pipe or socket")
+    return status
+
+
+def chunks_of(path: Path, offset: int = 0, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The bytes of a file from `offset` in blocks of `size`; operating-system errors become UserErrors."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while block := file.read(size):
+                yield block
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {os_message(error)}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hex: what `sha256sum` prints."""
+    digest = hashlib.sha256()
+    for block in chunks_of(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def reference(path: Path) -> FileRef:
+    """Examine a file now. The status is taken before the contents, so a later change cannot hide behind it."""
+    status = check_regular_file(path)
+    return FileRef(path, status.st_size, status.st_mtime_ns, sha256_of(path))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file so that `path` holds either its old contents or all of the new ones, also after a power cut.
+
+    Raises WriteError with the path and the free space if it cannot be written; the temporary file is removed.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w+b", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file:
+            temporary = file.name
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {os_message(error)}{_free_space(path.parent)}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    # The only portable way to read the mask is to set it. NamedTemporaryFile makes private files; data is shared.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _free_space(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(folder).free:,} bytes free there)"
+    return ""
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping atomically as readable JSON with a fixed order of keys, so equal values are equal bytes."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a UserError naming file and line if it is not one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {os_message(error)}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: expected JSON: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON text: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

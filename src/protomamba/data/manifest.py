@@ -1,0 +1,105 @@
+"""`manifest.json` of a folder of shards: what belongs in the folder, its checksums, vocabulary and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from protomamba.data.files import read_json, write_json
+from protomamba.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "protomamba-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as it was written."""
+
+    name: str
+    tokens: int
+    bytes: int
+    max_token: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of a prepared folder.
+
+    `tokenizer` is {"kind": "bytes" or "huggingface", "identity": checksum}; its file, if any, is `tokenizer.json`
+    beside. `source` says what the tokens were made of. Equal inputs give equal manifests: there is no date in it.
+    """
+
+    folder: Path
+    dtype: str
+    vocab_size: int
+    eos_token: int | None
+    tokenizer: Mapping[str, Any]
+    source: Mapping[str, Any]
+    shards: Sequence[ShardEntry]
+
+    @property
+    def path(self) -> Path:
+        """Where it is, or will be, written."""
+        return self.folder / MANIFEST
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    def write(self) -> None:
+        """Write it atomically, last of all: a folder with a manifest is complete."""
+        body = {key: value for key, value in vars(self).items() if key != "folder"}
+        body["shards"] = [asdict(shard) for shard in self.shards]
+        write_json(self.path, {"format": FORMAT, "version": VERSION, "tokens": self.tokens, **body})
+
+    def check_names(self, names: set[str]) -> None:
+        """UserError unless the folder holds just the shards that are listed."""
+        listed = {shard.name for shard in self.shards}
+        if listed != names:
+            odd = min(listed ^ names)
+            state = "is listed but missing" if odd in listed else "is not listed"
+            raise UserError(f"{self.path}: shard {odd} {state}; put back what belongs there or make the folder again")
+
+    def check_shard(self, path: Path, tokens: int, sha256: str) -> None:
+        """UserError if a shard is not the one that was written."""
+        entry = next(shard for shard in self.shards if shard.name == path.name)
+        for what, expected, found in (("tokens", entry.tokens, tokens), ("sha256", entry.sha256, sha256)):
+            if expected != found:
+                raise UserError(
+                    f"{path}: damaged or replaced: {MANIFEST} says {what} {expected}, found {found}; "
+                    "copy the shard again or make the folder again"
+                )
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None if it has none of ours. UserError if it is damaged or of a newer version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    body = read_json(path)
+    if body.pop("format", None) != FORMAT:
+        return None  # another program's file of the same name
+    if body.get("version") != VERSION:
+        raise UserError(f"{path}: version {body.get('version')!r}; this protomamba reads version {VERSION}")
+    try:
+        shards = tuple(ShardEntry(**entry) for entry in body["shards"])
+        manifest = Manifest(
+            folder,
+            str(body["dtype"]),
+            int(body["vocab_size"]),
+            None if body["eos_token"] is None else int(body["eos_token"]),
+            dict(body["tokenizer"]),
+            dict(body["source"]),
+            shards,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged: {type(error).__name__}: {error}; make the folder again") from error
+    if manifest.tokens != body.get("tokens"):
+        raise UserError(f"{path}: damaged: its shards add up to {manifest.tokens} tokens, not {body.get('tokens')}")
+    return manifest
