@@ -12,7 +12,7 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from protomamba.errors import UserError
@@ -122,9 +122,13 @@ def commit_link(source: Path, target: Path, disk: Disk = DISK) -> None:
     except NotCommittedError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (errno.EIO, errno.ENOSPC, errno.ENOENT):
             raise
-        with open(source, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            commit(target, size, (memoryview(block) for block in iter(lambda: file.read(1 << 20), b"")), disk)
+        commit(target, source.stat().st_size, _blocks(source), disk)
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            yield memoryview(block)
 
 
 def _install(path: Path, size: int, make: Callable[[Path], None], disk: Disk) -> None:

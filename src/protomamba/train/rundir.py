@@ -25,7 +25,7 @@ from typing import Any
 
 from protomamba.errors import UserError
 from protomamba.train import checkpoint
-from protomamba.train.checkpoint import Checkpoint, CheckpointError, SaveReport
+from protomamba.train.checkpoint import Checkpoint, CheckpointError, SaveError, SaveReport
 from protomamba.train.durable import DISK, Disk, commit, commit_link, remove_stale_temporaries
 from protomamba.train.run_lock import RunLock
 
@@ -158,7 +158,13 @@ class RunDir:
         kept = set(older[len(older) - self.keep_last :])
         for path in mine:
             if path not in kept:
-                self._disk.unlink(path)
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            self._disk.unlink(path)
+        except OSError as error:
+            raise SaveError(f"{self.latest}: saved, but {path.name} could not be removed: {error.strerror}") from error
 
     def _is_mine(self, path: Path) -> bool:
         try:

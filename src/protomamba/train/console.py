@@ -1,0 +1,108 @@
+"""What a person sees of a run: the only owner of console formatting.
+
+On a terminal: a progress bar with time left, tokens a second and loss. Elsewhere: one plain line for each logged step, and
+never a bar, because a log file keeps every redraw.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.box import SIMPLE
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Order and format of the fields of a plain line; a field without a value is left out.
+_STEP_FIELDS = {
+    "loss": "loss {:.4f}",
+    "ff_loss": "ff {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "norm {:.3f}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "step_ms": "{:.1f} ms",
+}
+
+
+class Console:
+    """Prints a run to `stream` (standard output). `progress`: True bar, False plain lines, None a bar on a terminal."""
+
+    def __init__(self, stream: TextIO | None = None, *, progress: bool | None = None) -> None:
+        # soft_wrap: a line stays a line, however narrow the terminal or the file is taken to be.
+        self._rich = RichConsole(file=stream or sys.stdout, highlight=False, emoji=False, soft_wrap=True)
+        self._show_bar = self._rich.is_terminal if progress is None else progress
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def line(self, text: str) -> None:
+        """One line as it is, above the bar if there is one."""
+        self._rich.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        self._rich.print(f"[yellow]warning: {escape(text)}[/]")
+
+    def header(self, fields: Mapping[str, object]) -> None:
+        """The name and value pairs a run begins with, aligned."""
+        width = max(map(len, fields), default=0)
+        for name, value in fields.items():
+            self.line(f"{name:<{width}}  {value}")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+        """A table; columns whose cells are all numbers are right-aligned."""
+        cells = [list(row) for row in rows]
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        for i, name in enumerate(columns):
+            numeric = bool(cells) and all(isinstance(row[i], int | float) for row in cells)
+            table.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(escape(_cell(value)) for value in row))
+        self._rich.print(table)
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Begin the training phase: shows the bar, if bars are shown."""
+        if not self._show_bar:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._bar = Progress(*columns, console=self._rich)
+        # The steps done before a resume are no work of this process: they must not enter the estimate of the time left.
+        self._task = self._bar.add_task("", total=total_steps, completed=done_steps, figures="")
+        self._bar.start()
+
+    def step(self, step: int, fields: Mapping[str, Any], *, logged: bool) -> None:
+        """After each step: moves the bar, or prints a plain line if the step is a logged one."""
+        if self._bar is not None:
+            figures = "  ".join(part for key, part in _parts(fields).items() if key in ("loss", "tokens_per_s"))
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif logged:
+            self.line("  ".join([f"step {step:>7,}", *_parts(fields).values()]))
+
+    def stop(self) -> None:
+        """End the training phase; safe to call twice and without `start`."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _parts(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {key: form.format(fields[key]) for key, form in _STEP_FIELDS.items() if fields.get(key) is not None}
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
