@@ -1,0 +1,266 @@
+"""Heads: what turns z into a loss and into predictions. Hyperspherical prototypes, softmax, the base of a user's own.
+
+A head sees z (..., D) and targets (...), of any leading shape: (B, L, D) for a class per token, (B, D) for one per row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from protomamba.config import ModelConfig
+from protomamba.errors import ConfigError
+from protomamba.kernels import prototype_loss, softmax_loss
+from protomamba.model import prototypes
+
+# Scores held at once in predict, evaluate and fit: 16 MiB of float32.
+BLOCK_SCORES = 4_194_304
+# Targets that the scale is fitted on at most: one number needs no more.
+FIT_TARGETS = 4_096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over targets >= 0, so that batches add up. log_likelihood_sum is in nats, None without probabilities."""
+
+    loss_sum: float
+    correct: int
+    count: int
+    log_likelihood_sum: float | None
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(1, self.count)
+
+
+class Head(nn.Module, ABC):
+    """Base of every head, also of a user's own: `forward` and `scores` suffice. Constructed as `Class(config)`.
+
+    A head of the user's goes in by name: `--head package.module:Class`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.d_model = config.d_model
+        self.classes = config.classes
+
+    @abstractmethod
+    def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """The loss, a scalar: the mean over targets >= 0 (int64, below `classes`); 0 without any."""
+
+    @abstractmethod
+    def scores(self, z_BLD: Tensor) -> Tensor:
+        """(B, L, V): higher is likelier."""
+
+    def logits(self, z_BLD: Tensor) -> Tensor | None:
+        """(B, L, V) whose softmax is a calibrated probability, for sampling and perplexity; None if there is none."""
+        return self.scores(z_BLD)
+
+    def tie(self, weight_VD: nn.Parameter) -> None:
+        """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
+        raise ConfigError(f"--tie-embedding: {type(self).__name__} cannot share the embedding; the softmax head can")
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Factors on the learning rate of the head's parameters, by name; 1 where missing."""
+        return {}
+
+    def after_update(self) -> None:
+        """Called after each update of the parameters."""
+
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Calibrate `logits` on held-out (z, targets); a head that needs none ignores it."""
+
+    def health(self) -> dict[str, float]:
+        """Figures about the head worth watching; 'nearest_cosine' near 1 is a collapse of the prototypes."""
+        return {}
+
+    @torch.no_grad()
+    def predict(self, z_BLD: Tensor) -> Tensor:
+        """int64 (B, L): the class of the highest score. In blocks: B L V is never kept."""
+        found = [self.scores(z_TD).argmax(-1) for z_TD in self._blocks(z_BLD.reshape(-1, self.d_model))]
+        return (
+            torch.cat(found).reshape(z_BLD.shape[:-1]) if found else z_BLD.new_empty(z_BLD.shape[:-1], dtype=torch.long)
+        )
+
+    @torch.no_grad()
+    def evaluate(self, z_BLD: Tensor, targets_BL: Tensor) -> Evaluation:
+        """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept.
+
+        The loss is that of evaluation mode (`self.training` False), whatever the mode the head is in.
+        """
+        z_TD, targets_T = _valid(z_BLD, targets_BL)
+        was_training = self.training
+        self.eval()
+        loss = float(self(z_TD, targets_T)) if len(targets_T) else 0.0
+        self.train(was_training)
+        correct, likelihood = 0, 0.0
+        probabilistic = True
+        for z_RD, targets_R in zip(self._blocks(z_TD), self._blocks(targets_T), strict=True):
+            correct += int((self.scores(z_RD).argmax(-1) == targets_R).sum())
+            logits_RV = self.logits(z_RD)
+            probabilistic = logits_RV is not None
+            if logits_RV is not None:
+                likelihood -= float(F.cross_entropy(logits_RV, targets_R, reduction="sum"))
+        return Evaluation(loss * len(targets_T), correct, len(targets_T), likelihood if probabilistic else None)
+
+    def _blocks(self, items_T: Tensor) -> Iterator[Tensor]:
+        """Rows so many at a time that their scores for all classes stay within BLOCK_SCORES."""
+        if len(items_T):
+            yield from torch.split(items_T, max(1, BLOCK_SCORES // self.classes))
+
+
+class HyperspherePrototypes(Head):
+    """Hyperspherical prototypes (Mettes, van der Pol & Snoek 2019, arXiv 1901.10514): every class is a direction.
+
+        loss = mean over targets y of (1 - cos(z, p_y))^2        prediction = argmax_k cos(z, p_k)
+
+    Training costs O(D) a token, whatever V is. `fixed` prototypes are placed apart once and never move; `learned` ones
+    start there and are kept apart by `separation` times the mean squared nearest cosine among SAMPLE of them, drawn
+    anew each step. Without it they would all drift together, and the loss to 0 (docs/prototypes.md).
+    """
+
+    SAMPLE = 256
+    LEARNING_RATE_SCALE = 0.1
+
+    prototypes: Tensor
+    scale: Tensor
+    draws: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        placed_VD = prototypes.place(self.classes, self.d_model)
+        self.learned = config.prototypes == "learned"
+        self.separation = config.separation if self.learned and self.classes > 1 else 0.0
+        if self.learned:
+            self.prototypes = nn.Parameter(placed_VD)
+            # How many samples were drawn: the next is a function of it, so that a resumed run draws the same ones.
+            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        else:
+            self.register_buffer("prototypes", placed_VD)
+        # Before `fit`: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
+        self.register_buffer("scale", torch.tensor(math.sqrt(2) * math.log(max(2, self.classes - 1))))
+
+    def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """The loss; in training mode with the separation term of learned prototypes."""
+        loss = prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_BL.reshape(-1))
+        if self.training and self.separation > 0 and self.prototypes.requires_grad:
+            loss = loss + self.separation * self._crowding()
+        return loss
+
+    def scores(self, z_BLD: Tensor) -> Tensor:
+        """(B, L, V): the cosine of z to each prototype."""
+        prototypes_VD = self.prototypes if not self.learned else F.normalize(self.prototypes, dim=-1)
+        return F.normalize(z_BLD.to(prototypes_VD.dtype), dim=-1) @ prototypes_VD.t()
+
+    def logits(self, z_BLD: Tensor) -> Tensor:
+        """(B, L, V): scale * cosine."""
+        return self.scale * self.scores(z_BLD)
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        return {"prototypes": self.LEARNING_RATE_SCALE} if self.learned else {}
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Back to unit length: the gradient is tangential, so each update makes a prototype longer and slower to turn."""
+        if self.learned and self.prototypes.requires_grad:
+            self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
+
+    def health(self) -> dict[str, float]:
+        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them."""
+        return {"nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, 1_024).mean())}
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Set `scale` to the s that maximises the likelihood of softmax(s cos) on the first FIT_TARGETS targets."""
+        z_TD, targets_T = _first_targets(batches, FIT_TARGETS)
+        if not len(targets_T) or not bool(torch.isfinite(z_TD).all()):
+            return
+        low, high, s = 1e-3, 1e5, float(self.scale)
+        for _ in range(60):
+            slope, curvature = self._slope(z_TD, targets_T, s)
+            low, high = (s, high) if slope > 0 else (low, s)
+            newton = s - slope / curvature if curvature < 0 else high
+            step_to = newton if low < newton < high else math.sqrt(low * high)
+            if abs(step_to - s) < 1e-4 * s:
+                break
+            s = step_to
+        self.scale.fill_(s)
+
+    def _slope(self, z_TD: Tensor, targets_T: Tensor, s: float) -> tuple[float, float]:
+        """First and second derivative in s of sum_t (s cos_ty - log sum_k exp(s cos_tk)): concave, so one maximum."""
+        slope = curvature = 0.0
+        for z_RD, targets_R in zip(self._blocks(z_TD), self._blocks(targets_T), strict=True):
+            cosine_RV = self.scores(z_RD)
+            weight_RV = (s * cosine_RV).softmax(-1)
+            mean_R = (weight_RV * cosine_RV).sum(-1)
+            slope += float((cosine_RV.gather(-1, targets_R[:, None])[:, 0] - mean_R).sum(dtype=torch.float64))
+            curvature -= float((weight_RV * (cosine_RV - mean_R[:, None]).square()).sum(dtype=torch.float64))
+        return slope, curvature
+
+    def _crowding(self) -> Tensor:
+        """Mean squared positive cosine of each sampled prototype to the nearest other one in the sample."""
+        generator = torch.Generator().manual_seed(int(self.draws))
+        self.draws.add_(1)
+        if self.classes <= self.SAMPLE:
+            sample_SD = self.prototypes
+        else:
+            sample_SD = self.prototypes[torch.unique(torch.randint(self.classes, (self.SAMPLE,), generator=generator))]
+        unit_SD = F.normalize(sample_SD, dim=-1)
+        cosine_SS = unit_SD @ unit_SD.t()
+        own_SS = torch.eye(len(unit_SD), dtype=torch.bool)
+        return cosine_SS.masked_fill(own_SS, 0.0).amax(-1).square().mean()
+
+
+class SoftmaxHead(Head):
+    """logits = z W^T, cross entropy in blocks. W starts as published: torch's default for a linear layer."""
+
+    weight: nn.Parameter
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        bound = self.d_model**-0.5
+        self.weight = nn.Parameter(torch.empty(self.classes, self.d_model).uniform_(-bound, bound))
+
+    def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        return softmax_loss(z_BLD.reshape(-1, self.d_model), self.weight, targets_BL.reshape(-1))
+
+    def scores(self, z_BLD: Tensor) -> Tensor:
+        """(B, L, V): the logits."""
+        return z_BLD.to(self.weight.dtype) @ self.weight.t()
+
+    def tie(self, weight_VD: nn.Parameter) -> None:
+        """Use `weight_VD` (V, D) instead of an own matrix. Raises ConfigError where the classes are not the tokens."""
+        if weight_VD.shape != self.weight.shape:
+            raise ConfigError(
+                f"--tie-embedding: the embedding has {len(weight_VD):,} rows, the head {self.classes:,} classes; "
+                "they must agree"
+            )
+        self.weight = weight_VD
+
+
+HEADS: dict[str, type[Head]] = {"hpn": HyperspherePrototypes, "softmax": SoftmaxHead}
+
+
+def _valid(z_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """z (T, D) and targets (T,) of the positions whose target counts."""
+    kept_BL = targets_BL >= 0
+    return z_BLD[kept_BL], targets_BL[kept_BL]
+
+
+def _first_targets(batches: Iterable[tuple[Tensor, Tensor]], limit: int) -> tuple[Tensor, Tensor]:
+    """The first `limit` positions whose target counts, over all batches."""
+    zs, targets, left = [], [], limit
+    for z_BLD, targets_BL in batches:
+        z_TD, targets_T = _valid(z_BLD, targets_BL)
+        zs.append(z_TD[:left])
+        targets.append(targets_T[:left])
+        left -= len(targets[-1])
+        if left <= 0:
+            break
+    return (torch.cat(zs), torch.cat(targets)) if zs else (torch.empty(0), torch.empty(0, dtype=torch.long))
