@@ -1,1 +1,65 @@
-"""CPU-first training of Mamba selective state-space models with a hyperspherical-prototype head."""
+"""CPU-first training of Mamba selective state-space models with a hyperspherical-prototype head.
+
+The public names. Each is loaded from its module when first used, so that importing the package runs nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from protomamba.config import ModelConfig, RunConfig, TrainConfig
+    from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
+    from protomamba.errors import ConfigError, UserError
+    from protomamba.generate import Sampling, generate
+    from protomamba.model.heads import Head
+    from protomamba.model.layer import Layer
+    from protomamba.model.sequence_model import SequenceModel
+    from protomamba.train.loop import StepStats, Trainer, Validation
+
+_HOMES = {
+    "protomamba.config": ("ModelConfig", "RunConfig", "TrainConfig"),
+    "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
+    "protomamba.errors": ("ConfigError", "UserError"),
+    "protomamba.generate": ("Sampling", "generate"),
+    "protomamba.model.heads": ("Head",),
+    "protomamba.model.layer": ("Layer",),
+    "protomamba.model.sequence_model": ("SequenceModel",),
+    "protomamba.train.loop": ("StepStats", "Trainer", "Validation"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ConfigError",
+    "Head",
+    "Layer",
+    "ModelConfig",
+    "RunConfig",
+    "Sampling",
+    "SequenceModel",
+    "StepStats",
+    "TokenStream",
+    "TrainConfig",
+    "Trainer",
+    "UserError",
+    "Validation",
+    "__version__",
+    "batch_from_tokens",
+    "generate",
+    "in_memory",
+    "open_token_dir",
+    "open_token_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'protomamba' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
 """The one schema of a run: every field with its default, bounds and help text.
 
-`ModelConfig` and `TrainConfig` are what the library takes; `RunConfig` is everything `protomamba train` accepts, flat, one
-field a flag. The three share their fields through the groups below, so that no default stands twice.
+`ModelConfig` and `TrainConfig` are what the library takes; `RunConfig` is everything `protomamba train` accepts, flat,
+one field a flag. The three share their fields through the groups below, so that no default stands twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -71,7 +71,7 @@ class ArchitectureFields(Schema):
 
 
 class ModelConfig(ArchitectureFields):
-    """The shape of a SequenceModel. `vocab_size` counts tokens, and classes where the targets are labels of another set."""
+    """The shape of a SequenceModel: `vocab_size` tokens go in, `classes` scores come out."""
 
     vocab_size: int = Field(
         ge=1, le=16_777_216, description="tokens the embedding knows, and classes the head tells apart"
@@ -181,8 +181,10 @@ class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFi
 
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
 MAY_CHANGE = frozenset(
-    "steps log_every save_every val_every early_stopping_patience keep_last on_save_error prefetch_workers "
-    "prefetch_buffer threads progress out_dir resume kernels token_file token_dir val_token_file val_token_dir".split()
+    {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
+    | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
+    # where the data lies may change; what it is may not, and is checked by its checksums
+    | {"token_file", "token_dir", "val_token_file", "val_token_dir"}
 )
 
 
@@ -198,9 +200,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The fields in a TOML, YAML or JSON file, under their flag names or field names; unknown ones raise ConfigError."""
-    parsers = {".toml": tomllib.loads, ".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
-    parse = parsers.get(path.suffix.lower())
+    """The fields in a TOML, YAML or JSON file, under flag names or field names; an unknown one raises ConfigError."""
+    parsers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
+    parse: Callable[[str], Any] | None = parsers.get(path.suffix.lower())
     if parse is None:
         raise ConfigError(
             f"--config {path}: expected a .toml, .yaml or .json file, found {path.suffix or 'no extension'}"

@@ -1,0 +1,8 @@
+"""`python -m protomamba` is the `protomamba` command."""
+
+import sys
+
+from protomamba.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

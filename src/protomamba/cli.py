@@ -1,0 +1,198 @@
+"""The command line: parse, call, print. Every command's work is a function elsewhere, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from protomamba import __version__
+from protomamba.config import RunConfig, Schema, describe_bounds, flag, nearest, read_config_file, value_type
+from protomamba.errors import ConfigError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors with the nearest known name, and which takes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_checked(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """parse_args that names the nearest flag for an unknown one."""
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            is_flag = unknown[0].startswith("-")
+            hint = nearest(unknown[0].partition("=")[0], known) if is_flag else ""
+            raise ConfigError(
+                f"unknown {'flag' if is_flag else 'argument'} {unknown[0]}{hint} (see {self.prog} --help)"
+            )
+        return namespace
+
+
+def add_fields(parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig) -> None:
+    """One flag for each named field of the run's schema, documented with its default; given ones land in `field:*`."""
+    for name in names:
+        field = schema.model_fields[name]
+        kind = value_type(field.annotation)
+        choices = get_args(kind)
+        metavar = {int: "N", float: "F", bool: "1", Path: "PATH"}.get(kind, "NAME")
+        description = str(field.description).replace("%", "%%")
+        parser.add_argument(
+            flag(name),
+            dest=f"field:{name}",
+            default=argparse.SUPPRESS,
+            metavar="|".join(choices) if choices else metavar,
+            help=f"{description} [{_shown_default(field.default, description)}]",
+        )
+
+
+def _shown_default(value: Any, description: str) -> str:
+    if value is None:
+        return "auto" if "auto" in description else "none"
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration file, then the flags: the one RunConfig of a command."""
+    values = read_config_file(arguments.config) if arguments.config else {}
+    for key, text in vars(arguments).items():
+        if key.startswith("field:"):
+            name = key.removeprefix("field:")
+            values[name] = _from_text(name, text)
+    return RunConfig(**values)
+
+
+def _from_text(name: str, text: str) -> Any:
+    """A flag's text for the schema, which is more lenient about booleans than the contract."""
+    annotation = RunConfig.model_fields[name].annotation
+    if type(None) in get_args(annotation) and text in ("auto", "none") and name != "resume":
+        return None
+    if value_type(annotation) is bool:
+        if text.lower() not in ("1", "0", "true", "false"):
+            raise ConfigError(f"{flag(name)} {text!r}: expected {describe_bounds(RunConfig, name)}")
+        return text.lower() in ("1", "true")
+    return text
+
+
+def _configure_train(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with the same names; flags win")
+    add_fields(parser, list(RunConfig.model_fields))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from protomamba.train.run import train
+
+    return train(run_config(arguments))
+
+
+DATA_FLAGS = ("token_file", "token_dir", "shard_ext", "batch_size", "seq_len", "threads", "kernels")
+
+
+def _configure_eval(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_fields(parser, DATA_FLAGS)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from protomamba.commands import evaluate_command
+
+    given = {k.removeprefix("field:"): v for k, v in vars(arguments).items() if k.startswith("field:")}
+    return evaluate_command(arguments.checkpoint, given, batches=arguments.batches, as_json=arguments.json)
+
+
+def _configure_generate(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer)")
+    source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="new tokens at most [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="F", help="0 = greedy [%(default)s]")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="only the N likeliest; 0 = all [%(default)s]")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="F", help="the likeliest that reach F [%(default)s]"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_fields(parser, ("threads", "kernels"))
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from protomamba.commands import generate_command
+
+    return generate_command(arguments)
+
+
+def _configure_prepare(parser: Parser) -> None:
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="files and folders")
+    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder for the shards")
+
+
+def _configure_inspect(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from protomamba.commands import inspect_command
+
+    return inspect_command(arguments.checkpoint, verify_only=arguments.verify, as_json=arguments.json)
+
+
+# name -> (one line, flags, work)
+COMMANDS = {
+    "train": ("train a model, or resume a run", _configure_train, _train),
+    "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
+    "generate": ("go on from a prompt", _configure_generate, _generate),
+    "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (about, _, _) in COMMANDS.items()]
+    return "usage: protomamba COMMAND [flags]   (protomamba COMMAND --help lists them)\n\n" + "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command. Raises UserError; --help and --version end by SystemExit(0)."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"protomamba {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], COMMANDS)} (see protomamba --help)")
+    about, configure, work = COMMANDS[arguments[0]]
+    parser = Parser(prog=f"protomamba {arguments[0]}", description=about)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    configure(parser)
+    return work(parser.parse_checked(arguments[1:]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `protomamba` command: the exit code, with one line on stderr for what a user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"protomamba: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nothing is left to say, nor anyone to say it to
+        return 0
+    except KeyboardInterrupt:
+        return 130

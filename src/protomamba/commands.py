@@ -1,0 +1,155 @@
+"""The work of the commands that use a finished checkpoint: eval, generate, inspect, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protomamba import kernels
+from protomamba.config import RunConfig
+from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.errors import ConfigError, UserError
+from protomamba.generate import Sampling, generate
+from protomamba.train import checkpoint
+from protomamba.train.checkpoint import Checkpoint
+from protomamba.train.console import Console
+from protomamba.train.inputs import majority_share, open_inputs, validation_windows
+from protomamba.train.loop import Trainer, build_model
+
+
+def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:
+    """Print loss, accuracy and perplexity on the given tokens, or on the run's own validation tokens."""
+    if batches is not None and batches < 1:
+        raise ConfigError(f"--batches {batches}: expected an integer >= 1")
+    loaded = checkpoint.load(path)
+    trainer = Trainer.from_checkpoint(loaded)
+    config = _data_config(loaded, given, trainer.model.config.vocab_size)
+    _use_machine(config)
+    inputs = open_inputs(config)
+    tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
+    if tokens is None:
+        raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
+    windows = [(b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(tokens, config, batches)]
+    found = trainer.evaluate(windows)
+    figures = {
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "majority_accuracy": majority_share([targets for _, targets, _ in windows]),
+        "perplexity": found.perplexity,
+        "targets": found.targets,
+        "step": trainer.step,
+    }
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        Console().header({name: _shown(value) for name, value in figures.items() if value is not None})
+    return 0
+
+
+def _data_config(loaded: Checkpoint, given: Mapping[str, Any], vocab_size: int) -> RunConfig:
+    """The run's configuration with other tokens to read, all of them, where some are given."""
+    base = dict(loaded.config.get("run") or {})
+    if given.keys() & {"token_file", "token_dir"}:
+        base |= {name: None for name in ("token_file", "token_dir", "val_token_file", "val_token_dir")} | {
+            "val_ratio": 0.0
+        }
+    return RunConfig(**{**base, **given, "vocab_size": vocab_size})
+
+
+def _use_machine(config: RunConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kernels.set_kernels(config.kernels)
+
+
+def _shown(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def generate_command(arguments: argparse.Namespace) -> int:
+    """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
+    if arguments.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {arguments.max_tokens}: expected an integer >= 1")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    loaded = checkpoint.load(arguments.checkpoint)
+    given = {k.removeprefix("field:"): v for k, v in vars(arguments).items() if k.startswith("field:")}
+    _use_machine(RunConfig(**given))
+    model = build_model(loaded).eval()
+    description = loaded.config.get("tokenizer")
+    tokenizer = tokenizer_from_json(description) if description else None
+    texts, prompts = _prompts(arguments, tokenizer)
+    started = time.perf_counter()
+    stop = tokenizer.eos_token if tokenizer else None
+    outputs = generate(model, prompts, arguments.max_tokens, sampling, stop_token=stop)
+    seconds = time.perf_counter() - started
+    answers = [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens)) for tokens in outputs]
+    if arguments.json:
+        rows = [
+            {"prompt": text, "tokens": tokens, "text": answer if tokenizer else None}
+            for text, tokens, answer in zip(texts, outputs, answers, strict=True)
+        ]
+        print(json.dumps({"outputs": rows, "tokens_per_s": sum(map(len, outputs)) / seconds}))
+        return 0
+    for text, answer in zip(texts, answers, strict=True):
+        print(f"{text}{'' if tokenizer else ','}{answer}")
+    print(f"({sum(map(len, outputs)) / seconds:,.0f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
+    """The prompts as they are shown and as tokens; without any, the end of a document, or token 0."""
+    if arguments.prompt_file:
+        try:
+            lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {arguments.prompt_file}: cannot be read: {error}") from None
+        if not lines:
+            raise UserError(f"--prompt-file {arguments.prompt_file}: expected a prompt a line, found none")
+        return lines, [tokenizer.encode(line) if tokenizer else _token_list(line) for line in lines]
+    if arguments.prompt_tokens is not None:
+        tokens = _token_list(arguments.prompt_tokens)
+        return [tokenizer.decode(tokens) if tokenizer else arguments.prompt_tokens], [tokens]
+    if arguments.prompt is not None:
+        if tokenizer is None:
+            raise ConfigError("--prompt: this run has no tokenizer; give --prompt-tokens N,N,...")
+        return [arguments.prompt], [tokenizer.encode(arguments.prompt)]
+    start = tokenizer.eos_token if tokenizer and tokenizer.eos_token is not None else 0
+    return ["" if tokenizer else str(start)], [[start]]
+
+
+def _token_list(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"expected tokens as N,N,..., found {text!r}")
+    return [int(part) for part in parts]
+
+
+def inspect_command(path: Path, *, verify_only: bool, as_json: bool) -> int:
+    """Show what a checkpoint holds and whether it is whole: exit code 0, or 1 with each defect named."""
+    problems = checkpoint.verify(path)
+    if verify_only or problems:
+        if as_json:
+            print(json.dumps({"path": str(path), "ok": not problems, "problems": problems}))
+        else:
+            print("\n".join(problems) if problems else f"{path}: whole")
+        return 1 if problems else 0
+    found = checkpoint.describe_checkpoint(path)
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    console = Console()
+    console.header({key: value for key, value in found.items() if not isinstance(value, list | dict)})
+    console.header({f"info.{key}": value for key, value in found.get("info", {}).items()})
+    tensors = found.get("tensors", [])
+    console.table(
+        ("part", "tensor", "shape", "dtype", "bytes"),
+        [(t.get("part", ""), t["name"], "x".join(map(str, t["shape"])), t["dtype"], t["bytes"]) for t in tensors],
+    )
+    return 0

@@ -1,0 +1,125 @@
+"""Decoding: a batch of prompts goes on token by token through the recurrent kernels, in memory that does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protomamba.errors import ConfigError
+from protomamba.model.sequence_model import ModelState, SequenceModel
+
+PREFILL_CHUNK = 1_024
+OnToken = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the calibrated distribution. temperature 0 takes the likeliest (greedy)."""
+
+    temperature: float = 0.8
+    top_k: int = 0  # 0 = all
+    top_p: float = 1.0  # 1 = all
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature {self.temperature}: expected a number >= 0 (0 = greedy)")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k {self.top_k}: expected an integer >= 0 (0 = all)")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: expected a number above 0 and at most 1")
+
+
+@torch.no_grad()
+def generate(
+    model: SequenceModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop_token: int | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, at most `max_tokens` each, without `stop_token`, which ends a sequence.
+
+    on_token: called after each position with the new token of every prompt (-1 where a sequence has ended).
+    Raises ConfigError for an empty prompt or a token the model does not know.
+    """
+    sampling = sampling or Sampling()
+    check_prompts(model, prompts)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    z_BD, state = prefill(model, prompts)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    alive = [True] * len(prompts)
+    for position in range(max_tokens):
+        next_B = choose(_logits(model, z_BD), sampling, generator)
+        tokens = next_B.tolist()
+        for row, token in enumerate(tokens):
+            alive[row] = alive[row] and token != stop_token
+            if alive[row]:
+                outputs[row].append(token)
+        if on_token:
+            on_token([token if alive[row] else -1 for row, token in enumerate(tokens)])
+        if not any(alive) or position == max_tokens - 1:
+            break
+        z_BD, state = model.step(next_B, state)
+    return outputs
+
+
+def _logits(model: SequenceModel, z_BD: Tensor) -> Tensor:
+    """(B, classes): the head's calibrated logits, or its scores where it has no probabilities."""
+    logits_B1V = model.head.logits(z_BD[:, None])
+    return (model.head.scores(z_BD[:, None]) if logits_B1V is None else logits_B1V)[:, 0]
+
+
+def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError for a prompt that is empty or has a token outside the vocabulary."""
+    vocab_size = model.config.vocab_size
+    for number, prompt in enumerate(prompts):
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
+        if not prompt or wrong:
+            found = f"token {wrong[0]}" if wrong else "nothing"
+            raise ConfigError(f"prompt {number}: expected tokens from 0 to {vocab_size - 1}, found {found}")
+
+
+def prefill(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
+    """z (B, D) after the last token of each prompt and the states there, stacked; long prompts run in chunks."""
+    ends, states = [], []
+    for prompt in prompts:
+        state: ModelState | None = None
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            tokens_1L = torch.tensor([list(prompt[start : start + PREFILL_CHUNK])])
+            z_1LD, state = model.features(tokens_1L, state=state, return_state=True)
+        ends.append(z_1LD[:, -1])
+        assert state is not None
+        states.append(state)
+    return torch.cat(ends), [_stack([state[layer] for state in states]) for layer in range(len(states[0]))]
+
+
+def _stack(layer_states: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """One layer's states of several sequences as the state of a batch: every tensor has the batch first."""
+    present = [state for state in layer_states if state is not None]
+    return tuple(torch.cat(parts) for parts in zip(*present, strict=True)) if present else None
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """int64 (B,): the next token of each row, by temperature, then top-k, then top-p."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    logits_BV = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
+    probabilities_BV = logits_BV.softmax(-1)
+    if sampling.top_p < 1:
+        probabilities_BV = _nucleus(probabilities_BV, sampling.top_p)
+    return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
+
+
+def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
+    """The smallest set of likeliest tokens that reaches `top_p`; the others get 0."""
+    ordered_BV, index_BV = probabilities_BV.sort(-1, descending=True)
+    before_BV = ordered_BV.cumsum(-1) - ordered_BV
+    return torch.zeros_like(probabilities_BV).scatter(-1, index_BV, ordered_BV.masked_fill(before_BV >= top_p, 0.0))

@@ -1,0 +1,71 @@
+"""Where new layers go when a model grows, and which layers a freeze policy keeps: grammar and meaning of both."""
+
+from __future__ import annotations
+
+from protomamba.errors import ConfigError
+
+PLACEMENTS = "append, prepend, insert:N or specific:i,j,..."
+FREEZES = "none, first:N or indices:i,j,..."
+
+
+def new_positions(placement: str, base: int, target: int) -> list[int]:
+    """The final indices of the `target - base` new layers, ascending.
+
+    `append`, `prepend`, `insert:N` (all of them from index N on) or `specific:i,j,...` (final indices).
+    Raises ConfigError for a placement that is not one of these or does not fit.
+    """
+    count = target - base
+    if count < 0:
+        raise ConfigError(f"--target-layers {target}: a model of {base} layers cannot shrink")
+    kind, _, rest = placement.partition(":")
+    if kind in ("append", "prepend") and not rest:
+        start = base if kind == "append" else 0
+        return list(range(start, start + count))
+    if kind == "insert":
+        numbers = _indices(placement, rest, PLACEMENTS, "--placement")
+        if len(numbers) != 1 or numbers[0] > base:
+            raise ConfigError(f"--placement {placement}: expected one index from 0 to {base} (the layers there are)")
+        return list(range(numbers[0], numbers[0] + count))
+    if kind == "specific":
+        return _specific(placement, _indices(placement, rest, PLACEMENTS, "--placement"), count, target)
+    raise ConfigError(f"--placement {placement}: expected {PLACEMENTS}")
+
+
+def frozen_layers(policy: str, n_layer: int) -> set[int]:
+    """The indices of the layers that `policy` (`none`, `first:N`, `indices:i,j,...`) keeps as they are.
+
+    Raises ConfigError for a policy that is not one of these or names a layer that is not there.
+    """
+    kind, _, rest = policy.partition(":")
+    if policy == "none":
+        return set()
+    if kind not in ("first", "indices"):
+        raise ConfigError(f"--freeze {policy}: expected {FREEZES}")
+    numbers = _indices(policy, rest, FREEZES, "--freeze")
+    if kind == "first":
+        if len(numbers) != 1 or numbers[0] > n_layer:
+            raise ConfigError(f"--freeze {policy}: expected a count from 0 to {n_layer} (the layers there are)")
+        return set(range(numbers[0]))
+    if max(numbers) >= n_layer:
+        raise ConfigError(f"--freeze {policy}: there is no layer {max(numbers)} among {n_layer} (they count from 0)")
+    return set(numbers)
+
+
+def _specific(placement: str, positions: list[int], count: int, target: int) -> list[int]:
+    if count == 0:
+        return []  # nothing grows, so there is nothing to place: the default placement may stand
+    if len(set(positions)) != len(positions) or max(positions) >= target:
+        raise ConfigError(f"--placement {placement}: expected different final indices from 0 to {target - 1}")
+    if len(positions) != count:
+        raise ConfigError(
+            f"--placement {placement}: names {len(positions)} positions, but {count} layers are new "
+            f"({target - count} -> {target})"
+        )
+    return sorted(positions)
+
+
+def _indices(text: str, rest: str, grammar: str, flag: str) -> list[int]:
+    parts = rest.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"{flag} {text}: expected {grammar}, found {rest or 'nothing'} where numbers belong")
+    return [int(part) for part in parts]

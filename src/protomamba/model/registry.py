@@ -1,0 +1,38 @@
+"""Finds a layer or head class by name: one of ours, or `package.module:Class` of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from protomamba.config import ModelConfig, nearest
+from protomamba.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def resolve(
+    name: str, builtin: Mapping[str, Callable[[ModelConfig], T]], base: type, what: str
+) -> Callable[[ModelConfig], T]:
+    """The class called `name`, which must derive from `base`; `what` ('layer', 'head') names the flag in errors.
+
+    Raises ConfigError where the name is unknown, cannot be imported, or is something else.
+    """
+    if name in builtin:
+        return builtin[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"--{what} {name}: expected {', '.join(builtin)} or package.module:Class{nearest(name, builtin)}"
+        )
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
+    except AttributeError:
+        raise ConfigError(f"--{what} {name}: {module_name} has no {class_name}") from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")
+    made: Callable[[ModelConfig], T] = found
+    return made

@@ -1,0 +1,197 @@
+"""The whole model: embedding, residual stack, final norm, head. Grows, freezes, runs in chunks and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from protomamba.config import ModelConfig
+from protomamba.model.depth import frozen_layers, new_positions
+from protomamba.model.heads import HEADS, Head
+from protomamba.model.layer import Block, Mode, Norm, ResidualLayer, State, scale_output_init
+from protomamba.model.mamba import LAYERS
+from protomamba.model.registry import resolve
+
+ModelState = list[State | None]
+LayerTap = Callable[[int, Tensor], None]
+
+
+class SequenceModel(nn.Module):
+    """Tokens (B, L) -> loss, scores (B, L, classes) or predictions (B, L).
+
+        x = embedding[tokens];  x = x + layer(norm(x)) for each layer;  z = norm_f(x);  head(z, targets) -> loss
+
+    `seed` makes the initial weights a function of it alone; without one they come from torch's global generator.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.precision = "fp32"
+        self.frozen: tuple[str, bool] = ("none", False)
+        with _seeded(seed):
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            self.layers = nn.ModuleList(self._new_block(config.n_layer) for _ in range(config.n_layer))
+            self.norm_f = Norm(config.d_model)
+            self.head: Head = resolve(config.head, HEADS, Head, "head")(config)
+        if config.tie_embedding:
+            self.head.tie(cast(nn.Parameter, self.embedding.weight))
+
+    def features(
+        self,
+        tokens_BL: Tensor,
+        *,
+        state: ModelState | None = None,
+        reset_BL: Tensor | None = None,
+        return_state: bool = False,
+        tap: LayerTap | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """z (B, L, D), what the head sees, and the state after the last position (empty unless asked for).
+
+        tap: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
+        """
+        mode = Mode(reset_BL, return_state, self.precision)
+        x_BLD: Tensor = self.embedding(tokens_BL)
+        states: ModelState = []
+        for index, block in enumerate(self.blocks()):
+            layer_tap = partial(tap, index) if tap and trainable(block.mixer.local_weight()) else None
+            x_BLD, layer_state = block(x_BLD, state[index] if state else None, mode, layer_tap)
+            states.append(layer_state)
+        return self.norm_f(x_BLD), states if return_state else []
+
+    @overload
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        *,
+        state: ModelState | None = ...,
+        reset_BL: Tensor | None = ...,
+        tap: LayerTap | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        *,
+        state: ModelState | None = ...,
+        reset_BL: Tensor | None = ...,
+        return_state: bool,
+        tap: LayerTap | None = ...,
+    ) -> tuple[Tensor, ModelState]: ...
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        *,
+        state: ModelState | None = None,
+        reset_BL: Tensor | None = None,
+        return_state: bool = False,
+        tap: LayerTap | None = None,
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """The loss, the mean over targets >= 0; with `return_state` also the state to go on from.
+
+        tokens_BL: int64 (B, L); targets_BL: int64 (B, L), ignored where negative; reset_BL: bool (B, L), True where a
+        document starts. A long sequence runs in chunks: pass each chunk's returned state to the next.
+        """
+        z_BLD, states = self.features(tokens_BL, state=state, reset_BL=reset_BL, return_state=return_state, tap=tap)
+        loss: Tensor = self.head(z_BLD, targets_BL)
+        return (loss, states) if return_state else loss
+
+    @torch.no_grad()
+    def scores(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L, classes): higher is likelier. The cosine to each prototype, or the logits of a softmax head."""
+        return self.head.scores(self.features(tokens_BL)[0])
+
+    @torch.no_grad()
+    def predict(self, tokens_BL: Tensor) -> Tensor:
+        """int64 (B, L): the class of the nearest prototype (of the highest score)."""
+        return self.head.predict(self.features(tokens_BL)[0])
+
+    @torch.no_grad()
+    def step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """z (B, D) after one more token, and the state after it: the same numbers as `features` gives position by
+        position, at constant cost. Takes the state over: do not use the one passed in again."""
+        x_BD: Tensor = self.embedding(tokens_B)
+        states: ModelState = []
+        for block, layer_state in zip(self.blocks(), state, strict=True):
+            x_BD, layer_state = block.step(x_BD, layer_state)
+            states.append(layer_state)
+        return self.norm_f(x_BD), states
+
+    def initial_state(self) -> ModelState:
+        """The state before the first token, for any batch size."""
+        return [None] * len(self.layers)
+
+    def expand(self, target: int, placement: str = "append", seed: int | None = None) -> list[int | None]:
+        """Grow to `target` layers; the outputs stay the same to the bit (new layers start with out_proj = 0).
+
+        Returns for each final layer the index it had before, None for a new one. Raises ConfigError for a placement
+        that does not fit. The freeze policy is not re-applied: call `freeze` after growing.
+        """
+        base = len(self.layers)
+        positions = set(new_positions(placement, base, target))
+        with _seeded(seed):
+            fresh = [self._new_block(target) for _ in positions]
+        for block in fresh:
+            block.silence()
+        old, new = iter(enumerate(self.layers)), iter(fresh)
+        origins: list[int | None] = []
+        blocks: list[nn.Module] = []
+        for final in range(target):
+            origin, placed = (None, next(new)) if final in positions else next(old)
+            origins.append(origin)
+            blocks.append(placed)
+        self.layers = nn.ModuleList(blocks)
+        self.config = self.config.replace(n_layer=target)
+        return origins
+
+    def freeze(self, policy: str = "none", embedding: bool = False) -> set[int]:
+        """Keep the layers of `policy` (none, first:N, indices:i,j), and the embedding, from ever changing.
+
+        Everything else is trainable again. Returns the frozen indices; ConfigError for a policy that does not fit.
+        """
+        frozen = frozen_layers(policy, len(self.layers))
+        for index, layer in enumerate(self.layers):
+            layer.requires_grad_(index not in frozen)
+        self.embedding.requires_grad_(not embedding)
+        self.frozen = (policy, embedding)
+        return frozen
+
+    def blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
+
+    def parameter_count(self, trainable_only: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
+
+    def _new_block(self, n_layer: int) -> Block:
+        layer = resolve(self.config.layer, LAYERS, ResidualLayer, "layer")(self.config)
+        if self.config.layer in LAYERS:
+            scale_output_init(layer, n_layer)
+        return Block(layer, self.config.d_model)
+
+
+def trainable(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Run a block on its own random stream, leaving the global one as it was; None = the global one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

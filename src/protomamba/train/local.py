@@ -1,0 +1,107 @@
+"""Forward-Forward local updates of each layer's skip weight D, and the surgery that combines them with backpropagation.
+
+    h+ = mean over batch and time of u             h- = the same of u shifted by one in time, its sign flipped where
+                                                        (t + channel) is odd
+    goodness(h) = sum_i h_i / std(h) * D_i / |D|   loss = max(0, 1 - (goodness(h+) - goodness(h-)))
+
+docs/local-updates.md says how the surgery methods differ from the papers they are named after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protomamba.config import TrainFields
+
+STD_EPS = 1e-5
+
+
+@dataclass
+class LocalSignal:
+    """The sums over one layer's activation u (B, L, E) that its local loss needs; micro-batches add up."""
+
+    positive_E: Tensor
+    negative_E: Tensor
+    positions: int = 0
+
+
+class LocalSignals:
+    """Collects, during a forward pass, what the local loss of each layer needs: use it as the model's `tap`."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LocalSignal] = {}
+
+    def __call__(self, layer: int, u_BLE: Tensor) -> None:
+        total_E, corrupted_E = activation_sums(u_BLE)
+        signal = self.layers.setdefault(layer, LocalSignal(torch.zeros_like(total_E), torch.zeros_like(total_E)))
+        signal.positive_E += total_E
+        signal.negative_E += corrupted_E
+        signal.positions += u_BLE.shape[0] * u_BLE.shape[1]
+
+    def gradient(self, layer: int, weight_E: Tensor) -> tuple[Tensor, float]:
+        """The gradient (E,) of the layer's local loss with respect to its D, and that loss."""
+        signal = self.layers[layer]
+        return local_gradient(
+            signal.positive_E / signal.positions, signal.negative_E / signal.positions, weight_E.detach()
+        )
+
+
+@torch.no_grad()
+def activation_sums(u_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over batch and time of u and of its corruption, (E,) each, from one pass over even and odd positions.
+
+    The corruption at t is u at t - 1 (0 at the start), negated where t + channel is odd.
+    """
+    dtype = torch.promote_types(u_BLE.dtype, torch.float32)
+    shifted_BLE = u_BLE[:, :-1]
+    even_E = shifted_BLE[:, 0::2].sum((0, 1), dtype=dtype)
+    odd_E = shifted_BLE[:, 1::2].sum((0, 1), dtype=dtype)
+    total_E = even_E + odd_E + u_BLE[:, -1].sum(0, dtype=dtype)
+    corrupted_E = odd_E - even_E
+    corrupted_E[1::2].neg_()
+    return total_E, corrupted_E
+
+
+@torch.no_grad()
+def local_gradient(positive_E: Tensor, negative_E: Tensor, weight_E: Tensor) -> tuple[Tensor, float]:
+    """d loss / d weight (E,), exact including the derivative of 1/|weight|, and the loss."""
+    length = torch.linalg.vector_norm(weight_E).clamp_min(1e-12)
+    direction_E = weight_E / length
+    contrast_E = _standardised(positive_E) - _standardised(negative_E)
+    margin = torch.dot(contrast_E, direction_E)
+    loss = float(torch.clamp_min(1 - margin, 0))
+    if loss == 0.0:
+        return torch.zeros_like(weight_E), loss
+    return (margin * direction_E - contrast_E) / length, loss
+
+
+def _standardised(h_E: Tensor) -> Tensor:
+    return h_E / (h_E.std(unbiased=False) + STD_EPS)
+
+
+@torch.no_grad()
+def combine(local_E: Tensor, global_E: Tensor, config: TrainFields) -> tuple[Tensor, bool]:
+    """The gradient of D (E,) from the local and the backpropagated one, and whether the two were in conflict.
+
+    pcgrad and cagradstep take (a part of) the conflicting component out of the local gradient; gradnorm scales it up
+    with the disagreement of the directions.
+    """
+    eps = config.gradient_surgery_epsilon
+    dot = torch.dot(local_E, global_E)
+    conflict = bool(dot < 0)
+    if config.gradient_surgery_method == "gradnorm":
+        local_E = local_E * torch.exp(
+            config.gradnorm_alpha * torch.linalg.vector_norm(_unit(local_E, eps) - _unit(global_E, eps))
+        )
+    elif conflict:
+        strength = config.cagrad_lambda if config.gradient_surgery_method == "cagradstep" else 1.0
+        local_E = local_E - strength * dot / (torch.dot(global_E, global_E) + eps) * global_E
+    return global_E + (config.ff_lr / config.lr) * local_E, conflict
+
+
+def _unit(x_E: Tensor, eps: float) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x_E)
+    return x_E / (length + eps)

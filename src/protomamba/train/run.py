@@ -1,0 +1,294 @@
+"""A whole training run: start or resume, the loop, validation, checkpoints, metrics, and how it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protomamba import kernels
+from protomamba.config import RunConfig
+from protomamba.data.prefetch import Prefetcher
+from protomamba.errors import UserError
+from protomamba.train.checkpoint import estimate_bytes
+from protomamba.train.console import Console
+from protomamba.train.durable import SaveError
+from protomamba.train.environment import describe_environment
+from protomamba.train.inputs import Inputs, majority_share, open_inputs, training_stream, validation_windows
+from protomamba.train.loop import MicroBatch, StepStats, Trainer
+from protomamba.train.metrics import MetricsLog
+from protomamba.train.run_lock import RunLock
+from protomamba.train.rundir import RunDir, make_folder
+from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
+from protomamba.train.start import (
+    Resumed,
+    adapt_to_weights,
+    find_resume,
+    fresh_trainer,
+    read_initial_weights,
+    resume_trainer,
+    run_folder,
+)
+
+COLLAPSE_COSINE = 0.9
+
+
+def train(config: RunConfig, console: Console | None = None) -> int:
+    """Run `protomamba train`. Returns the exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
+
+    Raises UserError (exit 1) and ConfigError (exit 2).
+    """
+    folder = run_folder(config)
+    if config.resume not in (None, "auto") and not Path(config.resume).is_file():
+        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
+    make_folder(folder)
+    with StopRequest() as stop, RunLock(folder):
+        resumed = find_resume(config)
+        config = resumed.config if resumed else config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        kernels.set_kernels(config.kernels)
+        torch.manual_seed(config.seed)
+        with console or Console(progress=config.progress) as shown:
+            return Run(config, resumed, stop, shown).execute()
+
+
+@dataclass
+class Progress:
+    """What a run remembers from validation to validation; part of every checkpoint."""
+
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    stale_validations: int = 0
+    first_val_loss: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class Run:
+    """One process's part of a run. Everything that must survive it is in `parts`."""
+
+    def __init__(self, config: RunConfig, resumed: Resumed | None, stop: StopRequest, console: Console) -> None:
+        self.stop, self.console, self.resumed = stop, console, resumed
+        self.folder = RunDir(config.out_dir, config.keep_last)
+        notes: list[str] = resumed.warnings if resumed else []
+        if resumed is None:
+            self.folder.refuse_if_occupied()
+        weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
+        config = adapt_to_weights(config, weights) if weights else config
+        self.inputs: Inputs = open_inputs(config)
+        self.config = config.replace(vocab_size=self.inputs.vocab_size)
+        self.stream = training_stream(self.inputs, self.config)
+        self.progress = Progress()
+        if resumed:
+            self.trainer = self._restore(resumed)
+        else:
+            self.trainer, built = fresh_trainer(self.config, self.inputs.vocab_size, weights)
+            notes = [*notes, *built]
+        self._clock, self._clock_step = time.perf_counter(), self.trainer.step
+        self._majority: float | None = None
+        self.notes = [*notes, *self.inputs.notes, *default_notes(self.config)]
+
+    def _restore(self, resumed: Resumed) -> Trainer:
+        trainer = resume_trainer(resumed)
+        self.stream.load_state_dict(resumed.checkpoint.parts["stream"])
+        self.progress.load_state_dict(resumed.checkpoint.parts["progress"])
+        self.folder.adopt(resumed.path, resumed.checkpoint)
+        return trainer
+
+    def execute(self) -> int:
+        """Train to the end, or to a signal; the exit code."""
+        self.folder.require_space(estimate_bytes(self.parts(), config=self.configs()))
+        self.folder.write_config(self.config.to_json())
+        start = self.trainer.step if self.resumed else None
+        with MetricsLog(self.folder.metrics, resumed_step=start, warn=self.console.warn) as self.metrics:
+            self._announce()
+            self.batches = Prefetcher(self.stream, self.config.prefetch_workers, self.config.prefetch_buffer)
+            with self.batches:
+                self.console.start(self.trainer.target_step, self.trainer.step)
+                reason = self.fit()
+                self.console.stop()
+            self.metrics.log("end", step=self.trainer.step, reason=reason, skipped_updates=self.trainer.skipped_total)
+        self.console.line(f"{reason}: step {self.trainer.step:,}; checkpoints and metrics are in {self.folder.folder}")
+        return STOPPED_EXIT_CODE if reason == "signal" else 0
+
+    def fit(self) -> str:
+        """The loop. Returns why it ended: done, early_stopping or signal."""
+        if self.trainer.step >= self.trainer.target_step:
+            self.console.line("nothing to do: the run has reached its target; give --steps N to train on")
+        while self.trainer.step < self.trainer.target_step:
+            stats = self.trainer.update([self._next_batch() for _ in range(self.config.grad_accum)])
+            self._report(stats)
+            best = self._validate() if self._due(self.config.val_every) else False
+            if self.stop.requested or best or self._due(self.config.save_every):
+                self._save(best)
+            if self.stop.requested:
+                return "signal"
+            patience = self.config.early_stopping_patience
+            if patience and self.progress.stale_validations >= patience:
+                self._save(best=False)
+                return "early_stopping"
+        return "done"
+
+    def _next_batch(self) -> MicroBatch:
+        batch = next(self.batches)
+        return batch.tokens_BL, batch.targets_BL, batch.reset_BL
+
+    def _due(self, every: int) -> bool:
+        return self.trainer.step % every == 0 or self.trainer.step == self.trainer.target_step
+
+    def _report(self, stats: StepStats) -> None:
+        """Write and show a step that is due; a terminal's bar moves at each."""
+        logged = self._due(self.config.log_every)
+        elapsed, steps = time.perf_counter() - self._clock, stats.step - self._clock_step
+        speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
+        fields = {**asdict(stats), **speed, "epoch": int(self.stream.cursor(self.stream.position)["epoch"])}
+        if logged:
+            self.metrics.log("train", **fields)
+            self._clock, self._clock_step = time.perf_counter(), stats.step
+        if stats.skipped_update:
+            self.console.warn(f"step {stats.step}: NaN or Inf, update skipped ({self.trainer.skipped_total} so far)")
+        self.console.step(stats.step, fields, logged=logged)
+
+    def _validate(self) -> bool:
+        """Loss and accuracy on the fixed windows; whether the loss is the best so far."""
+        if self.inputs.validation is None:
+            return False
+        windows = [
+            (b.tokens_BL, b.targets_BL, b.reset_BL)
+            for b in validation_windows(self.inputs.validation, self.config, self.config.eval_batches)
+        ]
+        if self._majority is None:
+            self._majority = majority_share([targets for _, targets, _ in windows])
+        found = self.trainer.evaluate(windows, calibrate=True)
+        progress, step = self.progress, self.trainer.step
+        best = progress.best_val_loss is None or found.loss < progress.best_val_loss
+        if best:
+            progress.best_val_loss, progress.best_step, progress.stale_validations = found.loss, step, 0
+        else:
+            progress.stale_validations += 1
+        if progress.first_val_loss is None:
+            progress.first_val_loss = found.loss
+        self.metrics.log(
+            "validation",
+            step=step,
+            val_loss=found.loss,
+            val_accuracy=found.accuracy,
+            majority_accuracy=self._majority,
+            val_perplexity=found.perplexity,
+            targets=found.targets,
+            best=best,
+        )
+        self.console.line(
+            f"step {step:>7,}  val_loss {found.loss:.4f}  val_accuracy {found.accuracy:.4f}"
+            f"  (always guessing the commonest: {self._majority:.4f}){'  best' if best else ''}"
+        )
+        self._warn_of_collapse(found.loss, found.accuracy)
+        self._clock, self._clock_step = time.perf_counter(), step
+        return best
+
+    def _warn_of_collapse(self, loss: float, accuracy: float) -> None:
+        """The loss alone cannot show that all prototypes have drifted together; accuracy and their distances can."""
+        health = self.trainer.model.head.health()
+        cosine = health.get("nearest_cosine", 0.0)
+        falling = self.progress.first_val_loss is not None and loss < 0.9 * self.progress.first_val_loss
+        if cosine > COLLAPSE_COSINE:
+            self.console.warn(
+                f"collapse: the prototypes' mean nearest-neighbour cosine is {cosine:.3f}; "
+                "use --prototypes fixed or raise --separation"
+            )
+        elif falling and self._majority is not None and accuracy <= self._majority:
+            self.console.warn(
+                f"collapse? the loss falls, but accuracy {accuracy:.4f} is not above guessing the commonest class"
+            )
+
+    def _save(self, best: bool) -> None:
+        step, started = self.trainer.step, time.perf_counter()
+        info = {"val_loss": self.progress.best_val_loss} if best else {}
+        try:
+            report = self.folder.save(self.parts(), config=self.configs(), step=step, best=best, info=info)
+        except SaveError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self.console.warn(f"{error}; training goes on (--on-save-error continue)")
+            self.metrics.log("checkpoint_failed", step=step, error=str(error))
+        else:
+            self.folder.write_state(self._mirror())
+            path = str(report.path.name)
+            self.metrics.log("checkpoint", step=step, path=path, bytes=report.bytes, save_ms=report.save_ms, best=best)
+        self._clock += time.perf_counter() - started
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """Everything a checkpoint of this run holds."""
+        return {
+            **self.trainer.parts(),
+            "stream": self.stream.state_dict(),
+            "progress": self.progress.state_dict(),
+        }
+
+    def configs(self) -> dict[str, Any]:
+        """What a checkpoint says beside its parts: the configurations, and the tokenizer so that it speaks text."""
+        return {**self.trainer.configs(), "run": self.config.to_json(), "tokenizer": self.inputs.tokenizer}
+
+    def _mirror(self) -> dict[str, Any]:
+        """run_state.json: the cursor, best loss and patience, for people."""
+        state = self.trainer.state_dict()
+        return {**state, **self.progress.state_dict(), "cursor": self.stream.cursor(self.stream.position)}
+
+    def _announce(self) -> None:
+        """The header on the console, and the run event."""
+        environment, model, config = describe_environment(), self.trainer.model, self.config
+        parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
+        resumed_from = str(self.resumed.path) if self.resumed else None
+        self.metrics.log(
+            "run",
+            step=self.trainer.step,
+            **environment,
+            parameters=parameters,
+            trainable_parameters=moving,
+            precision=config.precision,
+            seed=config.seed,
+            resumed_from=resumed_from,
+            target_step=self.trainer.target_step,
+        )
+        layers = f"{len(model.layers)} x {config.layer}, d_model {config.d_model}, d_state {config.d_state}"
+        self.console.header(
+            {
+                "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
+                f"torch {environment['torch']}, python {environment['python']}",
+                "kernels": f"{environment['kernels']}, {environment['threads']} threads, {config.precision}",
+                "model": f"{layers}, {config.head} head over {model.config.classes:,} classes; "
+                f"{parameters:,} parameters, {moving:,} trainable",
+                "data": self.stream.describe(),
+                "run": f"steps {self.trainer.step:,} to {self.trainer.target_step:,}, seed {config.seed}, "
+                f"in {config.out_dir}" + (f", resumed from {resumed_from}" if resumed_from else ""),
+            }
+        )
+        for note in self.notes:
+            self.console.line(f"note: {note}")
+
+
+def default_notes(config: RunConfig) -> list[str]:
+    """What a run that keeps two surprising documented defaults should know, and how to turn them off."""
+    notes = []
+    if config.bp_cadence_steps > 1:
+        notes.append(
+            f"backpropagation on every {config.bp_cadence_steps}th step only, local updates of D between: "
+            "--bp-cadence-steps 1 backpropagates on each"
+        )
+    if config.target_layers > config.base_layers:
+        notes.append(
+            f"grown from {config.base_layers} to {config.target_layers} layers ({config.placement}): "
+            "--target-layers equal to --base-layers does not grow"
+        )
+    if config.freeze != "none":
+        notes.append(f"frozen layers {config.freeze}: they never change; --freeze none trains all")
+    return notes
