@@ -88,7 +88,10 @@ def save(
     path = Path(path)
     metadata, tensors = _encode(parts, config, info or {})
     crcs = {name: zlib.crc32(layout.tensor_bytes(tensor)) for name, tensor in tensors.items()}
-    head = layout.build_header(metadata, tensors, crcs)
+    try:
+        head = layout.build_header(metadata, tensors, crcs)
+    except ValueError as error:
+        raise NotCommittedError(f"{path}: not saved: {error}") from error
     size = len(head) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def chunks() -> Iterator[memoryview]:
@@ -185,10 +188,17 @@ def _check_version(path: Path, version: int) -> None:
 
 def _decode(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Checkpoint:
     try:
-        parts = {name: decode(node, tensors) for name, node in header.parts.items()}
-        return Checkpoint(decode(header.config, {}), parts, decode(header.info, {}), header.version)
+        config, info = _mapping(decode(header.config, {})), _mapping(decode(header.info, {}))
+        parts = {name: _mapping(decode(node, tensors)) for name, node in _mapping(header.parts).items()}
+        return Checkpoint(config, parts, info, header.version)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "header", f"malformed ({type(error).__name__}: {error})") from error
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a mapping was expected, not {type(value).__name__}")
+    return value
 
 
 def _migrate(path: Path, checkpoint: Checkpoint) -> Checkpoint:

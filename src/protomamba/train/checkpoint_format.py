@@ -162,7 +162,7 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
 def _read_head(path: Path, file: BinaryIO, file_bytes: int) -> bytes:
     length_bytes = file.read(8)
     length = int.from_bytes(length_bytes, "little")
-    if not len(_PREFIX) + _DIGITS < length <= min(MAX_HEADER_BYTES, file_bytes - 8):
+    if not 0 < length <= min(MAX_HEADER_BYTES, file_bytes - 8):
         raise CheckpointError(path, "header", _what_else(length_bytes))
     body = file.read(length)
     if len(body) < length:

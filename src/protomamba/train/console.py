@@ -1,7 +1,7 @@
 """What a person sees of a run: the only owner of console formatting.
 
-On a terminal: a progress bar with time left, tokens a second and loss. Elsewhere: one plain line for each logged step, and
-never a bar, because a log file keeps every redraw.
+On a terminal: a progress bar with time left, tokens a second and loss. Elsewhere: one plain line for each logged step,
+and never a bar, because a log file keeps every redraw.
 """
 
 from __future__ import annotations

@@ -117,6 +117,9 @@ def commit_link(source: Path, target: Path, disk: Disk = DISK) -> None:
 
     Safe because a committed file is never written to again: a later save puts another file under the first name.
     """
+    if source.exists() and target.exists() and source.samefile(target):
+        # Between two names of one file a rename does nothing, and would leave the temporary name behind.
+        return
     try:
         _install(target, 0, lambda temporary: disk.link(source, temporary), disk)
     except NotCommittedError as error:
