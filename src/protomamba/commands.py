@@ -57,9 +57,8 @@ def _data_config(loaded: Checkpoint, given: Mapping[str, Any], vocab_size: int) 
     """The run's configuration with other tokens to read, all of them, where some are given."""
     base = dict(loaded.config.get("run") or {})
     if given.keys() & {"token_file", "token_dir"}:
-        base |= {name: None for name in ("token_file", "token_dir", "val_token_file", "val_token_dir")} | {
-            "val_ratio": 0.0
-        }
+        base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
+        base["val_ratio"] = 0.0
     return RunConfig(**{**base, **given, "vocab_size": vocab_size})
 
 
