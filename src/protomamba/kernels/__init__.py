@@ -1,33 +1,48 @@
-"""Public ops of the kernels. Pure functions on tensors; each has its definition under the same name in `reference`."""
+"""Public ops of the kernels: pure functions on tensors. Each has its definition under the same name in `reference`."""
 
 from __future__ import annotations
 
-from protomamba.kernels import reference
-from protomamba.kernels.reference import (
-    BlockOutput,
-    BlockState,
-    BlockWeights,
-    add_rms_norm,
-    causal_conv,
-    mamba_block,
-    mamba_step,
-    prototype_loss,
-    rms_norm,
-    selective_scan,
-    softmax_loss,
-)
+import torch
+
+from protomamba.kernels import matmul, native, reference
+from protomamba.kernels.conv import causal_conv
+from protomamba.kernels.mamba_block import mamba_block
+from protomamba.kernels.native import available, get_kernels, set_kernels
+from protomamba.kernels.norm import add_rms_norm, rms_norm
+from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, mamba_step
+from protomamba.kernels.scan import selective_scan
+from protomamba.kernels.softmax import softmax_loss
+from protomamba.kernels.sphere import prototype_loss
 
 __all__ = [
     "BlockOutput",
     "BlockState",
     "BlockWeights",
     "add_rms_norm",
+    "available",
     "causal_conv",
+    "describe",
+    "get_kernels",
     "mamba_block",
     "mamba_step",
     "prototype_loss",
     "reference",
     "rms_norm",
     "selective_scan",
+    "set_kernels",
     "softmax_loss",
 ]
+
+
+def describe() -> dict[str, str]:
+    """The path the ops take, for a run's header: kernels, cpu_level, matmul (float32 products), threads, torch."""
+    library = native.select("describe", torch.empty(0))
+    found, why = native.available()
+    path = "native" if library else "reference" if found else f"reference ({why})"
+    return {
+        "kernels": path,
+        "cpu_level": library.level if library else "none",
+        "matmul": matmul.backend() if library else "torch",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,104 @@
+// The C ABI: every op takes a pointer to its argument struct, all of whose fields are 8 bytes wide, and the number of bytes
+// the caller wrote. Returns 0, or 1 if that is not the struct's size.
+#include "conv.h"
+#include "norm.h"
+#include "scan.h"
+#include "sphere.h"
+#include "transpose.h"
+
+using namespace pm;
+
+#define PM_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Calls OP<float> or OP<bf16>.
+#define PM_BY_DTYPE(is_bf16, OP, args) ((is_bf16) ? OP<bf16>(args) : OP<float>(args))
+
+PM_EXPORT int64_t pm_abi() { return 1; }
+PM_EXPORT int64_t pm_width() { return W; }
+PM_EXPORT const char* pm_level() { return PM_LEVEL; }
+
+// The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512.
+PM_EXPORT int64_t pm_cpu_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    return avx2 ? (avx512 ? 2 : 1) : 0;
+#else
+    return 0;
+#endif
+}
+
+PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
+
+PM_EXPORT int32_t pm_scan_forward(const ScanArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    PM_BY_DTYPE(a->is_bf16, scan_forward, *a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_scan_backward(const ScanArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    PM_BY_DTYPE(a->is_bf16, scan_backward, *a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_conv_forward(const ConvArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    if (a->K == 4)
+        a->is_bf16 ? conv_forward<bf16, 4>(*a) : conv_forward<float, 4>(*a);
+    else
+        a->is_bf16 ? conv_forward<bf16, 0>(*a) : conv_forward<float, 0>(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_conv_backward(const ConvArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    if (a->K == 4)
+        a->is_bf16 ? conv_backward<bf16, 4>(*a) : conv_backward<float, 4>(*a);
+    else
+        a->is_bf16 ? conv_backward<bf16, 0>(*a) : conv_backward<float, 0>(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_norm_forward(const NormArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    PM_BY_DTYPE(a->out_is_bf16, norm_forward, *a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_norm_backward(const NormArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    PM_BY_DTYPE(a->out_is_bf16, norm_backward, *a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_sphere_forward(const SphereArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    sphere_forward(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_sphere_backward(const SphereArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    sphere_backward(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_transpose(const TransposeArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    transpose(*a);
+    return 0;
+}
+
+// For the tests of the functions themselves: 0 exp, 1 exp2, 2 sigmoid, 3 softplus.
+PM_EXPORT int32_t pm_map(int64_t which, const float* in, float* out, int64_t count) {
+    for (int64_t i = 0; i < count; i += W) {
+        int n = int(std::min<int64_t>(W, count - i));
+        vf x = load(in + i, n), slope;
+        vf y = which == 0 ? exp(x) : which == 1 ? exp2(x) : which == 2 ? sigmoid(x) : softplus(x, &slope);
+        store(out + i, y, n);
+    }
+    return 0;
+}

@@ -1,0 +1,415 @@
+// Selective scan, forward and backward (definition: selective_scan in reference.py).
+//
+// Lanes run over channels; a block is W adjacent channels. A task walks its sequences in chunks of CHUNK steps and, within
+// a chunk, over its blocks: everything a block needs of a chunk stands in a Tile that stays in cache, the states of a group
+// of n stay in registers. The backward pass keeps only the state at the start of every chunk and recomputes the rest.
+#pragma once
+#include "common.h"
+
+namespace pm {
+
+constexpr int CHUNK = 64;
+constexpr int TILE = CHUNK * W;
+// States held in registers at once: of the 32 (AVX-512) or 16 registers, the rest is for temporaries.
+constexpr int FORWARD_GROUP = W >= 16 ? 16 : 8;
+constexpr int BACKWARD_GROUP = W >= 16 ? 8 : 4;
+constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
+
+struct ScanArgs {
+    Pool pool;
+    int64_t B, L, E, N, is_bf16, softplus;
+    View u, delta, Bm, Cm, z, y, reset;
+    const float *A, *skip, *bias, *initial;  // (E, N), (E,), (E,), (B, E, N)
+    float *last, *chunks;                    // (B, E, N); scan_chunk_floats() or null
+    // Backward only.
+    View dy, du, ddelta, dBm, dCm, dz;
+    const float* dlast;
+    float *dA, *dskip, *dbias, *dinitial;
+
+    int64_t blocks() const { return ceil_div(E, W); }
+    int64_t chunk_count() const { return ceil_div(L, CHUNK); }
+    int lanes(int64_t block) const { return int(std::min<int64_t>(W, E - block * W)); }
+    float* chunk(int64_t b, int64_t c, int64_t block) const {
+        return chunks + ((b * chunk_count() + c) * blocks() + block) * N * W;
+    }
+};
+
+inline int64_t scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) {
+    return B * ceil_div(L, CHUNK) * ceil_div(E, W) * W * N;
+}
+
+// One block of one chunk, CHUNK x W each. Backward fills all of it, forward the first four.
+struct Tile {
+    float *u, *dt, *x, *y, *slope, *dy, *dx, *ddt;
+    static constexpr int64_t FLOATS = 8 * TILE;
+    explicit Tile(float* p)
+        : u(p), dt(p + TILE), x(p + 2 * TILE), y(p + 3 * TILE), slope(p + 4 * TILE), dy(p + 5 * TILE),
+          dx(p + 6 * TILE), ddt(p + 7 * TILE) {}
+};
+
+// Where in the sequence a tile lies.
+struct Place {
+    int64_t b, t0;
+    int steps;
+    int64_t block;
+    int lanes;
+    const uint8_t* reset;  // of step t0, or null
+};
+
+// (E, N) to [block][n][W], times `factor`; lanes beyond E are 0.
+inline void states_to_blocks(const float* in, float* out, int64_t E, int64_t N, Range blocks, float factor) {
+    for (int64_t e = blocks.begin * W; e < blocks.end * W; e++)
+        for (int64_t n = 0; n < N; n++)
+            out[((e / W - blocks.begin) * N + n) * W + e % W] = e < E && in ? in[e * N + n] * factor : 0.0f;
+}
+
+inline void blocks_to_states(const float* in, float* out, int64_t E, int64_t N, Range blocks) {
+    for (int64_t e = blocks.begin * W; e < std::min(E, blocks.end * W); e++)
+        for (int64_t n = 0; n < N; n++) out[e * N + n] = in[((e / W - blocks.begin) * N + n) * W + e % W];
+}
+
+template <class T>
+void rows_to_floats(const View& view, int64_t b, int64_t t0, int steps, int64_t N, float* out) {
+    for (int t = 0; t < steps; t++) {
+        const T* row = view.at<T>(b, t0 + t, 0);
+        for (int64_t n = 0; n < N; n++) out[t * N + n] = to_float(row[n]);
+    }
+}
+
+template <class T>
+void floats_to_rows(const float* in, const View& view, int64_t b, int64_t t0, int64_t steps, int64_t N) {
+    for (int64_t t = 0; t < steps; t++) {
+        T* row = view.at<T>(b, t0 + t, 0);
+        for (int64_t n = 0; n < N; n += W) store(row + n, load(in + t * N + n, int(std::min<int64_t>(W, N - n))),
+                                                 int(std::min<int64_t>(W, N - n)));
+    }
+}
+
+// u, dt = softplus(delta + bias), its slope, x = dt u, y = skip u.
+template <class T>
+void load_tile(const ScanArgs& a, const Place& at, const Tile& tile) {
+    int64_t e = at.block * W;
+    vf bias = a.bias ? load(a.bias + e, at.lanes) : vf{};
+    vf skip = a.skip ? load(a.skip + e, at.lanes) : vf{};
+    for (int t = 0; t < at.steps; t++) {
+        vf u = load(a.u.at<T>(at.b, at.t0 + t, e), at.lanes);
+        vf dt = load(a.delta.at<T>(at.b, at.t0 + t, e), at.lanes) + bias;
+        vf slope = splat(1.0f);
+        if (a.softplus) dt = softplus(dt, &slope);
+        store(tile.u + t * W, u);
+        store(tile.dt + t * W, dt);
+        store(tile.slope + t * W, slope);
+        store(tile.x + t * W, u * dt);
+        store(tile.y + t * W, u * skip);
+    }
+}
+
+// The recurrence over one chunk for G states. A, h: [G][W]; B, C: rows of N. With SAVE, states[t + 1] is the state after
+// step t and decay[t] its factor on the state before (0 at a reset), both in rows of N vectors.
+template <int G, bool SAVE>
+void scan_group(const Place& at, const Tile& tile, const float* A, float* h_in_out, const float* B, const float* C,
+                int64_t N, float* states, float* decay) {
+    vf h[G], rate[G];
+    PM_UNROLL
+    for (int n = 0; n < G; n++) {
+        h[n] = load(h_in_out + n * W);
+        rate[n] = load(A + n * W);
+        if (SAVE) store(states + n * W, h[n]);
+    }
+    for (int t = 0; t < at.steps; t++) {
+        bool reset = at.reset && at.reset[t];
+        if (reset) {
+            PM_UNROLL
+            for (int n = 0; n < G; n++) h[n] = vf{};
+        }
+        vf dt = load(tile.dt + t * W), x = load(tile.x + t * W);
+        vf even = load(tile.y + t * W), odd = vf{};  // two sums: one alone would wait for itself
+        PM_UNROLL
+        for (int n = 0; n < G; n++) {
+            vf e = exp2(dt * rate[n]);
+            h[n] = e * h[n] + x * B[t * N + n];
+            vf& y = n % 2 ? odd : even;
+            y += h[n] * C[t * N + n];
+            if (SAVE) {
+                store(decay + (t * N + n) * W, reset ? vf{} : e);
+                store(states + ((t + 1) * N + n) * W, h[n]);
+            }
+        }
+        store(tile.y + t * W, even + odd);
+    }
+    PM_UNROLL
+    for (int n = 0; n < G; n++) store(h_in_out + n * W, h[n]);
+}
+
+// The reverse of scan_group: takes dy and the gradient dh of the state after the chunk, leaves that of the state before it;
+// adds to dx, ddt (over ln 2), dA, and lane by lane to dB and dC.
+template <int G>
+void scan_group_backward(const Place& at, const Tile& tile, const float* A, float* dh_in_out, float* dA, const float* B,
+                         const float* C, int64_t N, const float* states, const float* decay, float* dB, float* dC) {
+    vf dh[G], rate[G], drate[G];
+    PM_UNROLL
+    for (int n = 0; n < G; n++) {
+        dh[n] = load(dh_in_out + n * W);
+        rate[n] = load(A + n * W);
+        drate[n] = load(dA + n * W);
+    }
+    for (int t = at.steps - 1; t >= 0; t--) {
+        vf dt = load(tile.dt + t * W), x = load(tile.x + t * W), dy = load(tile.dy + t * W);
+        vf dx = load(tile.dx + t * W), ddt = load(tile.ddt + t * W);
+        PM_UNROLL
+        for (int n = 0; n < G; n++) {
+            int64_t i = t * N + n;
+            store(dC + i * W, load(dC + i * W) + dy * load(states + (i + N) * W));
+            vf grad = dh[n] + dy * C[i];
+            store(dB + i * W, load(dB + i * W) + grad * x);
+            dx += grad * B[i];
+            dh[n] = grad * load(decay + i * W);
+            vf dlog = dh[n] * load(states + i * W);
+            ddt += dlog * rate[n];
+            drate[n] += dlog * dt;
+        }
+        store(tile.dx + t * W, dx);
+        store(tile.ddt + t * W, ddt);
+    }
+    PM_UNROLL
+    for (int n = 0; n < G; n++) {
+        store(dh_in_out + n * W, dh[n]);
+        store(dA + n * W, drate[n]);
+    }
+}
+
+// Calls body(group size, first n) over [n, N) in groups of G while they fit, then of G / 2, ...
+template <int G, class Body>
+void for_groups(int64_t n, int64_t N, const Body& body) {
+    for (; n + G <= N; n += G) body(std::integral_constant<int, G>(), n);
+    if constexpr (G > 1) for_groups<G / 2>(n, N, body);
+}
+
+template <bool SAVE>
+void scan_tile(const Place& at, const Tile& tile, const float* A, float* h, const float* B, const float* C, int64_t N,
+               float* states, float* decay) {
+    for_groups<FORWARD_GROUP>(0, N, [&](auto group, int64_t n) {
+        scan_group<decltype(group)::value, SAVE>(at, tile, A + n * W, h + n * W, B + n, C + n, N, SAVE ? states + n * W : nullptr,
+                                                 SAVE ? decay + n * W : nullptr);
+    });
+}
+
+template <class T>
+void store_output(const ScanArgs& a, const Place& at, const Tile& tile) {
+    for (int t = 0; t < at.steps; t++) {
+        vf y = load(tile.y + t * W);
+        if (a.z) {
+            vf z = load(a.z.at<T>(at.b, at.t0 + t, at.block * W), at.lanes);
+            y = y * (z * sigmoid(z));
+        }
+        store(a.y.at<T>(at.b, at.t0 + t, at.block * W), y, at.lanes);
+    }
+}
+
+inline Place place(const ScanArgs& a, int64_t b, int64_t chunk, int64_t block) {
+    int64_t t0 = chunk * CHUNK;
+    const uint8_t* reset = a.reset ? a.reset.at<uint8_t>(b, t0, 0) : nullptr;
+    return {b, t0, int(std::min<int64_t>(CHUNK, a.L - t0)), block, a.lanes(block), reset};
+}
+
+template <class T>
+void scan_forward_task(const ScanArgs& a, const float* A, int64_t b, Range blocks) {
+    int64_t N = a.N, count = blocks.end - blocks.begin, states = count * N * W;
+    float* memory = scratch(Tile::FLOATS + 2 * CHUNK * N + states);
+    Tile tile(memory);
+    float *B = memory + Tile::FLOATS, *C = B + CHUNK * N, *h = C + CHUNK * N;
+    states_to_blocks(a.initial ? a.initial + b * a.E * N : nullptr, h, a.E, N, blocks, 1.0f);
+    for (int64_t c = 0; c < a.chunk_count(); c++) {
+        int steps = place(a, b, c, 0).steps;
+        rows_to_floats<T>(a.Bm, b, c * CHUNK, steps, N, B);
+        rows_to_floats<T>(a.Cm, b, c * CHUNK, steps, N, C);
+        for (int64_t k = blocks.begin; k < blocks.end; k++) {
+            float* state = h + (k - blocks.begin) * N * W;
+            if (a.chunks) std::memcpy(a.chunk(b, c, k), state, N * W * sizeof(float));
+            Place at = place(a, b, c, k);
+            load_tile<T>(a, at, tile);
+            scan_tile<false>(at, tile, A + k * N * W, state, B, C, N, nullptr, nullptr);
+            store_output<T>(a, at, tile);
+        }
+    }
+    if (a.last) blocks_to_states(h, a.last + b * a.E * N, a.E, N, blocks);
+}
+
+template <class T>
+void scan_forward(const ScanArgs& a) {
+    Buffer A(a.blocks() * a.N * W);
+    states_to_blocks(a.A, A.data, a.E, a.N, {0, a.blocks()}, LOG2_E);
+    Grid grid(a.B, a.blocks());
+    run(a.pool, grid.tasks(), [&](int64_t i) {
+        Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
+        Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
+        for (int64_t b = batches.begin; b < batches.end; b++) scan_forward_task<T>(a, A.data, b, blocks);
+    });
+}
+
+// From the gradient of the gated output: dz, dy before the gate, dskip. tile.y holds y before the gate.
+template <class T>
+void gate_backward(const ScanArgs& a, const Place& at, const Tile& tile, float* dskip) {
+    vf total = load(dskip);
+    for (int t = 0; t < at.steps; t++) {
+        int64_t e = at.block * W;
+        vf dy = load(a.dy.at<T>(at.b, at.t0 + t, e), at.lanes);
+        if (a.z) {
+            vf z = load(a.z.at<T>(at.b, at.t0 + t, e), at.lanes), s = sigmoid(z);
+            vf dz = dy * load(tile.y + t * W) * (s * (1.0f + z * (1.0f - s)));
+            store(a.dz.at<T>(at.b, at.t0 + t, e), dz, at.lanes);
+            dy = dy * (z * s);
+        }
+        total += dy * load(tile.u + t * W);
+        store(tile.dy + t * W, dy);
+        store(tile.dx + t * W, vf{});
+        store(tile.ddt + t * W, vf{});
+    }
+    store(dskip, total);
+}
+
+template <class T>
+void store_gradients(const ScanArgs& a, const Place& at, const Tile& tile, float* dbias) {
+    int64_t e = at.block * W;
+    vf skip = a.skip ? load(a.skip + e, at.lanes) : vf{}, total = load(dbias);
+    for (int t = 0; t < at.steps; t++) {
+        vf dx = load(tile.dx + t * W);
+        vf du = dx * load(tile.dt + t * W) + load(tile.dy + t * W) * skip;
+        vf ddelta = (dx * load(tile.u + t * W) + load(tile.ddt + t * W) * LN_2) * load(tile.slope + t * W);
+        total += ddelta;
+        store(a.du.at<T>(at.b, at.t0 + t, e), du, at.lanes);
+        store(a.ddelta.at<T>(at.b, at.t0 + t, e), ddelta, at.lanes);
+    }
+    store(dbias, total);
+}
+
+// The lane-wise sums of one chunk, [t][n][W], to [t][n] in place.
+inline void sum_lanes(float* sums, int64_t count) {
+    for (int64_t i = 0; i < count; i += W) {
+        vf v[W];
+        PM_UNROLL
+        for (int j = 0; j < W; j++) v[j] = load(sums + (i + j) * W);
+        store(sums + i, sum_each(v));
+    }
+}
+
+// What one task of the backward pass leaves for the reduction over tasks.
+struct ScanPartials {
+    Buffer states;  // [batch part][block][N + 2][W]: dA, dskip, dbias
+    Buffer rows;    // [block part][b][t][2 N]: dB, dC; unused with one block part
+    ScanPartials(const ScanArgs& a, const Grid& grid)
+        : states(grid.batch_parts * a.blocks() * (a.N + 2) * W),
+          rows(grid.block_parts > 1 ? grid.block_parts * a.B * a.L * 2 * a.N : 0) {}
+};
+
+struct ScanBackwardMemory {
+    int64_t steps_by_states;
+    Tile tile;
+    float *B, *C, *states, *decay, *dB, *dC, *h, *dh;
+    ScanBackwardMemory(int64_t N, int64_t blocks)
+        : steps_by_states(ceil_div(CHUNK * N, W) * W),
+          tile(scratch(Tile::FLOATS + 2 * CHUNK * N + (2 * CHUNK + 1) * N * W + 2 * steps_by_states * W + N * W +
+                       blocks * N * W)) {
+        B = tile.u + Tile::FLOATS;
+        C = B + CHUNK * N;
+        states = C + CHUNK * N;
+        decay = states + (CHUNK + 1) * N * W;
+        dB = decay + CHUNK * N * W;
+        dC = dB + steps_by_states * W;
+        h = dC + steps_by_states * W;
+        dh = h + N * W;
+    }
+};
+
+template <class T>
+void scan_backward_block(const ScanArgs& a, const Place& at, const ScanBackwardMemory& m, const float* A, float* dh,
+                         float* sums) {
+    int64_t N = a.N;
+    load_tile<T>(a, at, m.tile);
+    std::memcpy(m.h, a.chunk(at.b, at.t0 / CHUNK, at.block), N * W * sizeof(float));
+    scan_tile<true>(at, m.tile, A, m.h, m.B, m.C, N, m.states, m.decay);
+    gate_backward<T>(a, at, m.tile, sums + N * W);
+    for_groups<BACKWARD_GROUP>(0, N, [&](auto group, int64_t n) {
+        scan_group_backward<decltype(group)::value>(at, m.tile, A + n * W, dh + n * W, sums + n * W, m.B + n, m.C + n, N,
+                                                    m.states + n * W, m.decay + n * W, m.dB + n * W, m.dC + n * W);
+    });
+    store_gradients<T>(a, at, m.tile, sums + (N + 1) * W);
+}
+
+template <class T>
+void scan_backward_task(const ScanArgs& a, const float* A, int64_t b, Range blocks, float* sums, float* rows) {
+    int64_t N = a.N;
+    ScanBackwardMemory m(N, blocks.end - blocks.begin);
+    states_to_blocks(a.dlast ? a.dlast + b * a.E * N : nullptr, m.dh, a.E, N, blocks, 1.0f);
+    for (int64_t c = a.chunk_count() - 1; c >= 0; c--) {
+        int64_t t0 = c * CHUNK;
+        int steps = place(a, b, c, 0).steps;
+        rows_to_floats<T>(a.Bm, b, t0, steps, N, m.B);
+        rows_to_floats<T>(a.Cm, b, t0, steps, N, m.C);
+        std::memset(m.dB, 0, 2 * m.steps_by_states * W * sizeof(float));
+        for (int64_t k = blocks.begin; k < blocks.end; k++)
+            scan_backward_block<T>(a, place(a, b, c, k), m, A + k * N * W, m.dh + (k - blocks.begin) * N * W,
+                                   sums + k * (N + 2) * W);
+        sum_lanes(m.dB, steps * N);
+        sum_lanes(m.dC, steps * N);
+        if (rows) {
+            float* to = rows + (b * a.L + t0) * 2 * N;
+            std::memcpy(to, m.dB, steps * N * sizeof(float));
+            std::memcpy(to + steps * N, m.dC, steps * N * sizeof(float));
+        } else {
+            floats_to_rows<T>(m.dB, a.dBm, b, t0, steps, N);
+            floats_to_rows<T>(m.dC, a.dCm, b, t0, steps, N);
+        }
+    }
+    if (a.dinitial) blocks_to_states(m.dh, a.dinitial + b * a.E * N, a.E, N, blocks);
+}
+
+// Sums the tasks' shares of dB and dC of one chunk, first block part first.
+template <class T>
+void reduce_rows(const ScanArgs& a, float* rows, int64_t block_parts, int64_t b, int64_t chunk) {
+    int64_t t0 = chunk * CHUNK, steps = std::min<int64_t>(CHUNK, a.L - t0), count = steps * 2 * a.N;
+    float* total = rows + (b * a.L + t0) * 2 * a.N;
+    for (int64_t p = 1; p < block_parts; p++) {
+        const float* share = total + p * a.B * a.L * 2 * a.N;
+        for (int64_t i = 0; i < count; i++) total[i] += share[i];
+    }
+    floats_to_rows<T>(total, a.dBm, b, t0, steps, a.N);
+    floats_to_rows<T>(total + steps * a.N, a.dCm, b, t0, steps, a.N);
+}
+
+// Sums the tasks' shares of dA, dskip and dbias of one block, first batch part first.
+inline void reduce_states(const ScanArgs& a, float* states, int64_t batch_parts, int64_t block) {
+    int64_t count = (a.N + 2) * W, e = block * W;
+    float* total = states + block * count;
+    for (int64_t p = 1; p < batch_parts; p++) {
+        const float* share = total + p * a.blocks() * count;
+        for (int64_t i = 0; i < count; i++) total[i] += share[i];
+    }
+    blocks_to_states(total, a.dA, a.E, a.N, {block, block + 1});
+    if (a.dskip) store(a.dskip + e, load(total + a.N * W), a.lanes(block));
+    if (a.dbias) store(a.dbias + e, load(total + (a.N + 1) * W), a.lanes(block));
+}
+
+template <class T>
+void scan_backward(const ScanArgs& a) {
+    Buffer A(a.blocks() * a.N * W);
+    states_to_blocks(a.A, A.data, a.E, a.N, {0, a.blocks()}, LOG2_E);
+    Grid grid(a.B, a.blocks());
+    ScanPartials partials(a, grid);
+    int64_t sums_size = a.blocks() * (a.N + 2) * W, rows_size = a.B * a.L * 2 * a.N;
+    run(a.pool, grid.tasks(), [&](int64_t i) {
+        int64_t bp = i / grid.block_parts, kp = i % grid.block_parts;
+        Range batches = part(a.B, grid.batch_parts, bp), blocks = part(a.blocks(), grid.block_parts, kp);
+        float* sums = partials.states.data + bp * sums_size;
+        float* rows = grid.block_parts > 1 ? partials.rows.data + kp * rows_size : nullptr;
+        std::memset(sums + blocks.begin * (a.N + 2) * W, 0, (blocks.end - blocks.begin) * (a.N + 2) * W * sizeof(float));
+        for (int64_t b = batches.begin; b < batches.end; b++) scan_backward_task<T>(a, A.data, b, blocks, sums, rows);
+    });
+    if (grid.block_parts > 1)
+        run(a.pool, a.B * a.chunk_count(), [&](int64_t i) {
+            reduce_rows<T>(a, partials.rows.data, grid.block_parts, i / a.chunk_count(), i % a.chunk_count());
+        });
+    run(a.pool, a.blocks(), [&](int64_t k) { reduce_states(a, partials.states.data, grid.batch_parts, k); });
+}
+
+}  // namespace pm

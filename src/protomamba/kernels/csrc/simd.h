@@ -1,0 +1,202 @@
+// Vectors of PM_WIDTH floats in GCC/Clang vector extensions, and the few functions of them that the kernels share.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512DQ__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define PM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define PM_UNROLL _Pragma("GCC unroll 16")
+#endif
+#define PM_INLINE static inline __attribute__((always_inline))
+
+namespace pm {
+
+constexpr int W = PM_WIDTH;
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+// The same in memory, at any address. (Locals keep their natural alignment: GCC spills them with aligned moves.)
+typedef float vf_memory __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_memory __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+PM_INLINE vf splat(float x) { return x - vf{}; }
+PM_INLINE vi bits_of(vf x) { return (vi)x; }
+
+PM_INLINE vf load(const float* p) { return *(const vf_memory*)p; }
+PM_INLINE void store(float* p, vf v) { *(vf_memory*)p = v; }
+
+PM_INLINE vf load(const bf16* p) {
+    vu wide = __builtin_convertvector(*(const vh_memory*)p, vu) << 16;
+    return (vf)wide;
+}
+
+// Round to nearest even, as torch does; a NaN stays one.
+PM_INLINE void store(bf16* p, vf v) {
+    vu u = (vu)v;
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    vu nan = (vu)(v != v);
+    *(vh_memory*)p = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vh);
+}
+
+// The first `count` lanes only; the others read as 0 and are not written.
+template <class T>
+PM_INLINE vf load(const T* p, int count) {
+    if (count >= W) return load(p);
+    alignas(vf) T lanes[W];
+    std::memset(lanes, 0, sizeof lanes);
+    std::memcpy(lanes, p, sizeof(T) * count);
+    return load(lanes);
+}
+
+template <class T>
+PM_INLINE void store(T* p, vf v, int count) {
+    if (count >= W) return store(p, v);
+    alignas(vf) T lanes[W];
+    store(lanes, v);
+    std::memcpy(p, lanes, sizeof(T) * count);
+}
+
+PM_INLINE float to_float(float x) { return x; }
+PM_INLINE float to_float(bf16 x) {
+    uint32_t u = uint32_t(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// The sum of the lanes, always in the same order.
+PM_INLINE float sum(vf v) {
+    alignas(vf) float lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+// p * 2^i for integral |i| <= 128 and p in [0.7, 1.5): adds i to the exponent of p.
+PM_INLINE vf scale_by_bits(vf p, vi i) { return (vf)(bits_of(p) + (i << 23)); }
+
+// Adding this rounds a float of at most 2^22 to an integer that then stands in its low bits. Only without
+// associative-math, which would cancel it.
+constexpr float ROUND = 12582912.0f;
+
+#if defined(__AVX512DQ__)
+constexpr __mmask16 ALL_LANES = 0xffff;  // GCC 12 warns about the undefined source of the unmasked intrinsics
+#endif
+
+// 2^x, relative error below 2.5 ulp. Above 128 infinity; below -126 it stays 2^-126 where the hardware has no scalef.
+PM_INLINE vf exp2(vf x) {
+#if defined(__AVX512DQ__)
+    vf f = (vf)_mm512_maskz_reduce_ps(ALL_LANES, (__m512)x, 8);
+#else
+    x = x < -126.0f ? splat(-126.0f) : x;
+    x = x > 128.0f ? splat(128.0f) : x;
+    vf shifted = x + ROUND;
+    vf f = x - (shifted - ROUND);
+#endif
+    // Minimax in relative error on [-1/2, 1/2], 9.2e-8, with exp2(0) = 1 exactly.
+    vf p = f * 0.001326472731307149f + 0.009671512991189957f;
+    p = p * f + 0.05550733581185341f;
+    p = p * f + 0.24022242426872253f;
+    p = p * f + 0.6931470036506653f;
+    p = p * f + 1.0f;
+#if defined(__AVX512DQ__)
+    return (vf)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, (__m512)(x - f));
+#else
+    return scale_by_bits(p, bits_of(shifted) - 0x4B400000);
+#endif
+}
+
+// e^x, relative error below 2 ulp on [-87, 88]; infinity above, at least 2^-126 or 0 below.
+PM_INLINE vf exp(vf x) {
+    x = x < -88.0f ? splat(-88.0f) : x;
+    x = x > 89.0f ? splat(89.0f) : x;
+    vf shifted = x * 1.44269504f + ROUND;
+    vf n = shifted - ROUND;
+    vf r = x - n * 0.693145751953125f;  // ln 2 in two parts: n times the first is exact
+    r = r - n * 1.42860677e-06f;
+    // Minimax in relative error on [-ln2/2, ln2/2], 3e-9.
+    vf p = r * 0.0013814560370519757f + 0.008368735201656818f;
+    p = p * r + 0.04166838899254799f;
+    p = p * r + 0.1666652113199234f;
+    p = p * r + 0.4999999403953552f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+#if defined(__AVX512DQ__)
+    return (vf)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, (__m512)n);
+#else
+    // Two steps: 2^n alone would overflow for x above 88.37, and underflow below -87.3.
+    vi i = bits_of(shifted) - 0x4B400000, half = i >> 1;
+    return scale_by_bits(p, half) * scale_by_bits(splat(1.0f), i - half);
+#endif
+}
+
+PM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+PM_INLINE vf vabs(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
+
+// log(1 + y) for y in [0, 1], by 2 atanh(y / (2 + y)); relative error below 2 ulp.
+PM_INLINE vf log1p_unit(vf y) {
+    vf s = y / (y + 2.0f), q = s * s;
+    vf p = q * 0.12144841253757477f + 0.10715354979038239f;
+    p = p * q + 0.14308299124240875f;
+    p = p * q + 0.19999444484710693f;
+    p = p * q + 0.3333333730697632f;
+    return 2.0f * (s + s * q * p);
+}
+
+// log(1 + e^x), and its derivative 1 / (1 + e^-x).
+PM_INLINE vf softplus(vf x, vf* slope) {
+    vf y = exp(-vabs(x));
+    vf inverse = 1.0f / (1.0f + y);
+    *slope = x >= 0.0f ? inverse : y * inverse;
+    return (x > 0.0f ? x : x - x) + log1p_unit(y);
+}
+
+// Of a and b, cut into runs of S lanes: the even runs (ODD = 0) or the odd ones, taken from a and b in turn.
+template <int S, int ODD, std::size_t... I>
+PM_INLINE vf runs(vf a, vf b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, int(I / (2 * S) * (2 * S) + I % S + ODD * S + (I / S % 2) * W)...);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]: W horizontal sums at once, in a fixed order. Destroys v.
+template <int S = 1>
+PM_INLINE vf sum_each(vf* v) {
+    if constexpr (S == W) {
+        return v[0];
+    } else {
+        constexpr auto lanes = std::make_index_sequence<W>();
+        PM_UNROLL
+        for (int i = 0; i < W / (2 * S); i++)
+            v[i] = runs<S, 0>(v[2 * i], v[2 * i + 1], lanes) + runs<S, 1>(v[2 * i], v[2 * i + 1], lanes);
+        return sum_each<2 * S>(v);
+    }
+}
+
+// The W x W transpose of v, in place: exchanges the odd runs of one half of the rows with the even runs of the other.
+template <int S = W / 2>
+PM_INLINE void transpose_lanes(vf* v) {
+    constexpr auto lanes = std::make_index_sequence<W>();
+    PM_UNROLL
+    for (int i = 0; i < W; i++) {
+        if (i & S) continue;
+        vf a = v[i], b = v[i + S];
+        v[i] = runs<S, 0>(a, b, lanes);
+        v[i + S] = runs<S, 1>(a, b, lanes);
+    }
+    if constexpr (S > 1) transpose_lanes<S / 2>(v);
+}
+
+}  // namespace pm

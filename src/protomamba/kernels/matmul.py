@@ -1,0 +1,109 @@
+"""The three matrix products of a linear layer, on the faster of torch's two BLAS libraries.
+
+torch's float32 product goes to MKL, which on CPUs of other vendors runs its AVX2 code even where AVX-512 is there;
+oneDNN, which torch also carries, does not. The choice is a rule on the CPU, never a timing: a resumed run must take the
+same path. PROTOMAMBA_MATMUL (torch or onednn) overrides it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomamba.errors import ConfigError
+from protomamba.kernels import native
+from protomamba.kernels.native import pointer
+
+BACKENDS = ("torch", "onednn")
+
+
+@functools.cache
+def _linear_op() -> Any:
+    """oneDNN's x @ w.T as torch exposes it, or None where this torch is built without it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return torch.ops.mkldnn._linear_pointwise
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _cpu_vendor() -> str:
+    if platform.system() != "Linux":
+        return ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("vendor_id"):
+            return line.split(":", 1)[1].strip()
+    return ""
+
+
+@functools.cache
+def backend() -> str:
+    """ "onednn" or "torch": which library the float32 products use."""
+    forced = os.environ.get("PROTOMAMBA_MATMUL")
+    if forced:
+        if forced not in BACKENDS:
+            raise ConfigError(f"PROTOMAMBA_MATMUL: expected one of {', '.join(BACKENDS)}, got {forced!r}")
+        if forced == "onednn" and _linear_op() is None:
+            raise ConfigError("PROTOMAMBA_MATMUL=onednn: this torch is built without oneDNN")
+        return forced
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    mkl_is_slow = wide and torch.backends.mkl.is_available() and _cpu_vendor() not in ("", "GenuineIntel")
+    return "onednn" if mkl_is_slow and _linear_op() is not None else "torch"
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and backend() == "onednn"
+
+
+def _product(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
+    """x @ w.T (+ add) by oneDNN; x contiguous, w contiguous or the transpose of something contiguous."""
+    op = torch.ops.mkldnn._linear_pointwise
+    result: Tensor = op(x, w, None, "none", [], "") if add is None else op.binary(x, add, w, None, "add")
+    return result
+
+
+def linear(x_TI: Tensor, w_OI: Tensor, add_TO: Tensor | None = None) -> Tensor:
+    """x @ w.T (+ add): (T, I), (O, I) -> (T, O). An `add` wider than the product decides the dtype."""
+    if _by_onednn(x_TI):
+        return _product(x_TI, w_OI, add_TO)
+    return _torch_product(x_TI, w_OI.t(), add_TO)
+
+
+def grad_input(dy_TO: Tensor, w_OI: Tensor, add_TI: Tensor | None = None) -> Tensor:
+    """dy @ w (+ add): (T, O), (O, I) -> (T, I). An `add` wider than the product decides the dtype."""
+    if _by_onednn(dy_TO):
+        return _product(dy_TO, w_OI.t(), add_TI)
+    return _torch_product(dy_TO, w_OI, add_TI)
+
+
+def _torch_product(a: Tensor, b: Tensor, add: Tensor | None) -> Tensor:
+    if add is None:
+        return torch.mm(a, b)
+    return torch.addmm(add, a, b) if add.dtype == a.dtype else add + torch.mm(a, b)
+
+
+def grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """dy.T @ x: (T, O), (T, I) -> (O, I)."""
+    if not _by_onednn(dy_TO):
+        return torch.mm(dy_TO.t(), x_TI)
+    if dy_TO.shape[1] <= x_TI.shape[1]:
+        return _product(transpose(dy_TO), x_TI.t())
+    return transpose(_product(transpose(x_TI), dy_TO.t()))
+
+
+def transpose(x_RC: Tensor) -> Tensor:
+    """A contiguous transpose of a float32 matrix with adjacent columns."""
+    library = native.select("transpose", x_RC, (torch.float32,))
+    if library is None:
+        return x_RC.t().contiguous()
+    n_row, n_column = x_RC.shape
+    out_CR = torch.empty(n_column, n_row)
+    library.call("transpose", n_row, n_column, x_RC.stride(0), n_row, pointer(x_RC), pointer(out_CR))
+    return out_CR

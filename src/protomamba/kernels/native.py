@@ -1,0 +1,205 @@
+"""Finds and loads the native kernels, picks the CPU level, hands them torch's thread pool, chooses the path."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from protomamba.errors import ConfigError, UserError
+
+# From the lowest to the highest; the index is what pm_cpu_level returns.
+LEVELS = ("baseline", "avx2", "avx512")
+MODES = ("auto", "native", "reference")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+ABI = 1
+
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+_log = logging.getLogger("protomamba")
+_mode: str | None = None
+_level: str | None = None
+
+
+class Library:
+    """One loaded level of the native kernels."""
+
+    def __init__(self, level: str) -> None:
+        path = library_dir() / f"libprotomamba_{level}{_SUFFIX}"
+        if not path.is_file():
+            raise UserError(f"{path}: no native kernels there; build them with a C++ compiler: pip install -e .")
+        try:
+            self._dll = ctypes.CDLL(str(path))
+            self._parallel_for, self._torch = _torch_pool()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be loaded: {error}") from error
+        if self._dll.pm_abi() != ABI:
+            raise UserError(f"{path}: expected ABI {ABI}, found {self._dll.pm_abi()}; rebuild it: pip install -e .")
+        self.level = level
+        self.width = int(self._dll.pm_width())
+        self.cpu_level = int(self._dll.pm_cpu_level())
+        self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
+        self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
+
+    def scan_chunk_floats(self, batch: int, length: int, width: int, states: int) -> int:
+        """The number of floats in which a scan keeps the states at its chunks' starts for the backward pass."""
+        return int(self._dll.pm_scan_chunk_floats(batch, length, width, states))
+
+    def call(self, op: str, *fields: int) -> None:
+        """Runs `op` on an argument struct of these 8-byte fields, after the two that describe torch's thread pool."""
+        count = len(fields) + 2
+        packed = (ctypes.c_int64 * count)(self._parallel_for, torch.get_num_threads(), *fields)
+        if self._dll[f"pm_{op}"](packed, ctypes.c_int64(8 * count)) != 0:
+            raise RuntimeError(f"pm_{op}: {count} fields do not make its argument struct")
+
+    def map(self, which: str, x: Tensor) -> Tensor:
+        """exp, exp2, sigmoid or softplus of a contiguous float32 tensor, as the kernels compute it."""
+        out = torch.empty_like(x)
+        code = ("exp", "exp2", "sigmoid", "softplus").index(which)
+        sizes = ctypes.c_int64(code), ctypes.c_int64(x.numel())
+        self._dll.pm_map(sizes[0], ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), sizes[1])
+        return out
+
+
+def _torch_pool() -> tuple[int, ctypes.CDLL]:
+    """The address of libtorch's torch_parallel_for (torch/csrc/stable/c/shim.h, torch >= 2.10)."""
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu{_SUFFIX}"
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "torch_parallel_for"):
+        raise OSError(f"torch {torch.__version__} has no torch_parallel_for; torch >= 2.10 is needed")
+    address = ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
+    assert address is not None
+    return address, library
+
+
+def library_dir() -> Path:
+    """Where the libraries are: beside this file, or PROTOMAMBA_LIBRARY_DIR."""
+    return Path(os.environ.get("PROTOMAMBA_LIBRARY_DIR") or Path(__file__).parent)
+
+
+@functools.cache
+def load(level: str) -> Library:
+    """The library of one level. UserError if it is missing or this CPU cannot run it."""
+    library = Library(level)
+    if LEVELS.index(level) > library.cpu_level:
+        raise UserError(f"CPU level {level}: this CPU supports no more than {LEVELS[library.cpu_level]}")
+    return library
+
+
+def levels() -> list[str]:
+    """The levels that are built and that this CPU can run, highest first; empty without native kernels."""
+    found = []
+    for level in reversed(LEVELS):
+        try:
+            load(level)
+        except UserError:
+            continue
+        found.append(level)
+    return found
+
+
+@functools.cache
+def _best() -> Library:
+    forced = _level or os.environ.get("PROTOMAMBA_CPU_LEVEL")
+    if forced:
+        if forced not in LEVELS:
+            raise ConfigError(f"PROTOMAMBA_CPU_LEVEL: expected one of {', '.join(LEVELS)}, got {forced!r}")
+        return load(forced)
+    baseline = load("baseline")
+    for level in reversed(LEVELS[: baseline.cpu_level + 1]):
+        if (library_dir() / f"libprotomamba_{level}{_SUFFIX}").is_file():
+            return load(level)
+    return baseline
+
+
+def available() -> tuple[bool, str]:
+    """Whether native kernels can be used here, and why (not)."""
+    try:
+        return True, f"native kernels, CPU level {_best().level}"
+    except ConfigError:
+        raise
+    except UserError as error:
+        return False, str(error)
+
+
+def set_kernels(mode: str) -> None:
+    """Chooses the path of every op: "auto" (native where possible), "native" (an error otherwise) or "reference"."""
+    global _mode
+    if mode not in MODES:
+        raise ConfigError(f"kernels: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "native":
+        _best()
+    _mode = mode
+
+
+def set_level(level: str | None) -> None:
+    """Forces a CPU level from here on; None goes back to PROTOMAMBA_CPU_LEVEL or the best one."""
+    global _level
+    _level = level
+    _best.cache_clear()
+    _auto.cache_clear()
+
+
+def get_kernels() -> str:
+    """The mode in force: what set_kernels chose, else PROTOMAMBA_KERNELS, else "auto"."""
+    if _mode is None:
+        set_kernels(os.environ.get("PROTOMAMBA_KERNELS") or "auto")
+        assert _mode is not None
+    return _mode
+
+
+@functools.cache
+def _auto() -> Library | None:
+    found, why = available()
+    if found:
+        return _best()
+    _log.warning("kernels: the reference path is used, which is slow: %s", why)
+    return None
+
+
+def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> Library | None:
+    """The library to run `op` on x with, or None for the reference path."""
+    mode = get_kernels()
+    if mode == "reference":
+        return None
+    if x.dtype in dtypes and x.device.type == "cpu":
+        return _auto() if mode == "auto" else _best()
+    if mode == "native":
+        raise ValueError(f"{op}: kernels are set to native, which does not take {x.dtype} on {x.device}; set auto")
+    return None
+
+
+def needs_backward(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a gradient through any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of a contiguous tensor's data; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def view(x: Tensor | None) -> tuple[int, int, int]:
+    """Address, batch stride and row stride of a (batch, row, lane) tensor with adjacent lanes; zeros for None."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def mask_view(x_BL: Tensor | None) -> tuple[int, int, int]:
+    """The view of a contiguous (batch, row) mask: its rows are single lanes."""
+    return (0, 0, 0) if x_BL is None else (x_BL.data_ptr(), x_BL.shape[1], 1)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x itself if its lanes are adjacent, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def float_bits(x: float) -> int:
+    """A double as the int64 with the same bits."""
+    return int(struct.unpack("q", struct.pack("d", x))[0])
