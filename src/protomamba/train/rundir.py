@@ -155,7 +155,7 @@ class RunDir:
         mine = [path for path in _checkpoints(self.folder) if _number(path) is not None and self._is_mine(path)]
         mine.sort(key=lambda path: _number(path) or 0)
         older = [path for path in mine if (_number(path) or 0) < before]
-        kept = set(older[len(older) - self.keep_last :])
+        kept = set(older[max(0, len(older) - self.keep_last) :])
         for path in mine:
             if path not in kept:
                 self._remove(path)

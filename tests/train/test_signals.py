@@ -1,0 +1,80 @@
+"""Promise 5 of the reliability design, as far as it is the handler's: real signals to real processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
+
+LOOP = """
+import sys
+from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        pass
+    print("saving", flush=True)
+    if sys.argv[1] == "slow":
+        sum(range(10**12))  # deep in C: Python gets no chance to run a handler
+    print("saved", flush=True)
+sys.exit(STOPPED_EXIT_CODE)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_one_signal_stops_in_order_and_a_second_at_once(number: signal.Signals) -> None:
+    for mode in ("quick", "slow"):
+        command = [sys.executable, "-c", LOOP, mode]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            assert process.stdout.readline() == "saving\n"
+            if mode == "slow":
+                process.send_signal(number)
+            out, err = process.communicate()
+        assert f"{number.name}: finishing this step and saving" in err
+        if mode == "quick":
+            assert (out, process.returncode) == ("saved\n", STOPPED_EXIT_CODE)
+        else:
+            assert (out, process.returncode) == ("", -number)
+
+
+def test_the_former_handlers_come_back(capfd: pytest.CaptureFixture[str]) -> None:
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with StopRequest() as stop:
+        assert not stop.requested and stop.signal is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and stop.signal is signal.SIGTERM
+    assert {number: signal.getsignal(number) for number in former} == former
+    assert capfd.readouterr().err.startswith("\nSIGTERM: ")
+
+
+def test_a_closed_stderr_is_no_obstacle() -> None:
+    code = "import os, signal\nfrom protomamba.train.signals import StopRequest\nos.close(2)\n"
+    code += (
+        "with StopRequest() as stop:\n    signal.raise_signal(signal.SIGINT)\n    os._exit(7 if stop.requested else 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 7
+
+
+def test_in_another_thread_only_request_stops() -> None:
+    seen = []
+
+    def run() -> None:
+        with StopRequest() as stop:
+            seen.append(stop.requested)
+            stop.request()
+            seen.append(stop.requested)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False, True] and signal.getsignal(signal.SIGTERM) is before
