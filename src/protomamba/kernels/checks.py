@@ -9,7 +9,7 @@ def check_shapes(op: str, *, sizes: dict[str, int] | None = None, **tensors: Ten
     """Checks every tensor against the suffix of its name and returns the size of each letter.
 
     `u_BLE` has the dimensions B, L and E, `weight_E1K` a 1 in the middle; a letter has one size throughout.
-    None is skipped. `sizes` fixes letters beforehand. ValueError names the op, the tensor, what was expected and what was found.
+    None is skipped. `sizes` fixes letters beforehand. ValueError names the op, the tensor, what was expected and found.
     """
     known = dict(sizes or {})
     for name, tensor in tensors.items():

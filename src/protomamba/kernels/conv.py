@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,45 +33,52 @@ def causal_conv(
     library = native.select("causal_conv", u_BLE)
     if library is None:
         return reference.causal_conv(u_BLE, weight_E1K, bias_E, initial_state_BKE, return_last_state, reset_BL)
-    wide = [None if x is None else x.float().contiguous() for x in (weight_E1K, bias_E, initial_state_BKE)]
+    weight = weight_E1K.float().contiguous()
+    bias, initial = (None if x is None else x.float().contiguous() for x in (bias_E, initial_state_BKE))
+    inputs = ConvInputs(native.rows(u_BLE), weight, bias, initial)
     reset = None if reset_BL is None else reset_BL.bool().contiguous()
-    y_BLE, last_BKE = _Conv.apply(library, return_last_state, reset, native.rows(u_BLE), *wide)
+    keep = native.needs_backward(*inputs)
+    y_BLE, last_BKE = native.apply(_Conv, library, keep, return_last_state, reset, *inputs)
     return (y_BLE, last_BKE) if return_last_state else y_BLE
+
+
+class ConvInputs(NamedTuple):
+    """u float32 or bfloat16 with adjacent lanes, the rest contiguous float32."""
+
+    u: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial: Tensor | None
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, library: Library, want_last: bool, reset: Tensor | None, *tensors: Any
+    def forward(
+        ctx: Any, library: Library, keep: bool, want_last: bool, reset: Tensor | None, *inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        y, last = conv_forward(library, reset, *tensors, want_last=want_last)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(reset, *tensors)
-        ctx.library = library
-        return y, last
+        if keep:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(reset, *inputs)
+            ctx.library = library
+        return conv_forward(library, reset, ConvInputs(*inputs), want_last=want_last)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        reset, u, *wide = ctx.saved_tensors
-        dy = torch.zeros_like(u) if dy is None else native.rows(dy)
+        reset, *saved = ctx.saved_tensors
+        inputs = ConvInputs(*saved)
+        dy = torch.zeros_like(inputs.u) if dy is None else native.rows(dy)
         dlast = None if dlast is None else dlast.contiguous()
-        du = torch.empty(u.shape, dtype=u.dtype)
-        grads = (None, None, None, du, *conv_backward(ctx.library, reset, u, *wide, dy, dlast, du=du))
-        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        du = torch.empty(inputs.u.shape, dtype=inputs.u.dtype)
+        grads = (du, *conv_backward(ctx.library, reset, inputs, dy, dlast, du))
+        return *(None,) * 4, *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[4:], strict=True))
 
 
 def conv_forward(
-    library: Library,
-    reset: Tensor | None,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    *,
-    want_last: bool,
+    library: Library, reset: Tensor | None, inputs: ConvInputs, *, want_last: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """y and the last state if wanted. Lanes of u adjacent; weight, bias and state contiguous float32."""
+    """y, and the last state if wanted."""
+    u, weight, bias, initial = inputs
     n_batch, length, width = u.shape
     taps = weight.shape[-1]
     y = torch.empty(u.shape, dtype=u.dtype)
@@ -87,20 +94,13 @@ def conv_forward(
 
 
 def conv_backward(
-    library: Library,
-    reset: Tensor | None,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    dy: Tensor,
-    dlast: Tensor | None,
-    *,
-    du: Tensor,
+    library: Library, reset: Tensor | None, inputs: ConvInputs, dy: Tensor, dlast: Tensor | None, du: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Writes du, with any strides of its rows; returns the gradients of weight, bias and initial."""
+    u, weight, bias, initial = inputs
     n_batch, length, width = u.shape
-    dweight, dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (weight, bias, initial))
+    dweight = torch.empty_like(weight)
+    dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (bias, initial))
     library.call(
         "conv_backward",
         n_batch, length, width, weight.shape[-1], u.dtype == torch.bfloat16,
@@ -108,5 +108,4 @@ def conv_backward(
         pointer(weight), pointer(bias), pointer(initial), 0,
         *view(dy), *view(du), pointer(dlast), pointer(dweight), pointer(dbias), pointer(dinitial),
     )  # fmt: skip
-    assert dweight is not None
     return dweight, dbias, dinitial

@@ -26,7 +26,7 @@ BACKENDS = ("torch", "onednn")
 @functools.cache
 def _linear_op() -> Any:
     """oneDNN's x @ w.T as torch exposes it, or None where this torch is built without it."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         return torch.ops.mkldnn._linear_pointwise
@@ -54,7 +54,8 @@ def backend() -> str:
             raise ConfigError("PROTOMAMBA_MATMUL=onednn: this torch is built without oneDNN")
         return forced
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    mkl_is_slow = wide and torch.backends.mkl.is_available() and _cpu_vendor() not in ("", "GenuineIntel")
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    mkl_is_slow = wide and has_mkl and _cpu_vendor() not in ("", "GenuineIntel")
     return "onednn" if mkl_is_slow and _linear_op() is not None else "torch"
 
 

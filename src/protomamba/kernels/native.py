@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,6 +179,11 @@ def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) 
 def needs_backward(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a gradient through any of these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *inputs: object) -> Any:
+    """function.apply(*inputs), which torch leaves untyped."""
+    return function.apply(*inputs)  # type: ignore[no-untyped-call]
 
 
 def pointer(x: Tensor | None) -> int:

@@ -20,7 +20,8 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
     library = native.select("rms_norm", x_BLD, (torch.float32,))
     if library is None:
         return reference.rms_norm(x_BLD, weight_D, eps)
-    y_TD, _ = _Norm.apply(library, eps, x_TD.contiguous(), None, weight_D.float().contiguous())
+    y_TD: Tensor
+    y_TD, _ = native.apply(_Norm, library, eps, x_TD.contiguous(), None, weight_D.float().contiguous())
     return y_TD.view(x_BLD.shape)
 
 
@@ -32,13 +33,13 @@ def add_rms_norm(x_BLD: Tensor, residual_BLD: Tensor, weight_D: Tensor, eps: flo
     if library is None or residual_BLD.dtype != torch.float32:
         return reference.add_rms_norm(x_BLD, residual_BLD, weight_D, eps)
     weight = weight_D.float().contiguous()
-    y_TD, total_TD = _Norm.apply(library, eps, x_TD.contiguous(), residual_TD.contiguous(), weight)
+    y_TD, total_TD = native.apply(_Norm, library, eps, x_TD.contiguous(), residual_TD.contiguous(), weight)
     return y_TD.view(x_BLD.shape), total_TD.view(x_BLD.shape)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, library: Library, eps: float, x: Tensor, residual: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         y, total, scale = norm_forward(library, x, weight, eps, torch.float32, residual)
@@ -48,7 +49,7 @@ class _Norm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, scale = ctx.saved_tensors
         _, _, _, needs_residual, needs_weight = ctx.needs_input_grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,62 +43,73 @@ def selective_scan(
             u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, skip_E, z_BLE, delta_bias_E, delta_softplus, initial_state_BEN,
             return_last_state, reset_BL,
         )  # fmt: skip
-    narrow = [None if x is None else native.rows(x.to(u_BLE.dtype)) for x in (u_BLE, delta_BLE, B_BLN, C_BLN, z_BLE)]
-    wide = [None if x is None else x.float().contiguous() for x in (A_EN, skip_E, delta_bias_E, initial_state_BEN)]
+    u, delta, B, C = (native.rows(x.to(u_BLE.dtype)) for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
+    z = None if z_BLE is None else native.rows(z_BLE.to(u_BLE.dtype))
+    skip, bias, initial = (
+        None if x is None else x.float().contiguous() for x in (skip_E, delta_bias_E, initial_state_BEN)
+    )
+    inputs = ScanInputs(u, delta, B, C, z, A_EN.float().contiguous(), skip, bias, initial)
     reset = None if reset_BL is None else reset_BL.bool().contiguous()
-    keep = native.needs_backward(*narrow, *wide)
-    y_BLE, last_BEN = _Scan.apply(library, keep, delta_softplus, return_last_state, reset, *narrow, *wide)
+    keep = native.needs_backward(*inputs)
+    y_BLE, last_BEN = native.apply(_Scan, library, keep, delta_softplus, return_last_state, reset, *inputs)
     return (y_BLE, last_BEN) if return_last_state else y_BLE
+
+
+class ScanInputs(NamedTuple):
+    """Float32 or bfloat16 with adjacent lanes up to z, contiguous float32 after it."""
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
+    A: Tensor
+    skip: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+
+
+class ScanGradients(NamedTuple):
+    """Where the backward pass writes: shaped as the inputs of the same name, any strides of the rows."""
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, library: Library, keep: bool, softplus: bool, want_last: bool, reset: Tensor | None, *tensors: Any
+    def forward(
+        ctx: Any, library: Library, keep: bool, softplus: bool, want_last: bool, reset: Tensor | None, *inputs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        y, last, chunks = scan_forward(library, softplus, reset, *tensors, keep=keep, want_last=want_last)
+        y, last, chunks = scan_forward(library, softplus, reset, ScanInputs(*inputs), keep=keep, want_last=want_last)
         if keep:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(reset, chunks, *tensors)
+            ctx.save_for_backward(reset, chunks, *inputs)
             ctx.library, ctx.softplus = library, softplus
         return y, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        reset, chunks, *tensors = ctx.saved_tensors
-        dy = torch.zeros_like(tensors[0]) if dy is None else native.rows(dy)
+        reset, chunks, *saved = ctx.saved_tensors
+        inputs = ScanInputs(*saved)
+        dy = torch.zeros_like(inputs.u) if dy is None else native.rows(dy)
         dlast = None if dlast is None else dlast.contiguous()
-        narrow = [
-            None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:5]
-        ]
-        du, ddelta, dB, dC, dz = narrow
-        assert du is not None and ddelta is not None and dB is not None and dC is not None
-        wide = scan_backward(
-            ctx.library, ctx.softplus, reset, chunks, *tensors, dy, dlast, du=du, ddelta=ddelta, dB=dB, dC=dC, dz=dz
-        )
-        grads = (None, None, None, None, None, *narrow, *wide)
-        return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        u, delta, B, C = (torch.empty(x.shape, dtype=x.dtype) for x in inputs[:4])
+        grads = ScanGradients(u, delta, B, C, None if inputs.z is None else torch.empty_like(u))
+        wide = scan_backward(ctx.library, ctx.softplus, reset, inputs, chunks, dy, dlast, grads)
+        needed = ctx.needs_input_grad[5:]
+        return *(None,) * 5, *(g if need else None for g, need in zip((*grads, *wide), needed, strict=True))
 
 
 def scan_forward(
-    library: Library,
-    softplus: bool,
-    reset: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    skip: Tensor | None,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    *,
-    keep: bool,
-    want_last: bool,
+    library: Library, softplus: bool, reset: Tensor | None, inputs: ScanInputs, *, keep: bool, want_last: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y, the last state if wanted, what the backward pass needs if `keep`. Lanes adjacent, A and states contiguous."""
+    """y, the last state if wanted, and the states at the chunks' starts for the backward pass if `keep`."""
+    u, delta, B, C, z, A, skip, bias, initial = inputs
     n_batch, length, width = u.shape
     n_state = A.shape[1]
     y = torch.empty(u.shape, dtype=u.dtype)
@@ -118,35 +129,23 @@ def scan_backward(
     library: Library,
     softplus: bool,
     reset: Tensor | None,
+    inputs: ScanInputs,
     chunks: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    B: Tensor,
-    C: Tensor,
-    z: Tensor | None,
-    A: Tensor,
-    skip: Tensor | None,
-    bias: Tensor | None,
-    initial: Tensor | None,
     dy: Tensor,
     dlast: Tensor | None,
-    *,
-    du: Tensor,
-    ddelta: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    dz: Tensor | None,
+    grads: ScanGradients,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Writes du, ddelta, dB, dC and dz, with any strides of their rows; returns those of A, skip, bias, initial."""
+    """Writes `grads`; returns the gradients of A, skip, bias and initial."""
+    u, delta, B, C, z, A, skip, bias, initial = inputs
     n_batch, length, width = u.shape
-    dA, dskip, dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (A, skip, bias, initial))
+    dA = torch.empty_like(A)
+    dskip, dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (skip, bias, initial))
     library.call(
         "scan_backward",
         n_batch, length, width, A.shape[1], u.dtype == torch.bfloat16, softplus,
         *view(u), *view(delta), *view(B), *view(C), *view(z), 0, 0, 0, *mask_view(reset),
         pointer(A), pointer(skip), pointer(bias), pointer(initial), 0, pointer(chunks),
-        *view(dy), *view(du), *view(ddelta), *view(dB), *view(dC), *view(dz),
+        *view(dy), *view(grads.u), *view(grads.delta), *view(grads.B), *view(grads.C), *view(grads.z),
         pointer(dlast), pointer(dA), pointer(dskip), pointer(dbias), pointer(dinitial),
     )  # fmt: skip
-    assert dA is not None
     return dA, dskip, dbias, dinitial

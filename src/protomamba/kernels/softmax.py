@@ -36,15 +36,13 @@ def softmax_loss(z_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, block: int 
         return reference.softmax_loss(z_TD, weight_VD, targets_T)
     rows = block or max(BLOCK_LOGITS // sizes["V"], MIN_BLOCK)
     keep = native.needs_backward(z_TD, weight_VD)
-    loss: Tensor = _SoftmaxLoss.apply(keep, rows, z_TD.contiguous(), weight_VD.contiguous(), targets_T.long())
+    loss: Tensor = native.apply(_SoftmaxLoss, keep, rows, z_TD.contiguous(), weight_VD.contiguous(), targets_T.long())
     return loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, keep: bool, rows: int, z: Tensor, weight: Tensor, targets: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, keep: bool, rows: int, z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         count = max(int((targets >= 0).sum()), 1)
         needs_z, needs_weight = (keep and needed for needed in ctx.needs_input_grad[2:4])
         dz = torch.empty_like(z) if needs_z else None
@@ -62,7 +60,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return (total / count).to(reference.compute_dtype(z))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dz, dweight = (None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors)
         return None, None, dz, dweight, None

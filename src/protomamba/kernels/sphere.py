@@ -25,7 +25,7 @@ def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Te
     if library is None:
         return reference.prototype_loss(z_TD, prototypes_VD, targets_T)
     z, prototypes = z_TD.contiguous(), prototypes_VD.float().contiguous()
-    loss: Tensor = _PrototypeLoss.apply(library, z, prototypes, targets_T.long().contiguous())
+    loss: Tensor = native.apply(_PrototypeLoss, library, z, prototypes, targets_T.long().contiguous())
     return loss
 
 
@@ -38,9 +38,7 @@ def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
 
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
         n_token, width = z.shape
         loss, per_token = torch.empty(()), torch.empty(3, n_token)
         library.call(
@@ -51,10 +49,11 @@ class _PrototypeLoss(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(z, prototypes, targets, per_token)
         ctx.library, ctx.count = library, max(int((targets >= 0).sum()), 1)
-        return loss / ctx.count
+        mean: Tensor = loss / ctx.count
+        return mean
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         z, prototypes, targets, per_token = ctx.saved_tensors
         _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
