@@ -70,6 +70,10 @@ class Head(nn.Module, ABC):
         """Factors on the learning rate of the head's parameters, by name; 1 where missing."""
         return {}
 
+    def penalty(self) -> Tensor | None:
+        """A term that each update minimises beside the loss, counted once however many micro-batches there are."""
+        return None
+
     def after_update(self) -> None:
         """Called after each update of the parameters."""
 
@@ -90,15 +94,9 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def evaluate(self, z_BLD: Tensor, targets_BL: Tensor) -> Evaluation:
-        """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept.
-
-        The loss is that of evaluation mode (`self.training` False), whatever the mode the head is in.
-        """
+        """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept."""
         z_TD, targets_T = _valid(z_BLD, targets_BL)
-        was_training = self.training
-        self.eval()
         loss = float(self(z_TD, targets_T)) if len(targets_T) else 0.0
-        self.train(was_training)
         correct, likelihood = 0, 0.0
         probabilistic = True
         for z_RD, targets_R in zip(self._blocks(z_TD), self._blocks(targets_T), strict=True):
@@ -147,11 +145,13 @@ class HyperspherePrototypes(Head):
         self.register_buffer("scale", torch.tensor(math.sqrt(2) * math.log(max(2, self.classes - 1))))
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        """The loss; in training mode with the separation term of learned prototypes."""
-        loss = prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_BL.reshape(-1))
-        if self.training and self.separation > 0 and self.prototypes.requires_grad:
-            loss = loss + self.separation * self._crowding()
-        return loss
+        return prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_BL.reshape(-1))
+
+    def penalty(self) -> Tensor | None:
+        """The separation term of learned prototypes; each call draws the next sample."""
+        if self.separation > 0 and self.prototypes.requires_grad:
+            return self.separation * self._crowding()
+        return None
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
@@ -167,7 +167,7 @@ class HyperspherePrototypes(Head):
 
     @torch.no_grad()
     def after_update(self) -> None:
-        """Back to unit length: the gradient is tangential, so each update makes a prototype longer and slower to turn."""
+        """Back to unit length: gradients are tangential, so each update makes a prototype longer and slower to turn."""
         if self.learned and self.prototypes.requires_grad:
             self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
 

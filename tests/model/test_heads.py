@@ -1,0 +1,300 @@
+"""Heads: exact gradients, blocks equal the whole, prototypes that stay or stay apart, a scale that is found again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from protomamba.config import ModelConfig
+from protomamba.errors import ConfigError
+from protomamba.model import heads, prototypes
+from protomamba.model.heads import HEADS, Evaluation, Head, HyperspherePrototypes, SoftmaxHead
+
+
+@pytest.fixture(autouse=True)
+def quick_placement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prototypes, "POLISH_PASSES", 3)
+
+
+def config(classes: int = 37, width: int = 8, **fields: Any) -> ModelConfig:
+    return ModelConfig(vocab_size=classes, d_model=width, **fields)
+
+
+def batch(classes: int = 37, width: int = 8, rows: int = 5, length: int = 7) -> tuple[Tensor, Tensor]:
+    """z (B, L, D) and targets (B, L), about a quarter of them ignored."""
+    generator = torch.Generator().manual_seed(3)
+    z_BLD = torch.randn(rows, length, width, generator=generator)
+    targets_BL = torch.randint(classes, (rows, length), generator=generator)
+    targets_BL[torch.rand(rows, length, generator=generator) < 0.25] = -100
+    return z_BLD, targets_BL
+
+
+def plain_hpn_loss(z_BLD: Tensor, prototypes_VD: Tensor, targets_BL: Tensor) -> Tensor:
+    kept = targets_BL >= 0
+    return (1 - F.cosine_similarity(z_BLD[kept], prototypes_VD[targets_BL[kept]], dim=-1)).square().mean()
+
+
+def plain_softmax_loss(z_BLD: Tensor, weight_VD: Tensor, targets_BL: Tensor) -> Tensor:
+    return F.cross_entropy((z_BLD @ weight_VD.t()).flatten(0, -2), targets_BL.flatten(), ignore_index=-100)
+
+
+class Tensors(TorchDispatchMode):
+    """Records the size of the largest tensor any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, Tensor):
+                self.largest = max(self.largest, item.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["hpn", "softmax"])
+def test_loss_and_gradients_are_those_of_the_formula(name: str, dtype: torch.dtype) -> None:
+    head = HEADS[name](config(separation=0.0)).to(dtype)
+    (weight,) = head.parameters()
+    z_BLD, targets_BL = batch()
+    z_BLD = z_BLD.to(dtype).requires_grad_()
+    plain = {"hpn": plain_hpn_loss, "softmax": plain_softmax_loss}[name](z_BLD, weight, targets_BL)
+    expected = torch.autograd.grad(plain, [z_BLD, weight])
+    loss = head(z_BLD, targets_BL)
+    found = torch.autograd.grad(loss, [z_BLD, weight])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert abs(float(loss.detach() - plain.detach())) < tolerance * max(1.0, float(plain.detach()))
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < tolerance * other.abs().max().clamp_min(1e-3)
+
+
+def test_the_separation_term_has_the_gradient_of_its_value() -> None:
+    head = HyperspherePrototypes(config(separation=3.0)).double()
+    head.SAMPLE = 20  # type: ignore[misc]
+    z_BLD, targets_BL = batch()
+
+    def loss(z_BLD: Tensor, prototypes_VD: Tensor) -> Tensor:
+        head.draws.zero_()
+        del head.prototypes
+        head.prototypes = prototypes_VD
+        penalty = head.penalty()
+        assert penalty is not None
+        return head(z_BLD, targets_BL) + penalty
+
+    head._parameters.pop("prototypes")
+    start = torch.randn(37, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    head.prototypes = start
+    assert torch.autograd.gradcheck(loss, (z_BLD.double().requires_grad_(), start.requires_grad_()))
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+@pytest.mark.parametrize("block", [1, 2 * 37, 3 * 37 + 5, 10**6])
+def test_blocks_equal_the_whole(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_SCORES", block)
+    head = HEADS[name](config(separation=0.0))
+    z_BLD, targets_BL = batch()
+    kept = targets_BL >= 0
+    with torch.no_grad():
+        scores_BLV, logits_BLV, loss = head.scores(z_BLD), head.logits(z_BLD), head(z_BLD, targets_BL)
+    assert scores_BLV.shape == (5, 7, 37) and logits_BLV is not None
+    assert torch.equal(head.predict(z_BLD), scores_BLV.argmax(-1))
+    found = head.evaluate(z_BLD, targets_BL)
+    assert found.count == int(kept.sum())
+    assert found.correct == int((scores_BLV.argmax(-1) == targets_BL)[kept].sum())
+    assert found.loss_sum == pytest.approx(float(loss) * found.count, rel=1e-5)
+    likelihood = -F.cross_entropy(logits_BLV[kept], targets_BL[kept], reduction="sum")
+    assert found.log_likelihood_sum == pytest.approx(float(likelihood), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_a_class_per_row_works_as_a_class_per_token(name: str) -> None:
+    head = HEADS[name](config(separation=0.0))
+    z_BLD, targets_BL = batch()
+    assert torch.equal(head.predict(z_BLD[:, 2]), head.predict(z_BLD)[:, 2])
+    assert head(z_BLD[:, 2], targets_BL[:, 2]).ndim == 0
+    assert torch.allclose(head(z_BLD[:, 2], targets_BL[:, 2]), head(z_BLD[:, 2:3], targets_BL[:, 2:3]))
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_ignored_targets_count_for_nothing(name: str) -> None:
+    head = HEADS[name](config())
+    z_BLD, targets_BL = batch()
+    other_BLD = torch.where((targets_BL < 0)[..., None], 100 * z_BLD, z_BLD)
+    assert torch.equal(head.eval()(z_BLD, targets_BL), head(other_BLD, targets_BL))
+    none_BL = torch.full_like(targets_BL, -100)
+    z_BLD.requires_grad_()
+    loss = head(z_BLD, none_BL)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and z_BLD.grad is not None and not z_BLD.grad.any()
+    assert head.evaluate(z_BLD, none_BL) == Evaluation(0.0, 0, 0, 0.0)
+
+
+def test_loss_and_evaluation_are_without_the_penalty() -> None:
+    head = HyperspherePrototypes(config(separation=5.0))
+    z_BLD, targets_BL = batch()
+    found = head.evaluate(z_BLD, targets_BL)
+    assert int(head.draws) == 0
+    plain = plain_hpn_loss(z_BLD, head.prototypes.detach(), targets_BL)
+    assert found.loss_sum / found.count == pytest.approx(float(plain), rel=1e-5)
+    assert float(head(z_BLD, targets_BL).detach()) == pytest.approx(float(plain), rel=1e-5)
+
+
+def train(head: Head, steps: int, lr: float = 0.05) -> Tensor:
+    """Train z and the head together on random targets, as a model would: the collapse in its purest form."""
+    z_BLD, targets_BL = batch(rows=8, length=32)
+    z_BLD.requires_grad_()
+    optimizer = torch.optim.AdamW([z_BLD, *head.parameters()], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        head(z_BLD, targets_BL).backward()
+        optimizer.step()
+        head.after_update()
+    return z_BLD.detach()
+
+
+def test_fixed_prototypes_never_move() -> None:
+    head = HyperspherePrototypes(config(prototypes="fixed"))
+    before = head.prototypes.clone()
+    assert not list(head.parameters()) and "prototypes" in head.state_dict()
+    train(head, 5)
+    assert torch.equal(before, head.prototypes)
+
+
+def test_learned_prototypes_move_and_keep_their_length() -> None:
+    head = HyperspherePrototypes(config())
+    before = head.prototypes.detach().clone()
+    train(head, 5)
+    assert not torch.allclose(before, head.prototypes)
+    assert (head.prototypes.detach().norm(dim=1) - 1).abs().max() < 1e-6
+
+
+def test_health_tells_a_collapse_from_a_placement() -> None:
+    head = HyperspherePrototypes(config())
+    assert head.health()["nearest_cosine"] < 0.5
+    with torch.no_grad():
+        noise = 0.05 * torch.randn(37, 8, generator=torch.Generator().manual_seed(0))
+        head.prototypes.copy_(F.normalize(torch.ones(8) + noise, dim=1))
+    assert head.health()["nearest_cosine"] > 0.9
+
+
+def test_separation_prevents_the_collapse_that_comes_without_it() -> None:
+    def spread(separation: float) -> float:
+        torch.manual_seed(0)
+        shared = torch.nn.Linear(4, 8)  # a model too small to tell the classes apart pulls their prototypes together
+        head = HyperspherePrototypes(config(separation=separation))
+        x, targets = torch.randn(256, 4), torch.arange(256) % 37
+        optimizer = torch.optim.AdamW([*shared.parameters(), *head.parameters()], lr=0.02)
+        for _ in range(300):
+            optimizer.zero_grad()
+            penalty = head.penalty()
+            (head(shared(x), targets) + (0.0 if penalty is None else penalty)).backward()
+            optimizer.step()
+            head.after_update()
+        return head.health()["nearest_cosine"]
+
+    assert spread(0.0) > 0.9
+    assert spread(10.0) < 0.7
+
+
+def test_the_sample_depends_on_the_state_alone() -> None:
+    head = HyperspherePrototypes(config(classes=1000, separation=1.0))
+    with torch.no_grad():
+        head.prototypes.add_(0.3 * torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)))
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in head.state_dict().items()}
+
+    def drawn() -> float:
+        penalty = head.penalty()
+        assert penalty is not None
+        return float(penalty.detach())
+
+    first = drawn()
+    assert drawn() != first
+    head.load_state_dict(state)
+    torch.rand(3)
+    assert drawn() == first
+    torch.set_rng_state(before)
+
+
+@pytest.mark.parametrize("true_scale", [0.5, 4.0, 11.0, 60.0])
+def test_fit_finds_the_scale_that_made_the_targets(true_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_SCORES", 37 * 500)
+    monkeypatch.setattr(heads, "FIT_TARGETS", 40_000)
+    head = HyperspherePrototypes(config())
+    generator = torch.Generator().manual_seed(1)
+    z_TD = torch.randn(40_000, 8, generator=generator)
+    with torch.no_grad():
+        probability_TV = (true_scale * head.scores(z_TD)).softmax(-1)
+    targets_T = torch.multinomial(probability_TV, 1, generator=generator)[:, 0]
+    targets_T[::10] = -100
+    head.fit((z, y) for z, y in zip(z_TD.split(7_000), targets_T.split(7_000), strict=True))
+    assert float(head.scale) == pytest.approx(true_scale, rel=0.03 if true_scale > 1 else 0.15)
+    assert "scale" in head.state_dict()
+
+
+def test_fit_survives_what_has_no_finite_answer() -> None:
+    head = HyperspherePrototypes(config())
+    start = float(head.scale)
+    z_TD = head.prototypes.detach().clone()
+    head.fit([])
+    head.fit([(z_TD, torch.full((37,), -100))])
+    head.fit([(z_TD * math.nan, torch.arange(37))])
+    assert float(head.scale) == start
+    head.fit([(z_TD, torch.arange(37))])
+    assert start < float(head.scale) <= 1e5, "every target hit: the likelihood grows without end, the scale does not"
+    head.fit([(-z_TD, torch.arange(37))])
+    assert 0 < float(head.scale) < start
+
+
+def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() -> None:
+    classes, width, tokens = 3_000, 8, 600
+    z_BLD, targets_BL = batch(classes, width, 6, 100)
+    for kind in ("fixed", "learned"):
+        head = HyperspherePrototypes(config(classes, width, prototypes=kind))
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3) if kind == "learned" else None
+        with Tensors() as seen:
+            head(z_BLD.requires_grad_(), targets_BL).backward()
+            if optimizer:
+                optimizer.step()
+            head.after_update()
+        assert 0 < seen.largest <= max(classes * width, head.SAMPLE**2)
+        assert seen.largest < min(classes * classes, tokens * classes) / 10
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_validation_keeps_to_its_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "BLOCK_SCORES", 50_000)
+    head = HEADS[name](config(3_000)).eval()
+    z_BLD, targets_BL = batch(3_000, 8, 6, 100)
+    with Tensors() as seen:
+        head.predict(z_BLD)
+        head.fit([(z_BLD, targets_BL)])
+        if name == "hpn":
+            head.evaluate(z_BLD, targets_BL)
+    assert seen.largest <= 50_000
+
+
+def test_tying_shares_the_matrix_or_says_why_not() -> None:
+    embedding = torch.nn.Embedding(37, 8)
+    head = SoftmaxHead(config())
+    head.tie(embedding.weight)
+    assert head.weight is embedding.weight
+    with pytest.raises(ConfigError, match="the embedding has 37 rows, the head 5 classes"):
+        SoftmaxHead(config(n_class=5)).tie(embedding.weight)
+    with pytest.raises(ConfigError, match="HyperspherePrototypes cannot share"):
+        HyperspherePrototypes(config()).tie(embedding.weight)
+
+
+def test_classes_of_their_own_and_a_single_class() -> None:
+    assert HyperspherePrototypes(config(n_class=10)).prototypes.shape == (10, 8)
+    for name in HEADS:
+        head = HEADS[name](config(n_class=1))
+        z_BLD, targets_BL = batch(1)
+        head(z_BLD, targets_BL).backward()
+        assert not head.predict(z_BLD).any()
+        assert head.evaluate(z_BLD, targets_BL).log_likelihood_sum == pytest.approx(0.0, abs=1e-6)
