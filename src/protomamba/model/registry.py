@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from protomamba.config import ModelConfig, nearest
 from protomamba.errors import ConfigError
@@ -32,7 +32,6 @@ def resolve(
         raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
     except AttributeError:
         raise ConfigError(f"--{what} {name}: {module_name} has no {class_name}") from None
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")
-    made: Callable[[ModelConfig], T] = found
-    return made
+    if isinstance(found, type) and issubclass(found, base):
+        return cast(Callable[[ModelConfig], T], found)
+    raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")

@@ -6,20 +6,16 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from protomamba import __version__, kernels
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit where the sources are a checkout, kernel path and CPU level, threads."""
+    """Versions, commit where the sources are a checkout; kernel path, CPU level, matrix products, threads."""
     return {
         "protomamba": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kernels": kernels.describe(),
-        "threads": torch.get_num_threads(),
+        **kernels.describe(),
     }
 
 

@@ -264,7 +264,8 @@ class Run:
             {
                 "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
                 f"torch {environment['torch']}, python {environment['python']}",
-                "kernels": f"{environment['kernels']}, {environment['threads']} threads, {config.precision}",
+                "kernels": f"{environment['kernels']} ({environment['cpu_level']}), {config.precision} products by "
+                f"{environment['matmul']}, {environment['threads']} threads",
                 "model": f"{layers}, {config.head} head over {model.config.classes:,} classes; "
                 f"{parameters:,} parameters, {moving:,} trainable",
                 "data": self.stream.describe(),
