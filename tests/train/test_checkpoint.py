@@ -81,7 +81,7 @@ NODES = st.recursive(
 STATES = st.dictionaries(st.text(max_size=5), st.dictionaries(KEYS, NODES, max_size=4), max_size=3)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=STATES, config=st.dictionaries(st.text(max_size=5), PLAIN, max_size=4))
 def test_any_state_comes_back_the_same(tmp_path: Path, parts: dict[str, Any], config: dict[str, Any]) -> None:
     path = tmp_path / "c.safetensors"

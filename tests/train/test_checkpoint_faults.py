@@ -147,7 +147,7 @@ def _loop_trials(tmp_path: Path, code: int, forever: bool, stride: int = 1) -> N
 
 
 def test_any_call_of_a_training_run_may_fail(tmp_path: Path) -> None:
-    _loop_trials(tmp_path, errno.EIO, forever=False, stride=2)
+    _loop_trials(tmp_path, errno.EIO, forever=False, stride=4)
 
 
 def test_the_disk_may_be_full_from_some_call_on(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def _kill_trials(stride: int) -> dict[str, Any]:
 
 
 def test_a_kill_at_a_sample_of_calls() -> None:
-    report = _kill_trials(stride=13)
-    assert report["failures"] == [] and report["trials"] >= 8
+    report = _kill_trials(stride=21)
+    assert report["failures"] == [] and report["trials"] >= 6
 
 
 @pytest.mark.slow

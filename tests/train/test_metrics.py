@@ -63,7 +63,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(st.sampled_from(["loss", "lr", "note", "numbers"]), VALUES))
 def test_no_bare_words_and_every_value_comes_back(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = tmp_path / "m.jsonl"

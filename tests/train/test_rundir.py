@@ -71,7 +71,7 @@ def test_best_is_written_once_with_latest_or_alone(tmp_path: Path) -> None:
     assert step_in(run.best) == 3 and step_in(run.latest) == 2
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plan=st.lists(
         st.tuples(st.integers(1, 5), st.booleans(), st.sampled_from(["go on", "resume", "damage"])), max_size=8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 
 import pytest
 
+from protomamba.train import signals
 from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
 
 LOOP = """
@@ -32,13 +34,13 @@ def test_one_signal_stops_in_order_and_a_second_at_once(number: signal.Signals) 
         command = [sys.executable, "-c", LOOP, mode]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-            assert process.stdout is not None
+            assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == "ready\n"
             process.send_signal(number)
             assert process.stdout.readline() == "saving\n"
             if mode == "slow":
                 process.send_signal(number)
-            out, err = process.communicate()
+            out, err = process.stdout.read(), process.stderr.read()
         assert f"{number.name}: finishing this step and saving" in err
         if mode == "quick":
             assert (out, process.returncode) == ("saved\n", STOPPED_EXIT_CODE)
@@ -54,6 +56,18 @@ def test_the_former_handlers_come_back(capfd: pytest.CaptureFixture[str]) -> Non
         assert stop.requested and stop.signal is signal.SIGTERM
     assert {number: signal.getsignal(number) for number in former} == former
     assert capfd.readouterr().err.startswith("\nSIGTERM: ")
+
+
+def test_an_echo_of_the_first_signal_is_not_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    def echo(seconds: float) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(signals.time, "sleep", echo)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == [signal.SIG_DFL] * 2
 
 
 def test_a_closed_stderr_is_no_obstacle() -> None:

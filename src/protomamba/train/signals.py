@@ -6,18 +6,27 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 STOPPED_EXIT_CODE = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+ECHO_S = 0.05
+
+
+def _set(action: signal.Handlers) -> None:
+    for each in _SIGNALS:
+        signal.signal(each, action)
+
 
 class StopRequest:
     """While its `with` block lasts, the first SIGTERM or SIGINT sets `requested`, which the loop polls.
 
-    The second one ends the process at once: the first puts the system's own action back, so that it works even while
-    Python is deep in a kernel. Outside the main thread, where handlers cannot be set, only `request()` sets the flag.
+    A second one ends the process at once: the first puts the system's own action back, so that it works even while
+    Python is deep in a kernel. What follows the first within ECHO_S counts as the same one: coreutils' `timeout`
+    signals the process and then its group. Outside the main thread, where handlers cannot be set, only `request()` sets the flag.
     The handlers found at the start are put back at the end.
     """
 
@@ -37,11 +46,12 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._flag.set()
-        for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        _set(signal.SIG_IGN)
         # Not print: a handler may run in the middle of another print to the same stream. The stream may be closed.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.signal.name}: finishing this step and saving; once more ends at once\n".encode())
+        time.sleep(ECHO_S)
+        _set(signal.SIG_DFL)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
