@@ -1,31 +1,68 @@
-# Every target makes what it needs; the first one makes the environment. Nothing has to be installed by hand.
+# Every target makes what it needs, in a .venv of its own: nothing has to be installed by hand.
 PYTHON ?= python3
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+KERNELS := src/protomamba/kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+READY_PARITY := $(VENV)/.ready-parity
+READY_BUILD := $(VENV)/.ready-build
+SANITIZED := build/sanitized
+# CMake's own files: an editable build runs in the source folder (docs/decisions/004-editable-in-place.md).
+LITTER := CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .cmake .ninja_deps .ninja_log \
+	.skbuild-info.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types clean
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-reference test-sanitize test-reliability test-slow lint types check bench parity \
+	wheel sdist clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-# Reinstalls only when what decides the installation has changed.
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/protomamba/kernels/csrc/*)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing protomamba into $(VENV) (once; about a minute)"
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and sys.executable + " is Python " + \
+		sys.version.split()[0] + "; 3.11 or newer is needed: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# Reinstalls only when what decides the installation has changed. The libraries go first: a build that fails falls back to
+# the reference path (docs/decisions/004-editable-in-place.md), and libraries of older sources would hide that.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(KERNELS)/csrc/*) | $(BIN)/pip
+	@echo "installing protomamba into $(VENV) (a minute or more the first time)"
+	@rm -f $(KERNELS)/*.so $(KERNELS)/*.dylib
 	@$(PIP) -e '.[dev]'
+	@rm -rf $(LITTER)
+	@ls $(KERNELS)/libprotomamba_* >/dev/null 2>&1 || echo "no native kernels were built, the slow reference path is" \
+		"used; with a C++ compiler, this shows why: $(BIN)/pip install -v --no-deps -e ."
 	@touch $@
 
 setup: $(READY) ## make .venv and install protomamba into it
 
 demo: $(READY) ## train on the standard library's sources and show what was learned (about 5 minutes)
-	@$(BIN)/python -m protomamba.demo
+	@$(BIN)/python -m protomamba.demo $(ARGS)
 
-test: $(READY) ## the default tests (a few minutes)
-	@$(BIN)/python -m pytest
+test: $(READY) ## the default tests (a few minutes); ARGS='tests/model -x' chooses
+	@$(PYTEST) $(ARGS)
+
+test-reference: $(READY) ## the kernel tests once more, with the reference path forced
+	@PROTOMAMBA_KERNELS=reference $(PYTEST) tests/kernels $(ARGS)
+
+# Python is not built with the sanitizers, so their runtimes are loaded before it; libstdc++ with them, or the interceptor
+# of C++ exceptions finds nothing to call. Leaks are not looked for: Python and torch keep memory until the end.
+test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC)
+	@rm -rf $(SANITIZED)
+	@$(PIP) --no-deps --upgrade --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=ON .
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
+		$$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PROTOMAMBA_KERNELS=native \
+		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
+
+test-reliability: $(READY) ## the full figures of the reliability promises (long)
+	@$(PYTEST) -m slow tests/reliability $(ARGS)
+
+test-slow: $(READY) ## every test that `make test` leaves out (long)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(READY) ## formatting and lint
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
@@ -35,5 +72,27 @@ types: $(READY) ## static types
 
 check: lint types ## lint and types
 
+bench: $(READY) ## times ops and steps against their matrix products and the reference path
+	@$(BIN)/protomamba bench $(ARGS)
+
+$(READY_PARITY): $(READY)
+	@echo "installing jax and transformers into $(VENV)"
+	@$(PIP) $$($(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"] \
+		["optional-dependencies"]; print(*extras["jax"], *extras["transformers"])')
+	@touch $@
+
+parity: $(READY_PARITY) ## compare with JAX, transformers, the reference kernels and a resumed run
+	@$(BIN)/protomamba parity all $(ARGS)
+
+$(READY_BUILD): $(READY)
+	@$(PIP) build
+	@touch $@
+
+wheel: $(READY_BUILD) ## dist/*.whl for this platform, for every Python
+	@$(BIN)/python -m build --wheel
+
+sdist: $(READY_BUILD) ## dist/*.tar.gz
+	@$(BIN)/python -m build --sdist
+
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist src/protomamba/kernels/*.so src/protomamba/kernels/*.dylib
+	rm -rf $(VENV) build dist $(LITTER) $(KERNELS)/*.so $(KERNELS)/*.dylib
