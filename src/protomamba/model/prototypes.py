@@ -15,17 +15,17 @@ from protomamba.kernels.reference import unit
 
 # Cosines held at once when all prototypes meet all others: 16 MiB of float32.
 BLOCK_COSINES = 4_194_304
-# Multiply-adds that polishing may cost in all (about a second on one core), and how many passes are worth having.
-POLISH_BUDGET = 4e10
-POLISH_PASSES = range(12, 101)
+# What polishing may cost in all, in floating-point operations (about a second on one core), and the passes it needs.
+POLISH_BUDGET = 2e10
+POLISH_PASSES = 100
 
 
 def place(count: int, width: int, seed: int = 0) -> Tensor:
     """(count, width) float32 unit vectors far apart from one another: the largest cosine is made small.
 
     count <= width + 1: the simplex, every cosine -1 / (count - 1). count <= 2 width: orthogonal simplexes, largest
-    cosine 0. Both are optimal (Rankin 1955). Beyond: a polynomial code (`polynomial_code`), polished by descent where
-    that takes about a second. A function of its arguments alone; takes O(count * width) memory and at most seconds.
+    cosine 0. Both are optimal (Rankin 1955). Beyond: a polynomial code (`polynomial_code`), polished by descent as
+    far as a second goes. A function of its arguments alone; takes O(count * width) memory.
     """
     if torch.get_default_device().type == "meta":
         return torch.empty(count, width)
@@ -93,7 +93,7 @@ def code_capacity(width: int) -> int:
 def polynomial_code(count: int, width: int) -> Tensor:
     """(count, width) float32 unit vectors whose cosines have a proven bound, at the cost of writing them down.
 
-    A point is x -> i^q exp(2 pi i f(x) / p) / sqrt(p) for the p residues x, with a polynomial f(x) = d x^3 + a x^2 + b x
+    A point is x -> i^q exp(2 pi i f(x) / p) / sqrt(p) for the p residues x, with the polynomial f(x) = d x^3 + a x^2 + b x
     over the integers mod p and q in 0..3; real and imaginary parts are the coordinates. By Weil's bound on exponential
     sums the cosine of two points is at most 1 / sqrt(p) where all f have degree <= 2 (the first 4 p^2 points) and
     2 / sqrt(p) with degree 3. Random points reach about sqrt(4 ln V / D), three times as much at V = 4096, D = 128.
@@ -115,14 +115,12 @@ def polynomial_code(count: int, width: int) -> Tensor:
 
 
 def polished(points_VD: Tensor) -> Tensor:
-    """The points after a descent on their largest cosines, if at least a dozen passes fit the budget; unchanged if not.
+    """The points after a descent on their largest cosines, for as many passes as the budget allows: none for very many.
 
     Each pass moves every point away from the softmax-weighted mean of the points nearest to it, by steps that shrink.
     """
     count, width = points_VD.shape
-    passes = min(int(POLISH_BUDGET // (2.0 * count * count * width)), POLISH_PASSES[-1])
-    if passes not in POLISH_PASSES:
-        return points_VD
+    passes = min(int(POLISH_BUDGET // (count * count * (4.0 * width + 200.0))), POLISH_PASSES)
     sharpness = 8.0 * math.sqrt(width)
     rows = max(1, min(512, BLOCK_COSINES // count))
     points_VD = points_VD.clone()
