@@ -18,8 +18,9 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ class RunDir:
     ) -> SaveReport:
         """Save as `latest`, as `best` or, written once, as both; the former `latest` becomes a numbered checkpoint.
 
-        Raises SaveError as `checkpoint.save`; whatever fails, the newest whole checkpoint stays reachable.
+        `save_ms` of the report is the time of all of it. Raises SaveError as `checkpoint.save`; whatever fails, the
+        newest whole checkpoint stays reachable.
         """
+        started = time.perf_counter()
         note = {**(info or {}), "step": step, "run_id": self.run_id}
         if not latest:
             return checkpoint.save(self.best, parts, config=config, info=note, disk=self._disk)
@@ -115,7 +118,7 @@ class RunDir:
         if best:
             commit_link(self.latest, self.best, self._disk)
         self._prune(before=step)
-        return report
+        return replace(report, save_ms=(time.perf_counter() - started) * 1e3)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         write_json(self.folder / "config.json", config, self._disk)

@@ -26,8 +26,8 @@ class StopRequest:
 
     A second one ends the process at once: the first puts the system's own action back, so that it works even while
     Python is deep in a kernel. What follows the first within ECHO_S counts as the same one: coreutils' `timeout`
-    signals the process and then its group. Outside the main thread, where handlers cannot be set, only `request()` sets the flag.
-    The handlers found at the start are put back at the end.
+    signals the process and then its group. Outside the main thread, where handlers cannot be set, only `request()`
+    sets the flag. The handlers found at the start are put back at the end.
     """
 
     def __init__(self) -> None:
