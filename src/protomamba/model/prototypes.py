@@ -94,9 +94,9 @@ def polynomial_code(count: int, width: int) -> Tensor:
     """(count, width) float32 unit vectors whose cosines have a proven bound, at the cost of writing them down.
 
     A point is x -> i^q exp(2 pi i f(x) / p) / sqrt(p) over the p residues x, q in 0..3, f(x) = d x^3 + a x^2 + b x a
-    polynomial over the integers mod p; real and imaginary parts are the coordinates. By Weil's bound on exponential sums
-    the cosine of two points is at most 1 / sqrt(p) where all f have degree <= 2 (the first 4 p^2 points) and 2 / sqrt(p)
-    with degree 3. Random points reach about sqrt(4 ln V / D), three times as much at V = 4096, D = 128.
+    polynomial over the integers mod p; real and imaginary parts are the coordinates. By Weil's bound on exponential
+    sums the cosine of two points is at most 1 / sqrt(p) where all f have degree <= 2 (the first 4 p^2 points) and
+    2 / sqrt(p) with degree 3. Random points reach about sqrt(4 ln V / D), three times as much at V = 4096, D = 128.
     """
     p = code_prime(width)
     points_VD = torch.zeros(count, width)
