@@ -67,7 +67,7 @@ def test_initialisation_is_the_published_one() -> None:
     assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, 5.0).expand(96, 4))
     assert torch.equal(mixer.D, torch.ones(96))
     dt_E = torch.nn.functional.softplus(mixer.dt_proj.bias)
-    assert 0.9e-3 < float(dt_E.detach().min()) and float(dt_E.detach().max()) < 1.1e-1
+    assert float(dt_E.detach().min()) > 0.9e-3 and float(dt_E.detach().max()) < 1.1e-1
     assert float(mixer.dt_proj.weight.detach().abs().max()) <= 3**-0.5  # R = ceil(48 / 16) = 3
 
 
@@ -102,7 +102,9 @@ def test_frozen_parameters_never_change_and_have_no_state() -> None:
     model, (tokens_BL, targets_BL) = make(n_layer=3), batch()
     assert model.freeze("indices:0,2", embedding=True) == {0, 2}
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    assert set(frozen) == {n for n, _ in model.named_parameters() if n.startswith(("layers.0", "layers.2", "embedding"))}
+    assert set(frozen) == {
+        n for n, _ in model.named_parameters() if n.startswith(("layers.0", "layers.2", "embedding"))
+    }
     trainer = Trainer(model, TrainConfig(lr=1e-2, bp_cadence_steps=2, ff_lr=1e-2, weight_decay=0.5))
     for _ in range(4):
         trainer.train_step(tokens_BL, targets_BL)

@@ -158,10 +158,10 @@ class Trainer:
     def _apply(self, lr: float, local: Mapping[Tensor, Tensor], shrink: float, backpropagate: bool) -> None:
         if backpropagate:
             self.optimizer.update(lr, shrink)
+            self.model.head.after_update()
         with torch.no_grad():
             for weight, gradient_E in local.items():
                 weight.sub_(gradient_E, alpha=self.config.ff_lr)
-        self.model.head.after_update()
 
     def _non_finite(self, loss: float, grad_norm: float | None, local: Mapping[Tensor, Tensor]) -> str | None:
         """The name of the first thing that is NaN or Inf before an update would spread it; None if all is well.

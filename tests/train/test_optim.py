@@ -1,0 +1,80 @@
+"""Parameter groups by one rule, the schedule as a function of the step, moments by name."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from protomamba import ModelConfig, SequenceModel, TrainConfig
+from protomamba.train.optim import Optimizer, decays, first_non_finite, learning_rate, total_norm
+
+DECAYED = {
+    "embedding.weight",
+    "layers.0.mixer.conv1d.weight",
+    "layers.0.mixer.x_proj.weight",
+    "layers.0.mixer.dt_proj.weight",
+    "layers.0.mixer.out_proj.weight",
+    "layers.0.mixer.in_proj.weight",
+}
+NOT_DECAYED = {
+    "layers.0.norm.weight",
+    "layers.0.mixer.A_log",
+    "layers.0.mixer.D",
+    "layers.0.mixer.conv1d.bias",
+    "layers.0.mixer.dt_proj.bias",
+    "norm_f.weight",
+    "head.prototypes",
+}
+
+
+def test_every_parameter_is_in_its_group() -> None:
+    model = SequenceModel(ModelConfig(vocab_size=9, d_model=8, n_layer=1))
+    groups = {name: decays(name, p) for name, p in model.named_parameters()}
+    assert {n for n, decayed in groups.items() if decayed} == DECAYED
+    assert {n for n, decayed in groups.items() if not decayed} == NOT_DECAYED
+
+
+def test_the_schedule_at_its_corners() -> None:
+    config = TrainConfig(lr=1.0, lr_warmup_steps=4, lr_min_scale=0.1)
+    rates = [learning_rate(step, 10, config) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[9] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[3:]))
+    assert learning_rate(25, 10, config) == pytest.approx(0.1)
+    assert learning_rate(0, 1, TrainConfig(lr=1.0)) == 1.0
+    assert learning_rate(2, 3, TrainConfig(lr=1.0, lr_warmup_steps=50)) == 1.0
+
+
+def test_an_update_is_adamw_with_the_clipped_gradient() -> None:
+    weight = torch.nn.Linear(3, 2, bias=False)
+    start, gradient = weight.weight.detach().clone(), torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    optimizer = Optimizer(weight, TrainConfig(weight_decay=0.1), scales={"weight": 0.5})
+    weight.weight.grad = gradient.clone()
+    optimizer.update(lr=0.2, shrink=0.25)
+    expected = start * (1 - 0.1 * 0.1) - 0.1 * (gradient / 4) / ((gradient / 4).abs() + 1e-8)
+    torch.testing.assert_close(weight.weight.detach(), expected)
+    moments = optimizer.moments()["weight"]
+    torch.testing.assert_close(moments["exp_avg"], 0.1 * gradient / 4)
+
+
+def test_nothing_to_train_is_allowed() -> None:
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    optimizer = Optimizer(frozen, TrainConfig(), {})
+    optimizer.zero_grad()
+    optimizer.update(0.1)
+    assert optimizer.state_dict() == {"moments": {}} and total_norm(optimizer.gradients().values()) == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_non_finite_tensor_is_named(bad: float) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, bad]), "c": torch.tensor([bad])}
+    assert first_non_finite(tensors) == "b"
+    assert first_non_finite({"a": torch.ones(3)}) is None and first_non_finite({}) is None
+    assert not math.isfinite(total_norm(tensors.values()))
+
+
+def test_large_finite_values_are_not_mistaken_for_infinity() -> None:
+    assert first_non_finite({"a": torch.full((1000,), 3e38)}) is None
