@@ -39,6 +39,13 @@ def number_of_calls(tmp_path: Path) -> int:
     return len(disk.calls)
 
 
+def test_the_order_of_a_commit(tmp_path: Path) -> None:
+    disk = CountingDisk()
+    checkpoint.save(tmp_path / "c.safetensors", parts(1.0), config={}, disk=disk)
+    writes = ["write"] * 3  # the header and two tensors
+    assert disk.calls == ["free_bytes", "open", *writes, "fsync", "close", "replace", "fsync_dir"]
+
+
 @pytest.mark.parametrize("forever", [False, True], ids=["once", "from-then-on"])
 @pytest.mark.parametrize("code", disk_faults.ERRORS.values(), ids=disk_faults.ERRORS)
 def test_every_call_of_a_save_may_fail(tmp_path: Path, code: int, forever: bool) -> None:
