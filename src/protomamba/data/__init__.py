@@ -1,6 +1,7 @@
 """Token data: files and shards, the order of windows, prefetching, preparing. Knows nothing of models."""
 
 from protomamba.data.corpus import default_corpus
+from protomamba.data.prefetch import Prefetcher
 from protomamba.data.shards import ShardSet, in_memory, infer_vocab, open_token_dir, open_token_file
 from protomamba.data.stream import TokenStream
 from protomamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
@@ -10,6 +11,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Cursor",
+    "Prefetcher",
     "ShardSet",
     "TokenStream",
     "Tokenizer",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.order import derive_key, permute
+from protomamba.data.order import derive_key, permute, shuffled
 from protomamba.data.shards import ShardSet
 from protomamba.data.windows import Batch, Cursor, make_batch, read_windows, window_counts
 from protomamba.errors import UserError
@@ -125,7 +125,7 @@ class TokenStream:
             return memo
         order = np.arange(len(self.shards))
         if self.packed and self.shuffle_shards:
-            order = permute(order, len(self.shards), derive_key(self.seed, number, _SHARDS))
+            order = shuffled(len(self.shards), derive_key(self.seed, number, _SHARDS))
         before = np.concatenate(([0], np.cumsum(self._windows[order])[:-1]))
         # A memo of a pure function: whichever thread writes last, what is read is right.
         self._epoch_memo = _Epoch(number, order, before)

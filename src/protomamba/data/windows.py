@@ -57,7 +57,8 @@ def read_windows(shards: ShardSet, rows: Sequence[tuple[int, int]], seq_len: int
         if last < len(rows) and rows[last] == (shard, window + last - first):
             continue
         run = shards.read(shard, window * seq_len, (window + last - first) * seq_len + 1)
-        out[first:last] = np.lib.stride_tricks.sliding_window_view(run, seq_len + 1)[::seq_len]
+        out[first:last, :-1] = run[:-1].reshape(last - first, seq_len)
+        out[first:last, -1] = run[seq_len::seq_len]
         first = last
     return out
 
