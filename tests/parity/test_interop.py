@@ -274,7 +274,7 @@ def test_prototypes_leave_as_unit_vectors_times_the_scale(tmp_path):
     values, state = read_transformers_folder(make_folder(tmp_path / "hf"))
     config = ModelConfig(**{**values, "head": "hpn"})
     prototypes_VD = state["head.prototypes"] = state.pop("head.weight") * 5
-    write_transformers_folder(tmp_path / "out", config, state, scale=12.5)
+    write_transformers_folder(tmp_path / "out", config, {**state, "head.scale": torch.tensor(12.5)})
     _, again = read_transformers_folder(tmp_path / "out")
     torch.testing.assert_close(again["head.weight"].norm(dim=1), torch.full((11,), 12.5))
     cosines_VV = torch.nn.functional.cosine_similarity(again["head.weight"], prototypes_VD)
@@ -290,20 +290,18 @@ def test_prototypes_leave_as_unit_vectors_times_the_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "scale", "message"),
+    ("change", "message"),
     [
-        ({"layer": "compact"}, 1.0, "mamba layers, and this model's are compact"),
-        ({"layer": "mine:Layer"}, 1.0, "mamba layers, and this model's are mine:Layer"),
-        ({"head": "mine:Head"}, 1.0, "head mine:Head is not a matrix of output weights"),
-        ({"n_class": 5}, 1.0, "predicts its own 11 tokens, and this head has 5 other classes"),
-        ({"head": "hpn"}, None, "needs its fitted scale"),
-        ({"head": "hpn"}, 0.0, "needs its fitted scale"),
+        ({"layer": "compact"}, "mamba layers, and this model's are compact"),
+        ({"layer": "mine:Layer"}, "mamba layers, and this model's are mine:Layer"),
+        ({"head": "mine:Head"}, "head mine:Head is not a matrix of output weights"),
+        ({"n_class": 5}, "predicts its own 11 tokens, and this head has 5 other classes"),
     ],
 )
-def test_models_that_have_no_place_in_the_layout(tmp_path, change, scale, message):
+def test_models_that_have_no_place_in_the_layout(tmp_path, change, message):
     config = ModelConfig(vocab_size=11, d_model=6).replace(**{"head": "softmax", **change})
     with pytest.raises(UserError, match=message):
-        write_transformers_folder(tmp_path / "out", config, {}, scale=scale)
+        write_transformers_folder(tmp_path / "out", config, {})
     assert not (tmp_path / "out").exists()
 
 

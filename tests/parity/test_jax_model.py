@@ -120,13 +120,18 @@ def test_losses_in_plain_words():
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
 def test_updates_are_those_of_torch_s_adamw(limit):
-    """Several steps, so that both moments and both bias corrections matter, with the decay set given by name."""
+    """Several steps, so that both moments and both bias corrections matter, with decay and rate given by name."""
     torch = pytest.importorskip("torch")
     start = draws(4, kept=(3, 2), decayed=(2, 4))
-    hyper = jax_model.Hyper(0.1, 0.8, 0.95, 1e-6, 0.3, limit, {"kept": False, "decayed": True})
+    hyper = jax_model.Hyper(
+        0.1, 0.8, 0.95, 1e-6, 0.3, limit, {"kept": False, "decayed": True}, {"kept": 1, "decayed": 0.5}
+    )
     params, moments = start, jax_model.fresh_moments(start)
     twins = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
-    groups = [{"params": [twins["kept"]], "weight_decay": 0.0}, {"params": [twins["decayed"]], "weight_decay": 0.3}]
+    groups = [
+        {"params": [twins["kept"]], "weight_decay": 0.0},
+        {"params": [twins["decayed"]], "weight_decay": 0.3, "lr": 0.05},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
     for step in (1, 2, 3):
         grads = draws(10 + step, kept=(3, 2), decayed=(2, 4))
@@ -145,7 +150,9 @@ def test_files_in_files_out(tmp_path, monkeypatch):
     """The command reads one file and writes the other; three steps on one batch bring its loss down."""
     params, (ids, targets) = parameters("mamba", "hpn"), batch()
     inputs = {f"param/{name}": value for name, value in params.items()}
-    inputs |= {f"decay/{name}": value.ndim > 1 for name, value in params.items()}
+    inputs |= {f"decay/{name}": np.array(value.ndim > 1) for name, value in params.items()}
+    inputs |= {f"rate/{name}": np.array(1.0) for name in params}
+    inputs |= {f"sphere/{name}": np.array(name == "head.prototypes") for name in params}
     inputs |= {"hyper/lr": 1e-2, "hyper/beta1": 0.9, "hyper/beta2": 0.999, "hyper/eps": 1e-8}
     inputs |= {
         "hyper/weight_decay": 0.01,
@@ -160,4 +167,5 @@ def test_files_in_files_out(tmp_path, monkeypatch):
         assert out["loss"].dtype == np.float64
         assert out["loss"][0] > out["loss"][1] > out["loss"][2]
         assert {name for name in out if name.startswith("grad/")} == {f"grad/{name}" for name in params}
+        np.testing.assert_allclose(np.linalg.norm(out["updated/head.prototypes"], axis=1), 1.0, rtol=1e-12)
         assert all(np.any(out[f"updated/{name}"] != params[name]) for name in params)

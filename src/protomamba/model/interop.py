@@ -79,43 +79,23 @@ def write_transformers_folder(
     config: ModelConfig,
     state: Mapping[str, Tensor],
     *,
-    scale: float | None = None,
     eos_token: int | None = None,
     tokenizer_files: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write a folder that transformers' `AutoModelForCausalLM.from_pretrained` loads; returns the files written.
 
-    state: a SequenceModel's state dict; scale: the fitted scale of an hpn head (its probabilities need one);
-    tokenizer_files: name -> text, as `export.tokenizer_files` makes them. config.json is written last, so that a folder
-    that loads is whole. Raises UserError for a model that the layout cannot hold.
+    state: a SequenceModel's state dict; tokenizer_files: name -> text, as `export.tokenizer_files` makes them.
+    config.json is written last, so that a folder that loads is whole. Raises UserError for a model that the layout
+    cannot hold.
     """
-    _refuse_inexpressible(config, scale)
+    _refuse_inexpressible(config)
     settings = _their_config(config, eos_token)
-    tensors = _their_tensors(config, state, scale)
+    tensors = _their_tensors(config, state)
     out_dir = Path(out_dir)
     written = [_write(out_dir / SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))]
     for name, text in {**(tokenizer_files or {}), "config.json": json.dumps(settings, indent=2) + "\n"}.items():
         written.append(_write(out_dir / name, partial(_write_text, text)))
     return written
-
-
-def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Copy pretrained weights into a model of the same body; returns what to tell the user.
-
-    A head that the weights do not fit (hpn prototypes over a pretrained body) keeps its fresh start, and the note says
-    so. Raises UserError where the bodies differ.
-    """
-    own = model.state_dict()
-    fits = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    missing = [name for name in own if name not in fits and not name.startswith("head.")]
-    foreign = [name for name in state if name not in fits and not name.startswith("head.")]
-    if missing or foreign:
-        name = (missing or foreign)[0]
-        expected, found = (list(d[name].shape) if name in d else "nothing" for d in (own, state))
-        raise UserError(f"pretrained weights do not fit the model: {name}: expected {expected}, found {found}")
-    model.load_state_dict(fits, strict=False)
-    fresh = [name for name in own if name not in fits]
-    return [f"the head starts fresh: the pretrained weights have no {', '.join(fresh)}"] if fresh else []
 
 
 def _layout(values: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -230,7 +210,7 @@ def _take(path: Path, found: dict[str, Tensor], name: str, shape: tuple[int, ...
     return tensor
 
 
-def _refuse_inexpressible(config: ModelConfig, scale: float | None) -> None:
+def _refuse_inexpressible(config: ModelConfig) -> None:
     if config.layer != "mamba":
         raise UserError(
             f"export to transformers: a MambaForCausalLM is made of mamba layers, and this model's are {config.layer}"
@@ -244,8 +224,6 @@ def _refuse_inexpressible(config: ModelConfig, scale: float | None) -> None:
             f"export to transformers: a MambaForCausalLM predicts its own {config.vocab_size} tokens, "
             f"and this head has {config.classes} other classes"
         )
-    if config.head == "hpn" and not (scale is not None and 0 < scale < math.inf):
-        raise UserError(f"export to transformers: an hpn head needs its fitted scale, a positive number; found {scale}")
 
 
 def _their_config(config: ModelConfig, eos_token: int | None) -> dict[str, Any]:
@@ -269,12 +247,13 @@ def _their_config(config: ModelConfig, eos_token: int | None) -> dict[str, Any]:
     }
 
 
-def _their_tensors(config: ModelConfig, state: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor]:
+def _their_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {**{ours: getattr(config, ours) for ours in SIZES}, "dt_rank": config.time_step_rank}
     state = dict(state)
     if config.head == "hpn":
-        assert scale is not None
-        state["head.weight"] = scale * torch.nn.functional.normalize(state["head.prototypes"].double(), dim=1)
+        state["head.weight"] = state["head.scale"].double() * torch.nn.functional.normalize(
+            state["head.prototypes"].double(), dim=1
+        )
         state["norm_f.weight"] = torch.nn.functional.normalize(state["norm_f.weight"].double(), dim=0)
     wanted = {
         theirs: ours for ours, theirs, _ in _layout(values) if not (config.tie_embedding and ours == "head.weight")

@@ -27,7 +27,8 @@ NORM_EPS = 1e-5
 
 
 class Hyper(NamedTuple):
-    """Of the update: clipping to `clip` is off at 0; `decay` says by name which parameters decay."""
+    """Of the update. Clipping to `clip` is off at 0. By name: which parameters decay, factors on their learning rate,
+    and whether their rows return to unit length after each update."""
 
     lr: float
     beta1: float
@@ -36,6 +37,8 @@ class Hyper(NamedTuple):
     weight_decay: float
     clip: float
     decay: dict[str, bool]
+    rate: dict[str, float]
+    sphere: dict[str, bool]
 
 
 class Moments(NamedTuple):
@@ -154,7 +157,9 @@ def adamw(params: Params, grads: Params, moments: Moments, step: int, hyper: Hyp
         unbiased_first = first[name] / (1 - hyper.beta1**step)
         unbiased_second = second[name] / (1 - hyper.beta2**step)
         decay = hyper.weight_decay * params[name] if hyper.decay[name] else 0.0
-        return params[name] - hyper.lr * (unbiased_first / (jnp.sqrt(unbiased_second) + hyper.eps) + decay)
+        change = unbiased_first / (jnp.sqrt(unbiased_second) + hyper.eps) + decay
+        moved = params[name] - hyper.lr * hyper.rate[name] * change
+        return unit(moved) if hyper.sphere[name] else moved
 
     return {name: updated(name) for name in params}, Moments(first, second)
 
@@ -176,17 +181,19 @@ def fresh_moments(params: Params) -> Moments:
 def train(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Run the steps an inputs file describes.
 
-    `param/NAME`, `decay/NAME`, `hyper/NAME`, and `ids`, `targets` of shape (steps, B, L). Returns `scores` of the first
-    batch, `grad/NAME` of the first step, `loss` and `grad_norm` of every step, and `updated/NAME` after the last.
+    `param/NAME`, `decay/NAME`, `rate/NAME`, `sphere/NAME`, `hyper/NAME`, and `ids`, `targets` of shape (steps, B, L).
+    Returns `scores` of the first batch, `grad/NAME` of the first step, `loss` and `grad_norm` of every step, and
+    `updated/NAME` after the last.
     """
     params = {name: jnp.asarray(value) for name, value in under(inputs, "param/").items()}
-    decay = {name: bool(value) for name, value in under(inputs, "decay/").items()}
-    hyper = Hyper(decay=decay, **{name: float(value) for name, value in under(inputs, "hyper/").items()})
+    hyper: dict[str, Any] = {name: float(value) for name, value in under(inputs, "hyper/").items()}
+    for kind in ("decay", "rate", "sphere"):
+        hyper[kind] = {name: value.item() for name, value in under(inputs, f"{kind}/").items()}
     ids_SBL, targets_SBL = jnp.asarray(inputs["ids"]), jnp.asarray(inputs["targets"])
     out = {"scores": scores(params, ids_SBL[0])}
     moments, steps = fresh_moments(params), []
     for number, (ids_BL, targets_BL) in enumerate(zip(ids_SBL, targets_SBL, strict=True), start=1):
-        steps.append(train_step(params, moments, number, ids_BL, targets_BL, hyper))
+        steps.append(train_step(params, moments, number, ids_BL, targets_BL, Hyper(**hyper)))
         params, moments = steps[-1].params, steps[-1].moments
     out |= {f"grad/{name}": value for name, value in steps[0].grads.items()}
     out |= {f"updated/{name}": value for name, value in params.items()}
