@@ -22,6 +22,11 @@ struct View {
     }
 };
 
+// Rows of a block are strided by whole pages, which no hardware prefetcher follows: while one block is loaded,
+// the lines it will write and those the next block will read are fetched.
+#define PM_PREFETCH_READ(address) __builtin_prefetch(address, 0, 2)
+#define PM_PREFETCH_WRITE(address) __builtin_prefetch(address, 1, 2)
+
 // torch_parallel_for of libtorch: the kernels never own a thread.
 typedef int32_t (*ParallelFor)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 

@@ -27,6 +27,13 @@ inline int64_t seen(const ConvArgs& a, int64_t b, int64_t t, int64_t most) {
     return most;
 }
 
+template <class T>
+PM_INLINE void prefetch_row(const ConvArgs& a, int64_t b, int64_t t, int64_t e) {
+    PM_PREFETCH_READ(a.u.at<T>(b, t, e + W));
+    if (a.dy) PM_PREFETCH_READ(a.dy.at<T>(b, t, e + W));
+    PM_PREFETCH_WRITE((a.du ? a.du : a.y).at<T>(b, t, e));
+}
+
 // The inputs of positions t0 - (K - 1) .. t0 + steps - 1 of one block.
 template <class T>
 void load_window(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_t block, float* window) {
@@ -35,6 +42,7 @@ void load_window(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_
     for (int64_t i = 0; i < history + steps; i++) {
         int64_t t = t0 - history + i;
         vf u{};
+        if (i >= history) prefetch_row<T>(a, b, t, e);
         if (t >= 0)
             u = load(a.u.at<T>(b, t, e), lanes);
         else if (a.initial)
@@ -101,45 +109,36 @@ void conv_forward(const ConvArgs& a) {
     });
 }
 
-// Adds what the gradient g at one position gives to the window's inputs and to the weights.
-template <int TAPS>
-PM_INLINE void spread(vf g, const float* window, float* dwindow, const float* weight, float* dweight, int64_t K,
-                      int64_t first) {
-    auto tap = [&](int64_t k) {
-        store(dwindow + k * W, load(dwindow + k * W) + g * load(weight + k * W));
-        store(dweight + k * W, load(dweight + k * W) + g * load(window + k * W));
-    };
-    if (TAPS && first == 0) {
-        PM_UNROLL
-        for (int k = 0; k < TAPS; k++) tap(k);
-        return;
-    }
-    for (int64_t k = first; k < K; k++) tap(k);
-}
-
-// `carry` (K - 1 rows) brings the gradient that later chunks gave to this chunk's last inputs, and takes along what this
-// chunk gives to those before it. `sums`: K rows of dweight, one of dbias.
+// `carry` (K - 1 rows) brings the gradient that later positions gave to the last inputs of this chunk, and takes along what
+// this chunk gives to those before it: row k at position t belongs to input t - (K - 1) + k. `sums`: K rows of dweight, one
+// of dbias.
 template <class T, int TAPS>
 void conv_backward_tile(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_t block, float* memory,
                         float* carry, float* sums) {
-    int64_t rows = a.K - 1 + steps, history = (a.K - 1) * W, e = block * W;
-    float *weight = memory, *window = memory + a.K * W, *dwindow = window + (a.K + CHUNK) * W;
+    int64_t e = block * W, K = TAPS ? TAPS : a.K;
+    float *weight = memory, *window = memory + K * W;
     int lanes = a.lanes(block);
     load_weights(a, block, weight);
     load_window<T>(a, b, t0, steps, block, window);
-    std::memset(dwindow, 0, rows * W * sizeof(float));
-    std::memcpy(dwindow + steps * W, carry, history * sizeof(float));
-    vf bias = a.bias ? load(a.bias + e, lanes) : vf{}, dbias = load(sums + a.K * W);
+    vf bias = a.bias ? load(a.bias + e, lanes) : vf{}, dbias = load(sums + K * W);
     for (int64_t t = steps - 1; t >= 0; t--) {
-        int64_t first = a.K - seen(a, b, t0 + t, a.K);
-        vf pre = convolve<TAPS>(window + t * W, weight, bias, a.K, first), s = sigmoid(pre);
+        int64_t first = K - seen(a, b, t0 + t, K);
+        vf pre = convolve<TAPS>(window + t * W, weight, bias, K, first), s = sigmoid(pre);
         vf g = load(a.dy.at<T>(b, t0 + t, e), lanes) * (s * (1.0f + pre * (1.0f - s)));
         dbias += g;
-        spread<TAPS>(g, window + t * W, dwindow + t * W, weight, sums, a.K, first);
-        store(a.du.at<T>(b, t0 + t, e), load(dwindow + (t + a.K - 1) * W), lanes);
+        PM_UNROLL
+        for (int64_t k = K - 1; k >= 0; k--) {
+            vf seen_g = k < first ? vf{} : g;
+            vf du = seen_g * load(weight + k * W);
+            if (k > 0) du += load(carry + (k - 1) * W);
+            if (k == K - 1)
+                store(a.du.at<T>(b, t0 + t, e), du, lanes);
+            else
+                store(carry + k * W, du);
+            store(sums + k * W, load(sums + k * W) + seen_g * load(window + (t + k) * W));
+        }
     }
-    store(sums + a.K * W, dbias);
-    std::memcpy(carry, dwindow, history * sizeof(float));
+    store(sums + K * W, dbias);
 }
 
 // The gradient of the last state is where the carry starts from.
@@ -177,7 +176,7 @@ void conv_backward(const ConvArgs& a) {
     run(a.pool, grid.tasks(), [&](int64_t i) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
         Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
-        int64_t count = blocks.end - blocks.begin, tile = (3 * a.K + 2 * CHUNK) * W;
+        int64_t count = blocks.end - blocks.begin, tile = (2 * a.K + CHUNK) * W;
         float *memory = scratch(tile + count * (a.K - 1) * W), *carry = memory + tile;
         float* sums = partials.data + i / grid.block_parts * sums_size;
         std::memset(sums + blocks.begin * (a.K + 1) * W, 0, count * (a.K + 1) * W * sizeof(float));

@@ -12,7 +12,7 @@ constexpr int CHUNK = 64;
 constexpr int TILE = CHUNK * W;
 // States held in registers at once: of the 32 (AVX-512) or 16 registers, the rest is for temporaries.
 constexpr int FORWARD_GROUP = W >= 16 ? 16 : 8;
-constexpr int BACKWARD_GROUP = W >= 16 ? 8 : 4;
+constexpr int BACKWARD_GROUP = W / 2;
 constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 
 struct ScanArgs {
@@ -85,6 +85,15 @@ void floats_to_rows(const float* in, const View& view, int64_t b, int64_t t0, in
     }
 }
 
+template <class T>
+PM_INLINE void prefetch_row(const ScanArgs& a, const Place& at, int64_t t) {
+    int64_t e = at.block * W;
+    for (const View* view : {&a.u, &a.delta, &a.z, &a.dy})
+        if (*view) PM_PREFETCH_READ(view->at<T>(at.b, t, e + W));
+    for (const View* view : {&a.y, &a.dz, &a.du, &a.ddelta})
+        if (*view) PM_PREFETCH_WRITE(view->at<T>(at.b, t, e));
+}
+
 // u, dt = softplus(delta + bias), its slope, x = dt u, y = skip u.
 template <class T>
 void load_tile(const ScanArgs& a, const Place& at, const Tile& tile) {
@@ -96,6 +105,7 @@ void load_tile(const ScanArgs& a, const Place& at, const Tile& tile) {
         vf dt = load(a.delta.at<T>(at.b, at.t0 + t, e), at.lanes) + bias;
         vf slope = splat(1.0f);
         if (a.softplus) dt = softplus(dt, &slope);
+        prefetch_row<T>(a, at, at.t0 + t);
         store(tile.u + t * W, u);
         store(tile.dt + t * W, dt);
         store(tile.slope + t * W, slope);
@@ -141,54 +151,78 @@ void scan_group(const Place& at, const Tile& tile, const float* A, float* h_in_o
     for (int n = 0; n < G; n++) store(h_in_out + n * W, h[n]);
 }
 
-// The reverse of scan_group: takes dy and the gradient dh of the state after the chunk, leaves that of the state before it;
-// adds to dx, ddt (over ln 2), dA, and lane by lane to dB and dC.
+// What scan_group_backward keeps in registers: the gradient of the state and of A.
 template <int G>
-void scan_group_backward(const Place& at, const Tile& tile, const float* A, float* dh_in_out, float* dA, const float* B,
-                         const float* C, int64_t N, const float* states, const float* decay, float* dB, float* dC) {
-    vf dh[G], rate[G], drate[G];
+struct GroupGradient {
+    vf state[G], rate[G];
+};
+
+// One step back in time for state n and its S - 1 successors: the lanes of the result are their shares of dB and dC in turn.
+template <int G, int N0, int S>
+PM_INLINE vf step_back(GroupGradient<G>& grad, const float* A, const float* B, const float* C, const float* states,
+                       const float* next, const float* decay, vf dt, vf x, vf dy, vf& dx, vf& ddt) {
+    if constexpr (N0 >= G) {
+        return vf{};
+    } else if constexpr (S > 1) {
+        vf low = step_back<G, N0, S / 2>(grad, A, B, C, states, next, decay, dt, x, dy, dx, ddt);
+        vf high = step_back<G, N0 + S / 2, S / 2>(grad, A, B, C, states, next, decay, dt, x, dy, dx, ddt);
+        return sum_pairs<S>(low, high);
+    } else {
+        constexpr int n = N0;
+        vf g = grad.state[n] + dy * C[n];
+        dx += g * B[n];
+        grad.state[n] = g * load(decay + n * W);
+        vf dlog = grad.state[n] * load(states + n * W);
+        ddt += dlog * load(A + n * W);
+        grad.rate[n] += dlog * dt;
+        return sum_pairs<1>(g * x, dy * load(next + n * W));
+    }
+}
+
+// The reverse of scan_group: takes dy and the gradient dh of the state after the chunk, leaves that of the state before it;
+// adds to dx, ddt (over ln 2), dA, and to dBC, a vector of W / 2 pairs (dB, dC) for each step, `dBC_row` floats apart.
+template <int G>
+void scan_group_backward(const Place& at, const Tile& tile, const float* A, float* dh, float* dA, const float* B,
+                         const float* C, int64_t N, const float* states, const float* decay, float* dBC, int64_t dBC_row) {
+    GroupGradient<G> grad;
     PM_UNROLL
     for (int n = 0; n < G; n++) {
-        dh[n] = load(dh_in_out + n * W);
-        rate[n] = load(A + n * W);
-        drate[n] = load(dA + n * W);
+        grad.state[n] = load(dh + n * W);
+        grad.rate[n] = load(dA + n * W);
     }
-    for (int t = at.steps - 1; t >= 0; t--) {
+    for (int64_t t = at.steps - 1; t >= 0; t--) {
         vf dt = load(tile.dt + t * W), x = load(tile.x + t * W), dy = load(tile.dy + t * W);
         vf dx = load(tile.dx + t * W), ddt = load(tile.ddt + t * W);
-        PM_UNROLL
-        for (int n = 0; n < G; n++) {
-            int64_t i = t * N + n;
-            store(dC + i * W, load(dC + i * W) + dy * load(states + (i + N) * W));
-            vf grad = dh[n] + dy * C[i];
-            store(dB + i * W, load(dB + i * W) + grad * x);
-            dx += grad * B[i];
-            dh[n] = grad * load(decay + i * W);
-            vf dlog = dh[n] * load(states + i * W);
-            ddt += dlog * rate[n];
-            drate[n] += dlog * dt;
-        }
+        const float* before = states + t * N * W;
+        vf sums = step_back<G, 0, W / 2>(grad, A, B + t * N, C + t * N, before, before + N * W, decay + t * N * W, dt, x,
+                                         dy, dx, ddt);
+        store(dBC + t * dBC_row, load(dBC + t * dBC_row) + sums);
         store(tile.dx + t * W, dx);
         store(tile.ddt + t * W, ddt);
     }
     PM_UNROLL
     for (int n = 0; n < G; n++) {
-        store(dh_in_out + n * W, dh[n]);
-        store(dA + n * W, drate[n]);
+        store(dh + n * W, grad.state[n]);
+        store(dA + n * W, grad.rate[n]);
     }
 }
 
-// Calls body(group size, first n) over [n, N) in groups of G while they fit, then of G / 2, ...
+// Calls body(group size, first n, number of the group) over [n, N) in groups of G while they fit, then of G / 2, ...
 template <int G, class Body>
-void for_groups(int64_t n, int64_t N, const Body& body) {
-    for (; n + G <= N; n += G) body(std::integral_constant<int, G>(), n);
-    if constexpr (G > 1) for_groups<G / 2>(n, N, body);
+int64_t for_groups(int64_t n, int64_t N, const Body& body, int64_t groups = 0) {
+    for (; n + G <= N; n += G) body(std::integral_constant<int, G>(), n, groups++);
+    if constexpr (G > 1) return for_groups<G / 2>(n, N, body, groups);
+    return groups;
+}
+
+inline int64_t backward_groups(int64_t N) {
+    return for_groups<BACKWARD_GROUP>(0, N, [](auto, int64_t, int64_t) {});
 }
 
 template <bool SAVE>
 void scan_tile(const Place& at, const Tile& tile, const float* A, float* h, const float* B, const float* C, int64_t N,
                float* states, float* decay) {
-    for_groups<FORWARD_GROUP>(0, N, [&](auto group, int64_t n) {
+    for_groups<FORWARD_GROUP>(0, N, [&](auto group, int64_t n, int64_t) {
         scan_group<decltype(group)::value, SAVE>(at, tile, A + n * W, h + n * W, B + n, C + n, N, SAVE ? states + n * W : nullptr,
                                                  SAVE ? decay + n * W : nullptr);
     });
@@ -283,14 +317,16 @@ void store_gradients(const ScanArgs& a, const Place& at, const Tile& tile, float
     store(dbias, total);
 }
 
-// The lane-wise sums of one chunk, [t][n][W], to [t][n] in place.
-inline void sum_lanes(float* sums, int64_t count) {
-    for (int64_t i = 0; i < count; i += W) {
-        vf v[W];
-        PM_UNROLL
-        for (int j = 0; j < W; j++) v[j] = load(sums + (i + j) * W);
-        store(sums + i, sum_each(v));
-    }
+// The pairs that scan_group_backward left, a vector for each step and group, as rows of N floats of dB and of dC.
+inline void unpack_pairs(const float* dBC, int steps, int64_t N, float* dB, float* dC) {
+    int64_t row = backward_groups(N) * W;
+    for_groups<BACKWARD_GROUP>(0, N, [&](auto group, int64_t first, int64_t index) {
+        for (int t = 0; t < steps; t++)
+            for (int n = 0; n < decltype(group)::value; n++) {
+                dB[t * N + first + n] = dBC[t * row + index * W + 2 * n];
+                dC[t * N + first + n] = dBC[t * row + index * W + 2 * n + 1];
+            }
+    });
 }
 
 // What one task of the backward pass leaves for the reduction over tasks.
@@ -303,21 +339,20 @@ struct ScanPartials {
 };
 
 struct ScanBackwardMemory {
-    int64_t steps_by_states;
+    int64_t dBC_row;
     Tile tile;
-    float *B, *C, *states, *decay, *dB, *dC, *h, *dh;
+    float *states, *decay, *dBC, *h, *dh, *B, *C, *dB_dC;
     ScanBackwardMemory(int64_t N, int64_t blocks)
-        : steps_by_states(ceil_div(CHUNK * N, W) * W),
-          tile(scratch(Tile::FLOATS + 2 * CHUNK * N + (2 * CHUNK + 1) * N * W + 2 * steps_by_states * W + N * W +
-                       blocks * N * W)) {
-        B = tile.u + Tile::FLOATS;
-        C = B + CHUNK * N;
-        states = C + CHUNK * N;
+        : dBC_row(backward_groups(N) * W),
+          tile(scratch(Tile::FLOATS + 4 * CHUNK * N + (2 * CHUNK + 1) * N * W + CHUNK * dBC_row + (1 + blocks) * N * W)) {
+        states = tile.u + Tile::FLOATS;
         decay = states + (CHUNK + 1) * N * W;
-        dB = decay + CHUNK * N * W;
-        dC = dB + steps_by_states * W;
-        h = dC + steps_by_states * W;
+        dBC = decay + CHUNK * N * W;
+        h = dBC + CHUNK * dBC_row;
         dh = h + N * W;
+        B = dh + blocks * N * W;
+        C = B + CHUNK * N;
+        dB_dC = C + CHUNK * N;
     }
 };
 
@@ -329,9 +364,9 @@ void scan_backward_block(const ScanArgs& a, const Place& at, const ScanBackwardM
     std::memcpy(m.h, a.chunk(at.b, at.t0 / CHUNK, at.block), N * W * sizeof(float));
     scan_tile<true>(at, m.tile, A, m.h, m.B, m.C, N, m.states, m.decay);
     gate_backward<T>(a, at, m.tile, sums + N * W);
-    for_groups<BACKWARD_GROUP>(0, N, [&](auto group, int64_t n) {
+    for_groups<BACKWARD_GROUP>(0, N, [&](auto group, int64_t n, int64_t index) {
         scan_group_backward<decltype(group)::value>(at, m.tile, A + n * W, dh + n * W, sums + n * W, m.B + n, m.C + n, N,
-                                                    m.states + n * W, m.decay + n * W, m.dB + n * W, m.dC + n * W);
+                                                    m.states + n * W, m.decay + n * W, m.dBC + index * W, m.dBC_row);
     });
     store_gradients<T>(a, at, m.tile, sums + (N + 1) * W);
 }
@@ -346,20 +381,15 @@ void scan_backward_task(const ScanArgs& a, const float* A, int64_t b, Range bloc
         int steps = place(a, b, c, 0).steps;
         rows_to_floats<T>(a.Bm, b, t0, steps, N, m.B);
         rows_to_floats<T>(a.Cm, b, t0, steps, N, m.C);
-        std::memset(m.dB, 0, 2 * m.steps_by_states * W * sizeof(float));
+        std::memset(m.dBC, 0, steps * m.dBC_row * sizeof(float));
         for (int64_t k = blocks.begin; k < blocks.end; k++)
             scan_backward_block<T>(a, place(a, b, c, k), m, A + k * N * W, m.dh + (k - blocks.begin) * N * W,
                                    sums + k * (N + 2) * W);
-        sum_lanes(m.dB, steps * N);
-        sum_lanes(m.dC, steps * N);
-        if (rows) {
-            float* to = rows + (b * a.L + t0) * 2 * N;
-            std::memcpy(to, m.dB, steps * N * sizeof(float));
-            std::memcpy(to + steps * N, m.dC, steps * N * sizeof(float));
-        } else {
-            floats_to_rows<T>(m.dB, a.dBm, b, t0, steps, N);
-            floats_to_rows<T>(m.dC, a.dCm, b, t0, steps, N);
-        }
+        float* to = rows ? rows + (b * a.L + t0) * 2 * N : m.dB_dC;
+        unpack_pairs(m.dBC, steps, N, to, to + steps * N);
+        if (rows) continue;
+        floats_to_rows<T>(to, a.dBm, b, t0, steps, N);
+        floats_to_rows<T>(to + steps * N, a.dCm, b, t0, steps, N);
     }
     if (a.dinitial) blocks_to_states(m.dh, a.dinitial + b * a.E * N, a.E, N, blocks);
 }

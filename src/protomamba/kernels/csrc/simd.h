@@ -99,7 +99,8 @@ constexpr __mmask16 ALL_LANES = 0xffff;  // GCC 12 warns about the undefined sou
 // 2^x, relative error below 2.5 ulp. Above 128 infinity; below -126 it stays 2^-126 where the hardware has no scalef.
 PM_INLINE vf exp2(vf x) {
 #if defined(__AVX512DQ__)
-    vf f = (vf)_mm512_maskz_reduce_ps(ALL_LANES, (__m512)x, 8);
+    vf n = (vf)_mm512_maskz_roundscale_ps(ALL_LANES, (__m512)x, 8);
+    vf f = x - n;
 #else
     x = x < -126.0f ? splat(-126.0f) : x;
     x = x > 128.0f ? splat(128.0f) : x;
@@ -113,7 +114,7 @@ PM_INLINE vf exp2(vf x) {
     p = p * f + 0.6931470036506653f;
     p = p * f + 1.0f;
 #if defined(__AVX512DQ__)
-    return (vf)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, (__m512)(x - f));
+    return (vf)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, (__m512)n);
 #else
     return scale_by_bits(p, bits_of(shifted) - 0x4B400000);
 #endif
@@ -147,42 +148,42 @@ PM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 PM_INLINE vf vabs(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
 
-// log(1 + y) for y in [0, 1], by 2 atanh(y / (2 + y)); relative error below 2 ulp.
-PM_INLINE vf log1p_unit(vf y) {
-    vf s = y / (y + 2.0f), q = s * s;
+// log(1 + e^x), relative error below 4 ulp, and its derivative 1 / (1 + e^-x). With y = e^-|x| in (0, 1] the logarithm is
+// 2 atanh(s), s = y / (2 + y); one division serves both.
+PM_INLINE vf softplus(vf x, vf* slope) {
+    vf y = exp(-vabs(x)), one = y + 1.0f, two = y + 2.0f;
+    vf inverse = 1.0f / (one * two), s = y * one * inverse, q = s * s;
+    *slope = (x >= 0.0f ? two : two * y) * inverse;
+    // Minimax in relative error of (atanh(s) / s - 1) / s^2 for s^2 in [0, 1/9], 1.1e-10.
     vf p = q * 0.12144841253757477f + 0.10715354979038239f;
     p = p * q + 0.14308299124240875f;
     p = p * q + 0.19999444484710693f;
     p = p * q + 0.3333333730697632f;
-    return 2.0f * (s + s * q * p);
+    return (x > 0.0f ? x : x - x) + 2.0f * (s + s * q * p);
 }
 
-// log(1 + e^x), and its derivative 1 / (1 + e^-x).
-PM_INLINE vf softplus(vf x, vf* slope) {
-    vf y = exp(-vabs(x));
-    vf inverse = 1.0f / (1.0f + y);
-    *slope = x >= 0.0f ? inverse : y * inverse;
-    return (x > 0.0f ? x : x - x) + log1p_unit(y);
+// Half of the lanes of a and b: of each group of 4 (AT < 4) the even or odd ones of a, then of b; from AT = 4 on the even
+// or odd groups of a, then of b. Shuffles that every level has as one instruction.
+template <int AT, int ODD, std::size_t... I>
+PM_INLINE vf half_of(vf a, vf b, std::index_sequence<I...>) {
+    if constexpr (AT < 4)
+        return __builtin_shufflevector(a, b, int(I / 4 * 4 + I % 2 * 2 + ODD + I % 4 / 2 * W)...);
+    else
+        return __builtin_shufflevector(a, b, int((I / 4 * 2 + ODD) * 4 + I % 4)...);
+}
+
+// One level of a tree of horizontal sums. With v1 .. vW at the leaves and AT = 1, 2, 4, ... going up, lane i of the root is
+// the sum of the lanes of v(i + 1), in a fixed order.
+template <int AT>
+PM_INLINE vf sum_pairs(vf a, vf b) {
+    constexpr auto lanes = std::make_index_sequence<W>();
+    return half_of<AT, 0>(a, b, lanes) + half_of<AT, 1>(a, b, lanes);
 }
 
 // Of a and b, cut into runs of S lanes: the even runs (ODD = 0) or the odd ones, taken from a and b in turn.
 template <int S, int ODD, std::size_t... I>
 PM_INLINE vf runs(vf a, vf b, std::index_sequence<I...>) {
     return __builtin_shufflevector(a, b, int(I / (2 * S) * (2 * S) + I % S + ODD * S + (I / S % 2) * W)...);
-}
-
-// Lane i of the result is the sum of the lanes of v[i]: W horizontal sums at once, in a fixed order. Destroys v.
-template <int S = 1>
-PM_INLINE vf sum_each(vf* v) {
-    if constexpr (S == W) {
-        return v[0];
-    } else {
-        constexpr auto lanes = std::make_index_sequence<W>();
-        PM_UNROLL
-        for (int i = 0; i < W / (2 * S); i++)
-            v[i] = runs<S, 0>(v[2 * i], v[2 * i + 1], lanes) + runs<S, 1>(v[2 * i], v[2 * i + 1], lanes);
-        return sum_each<2 * S>(v);
-    }
 }
 
 // The W x W transpose of v, in place: exchanges the odd runs of one half of the rows with the even runs of the other.
