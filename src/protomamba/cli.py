@@ -54,7 +54,7 @@ def add_fields(parser: Parser, names: Sequence[str], schema: type[Schema] = RunC
 
 def _shown_default(value: Any, description: str) -> str:
     if value is None:
-        return "auto" if "auto" in description else "none"
+        return "auto" if "auto =" in description else "none"
     if isinstance(value, bool):
         return "1" if value else "0"
     return f"{value:g}" if isinstance(value, float) else str(value)

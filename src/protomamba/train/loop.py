@@ -261,7 +261,7 @@ class Trainer:
 
     def save_checkpoint(self, path: str | Path) -> checkpoint.SaveReport:
         """Write everything needed to go on, to the bit, to one file, atomically. Raises CheckpointError."""
-        return checkpoint.save(Path(path), self.parts(), config=self.configs())
+        return checkpoint.save(Path(path), self.parts(), config=self.configs(), info={"step": self.step})
 
     @classmethod
     def load_checkpoint(cls, path: str | Path) -> Self:

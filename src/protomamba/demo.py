@@ -1,0 +1,107 @@
+"""`make demo`: from nothing to a model that has learned the standard library's bytes, with what that is worth."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from protomamba.config import RunConfig
+from protomamba.data.corpus import SHARD, default_corpus
+from protomamba.data.tokenizer import ByteTokenizer
+from protomamba.errors import UserError
+from protomamba.generate import Sampling, generate
+from protomamba.train import checkpoint
+from protomamba.train.console import Console
+from protomamba.train.inputs import majority_share, open_inputs, validation_windows
+from protomamba.train.loop import Trainer
+from protomamba.train.metrics import read_metrics
+from protomamba.train.run import train
+
+HEADS = ("hpn", "softmax")
+EVALUATION_BATCHES = 256
+PROMPT = "def __init__(self, "
+SHAPE = {"d_model": 128, "base_layers": 2, "target_layers": 2, "freeze": "none"}
+STEPS = {"steps": 4_000, "batch_size": 8, "seq_len": 256, "lr": 4e-3, "lr_warmup_steps": 100, "lr_min_scale": 0.02}
+UPDATES = {"bp_cadence_steps": 1, "ff_lr": 0.0, "grad_clip_norm": 1.0}
+CADENCE = {"log_every": 100, "val_every": 500, "save_every": 500, "eval_batches": 32}
+
+
+def demo_config(head: str, folder: Path) -> RunConfig:
+    """The demo's run with a head: 2 Mamba layers of width 128 on 8 x 256 bytes a step."""
+    token_file = folder / "corpus" / SHARD
+    return RunConfig(
+        **SHAPE, **STEPS, **UPDATES, **CADENCE, head=head, token_file=token_file, out_dir=folder / head, resume="auto"
+    )
+
+
+def show(heads: Sequence[str], folder: Path, console: Console) -> None:
+    """What each run learned, on held-out windows, beside always guessing the commonest byte; and a sample."""
+    rows = []
+    for head in heads:
+        config = demo_config(head, folder)
+        trainer = Trainer.from_checkpoint(checkpoint.load(config.out_dir / "best.safetensors"))
+        held_out = open_inputs(config).validation
+        assert held_out is not None
+        windows = [
+            (b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(held_out, config, EVALUATION_BATCHES)
+        ]
+        found = trainer.evaluate(windows)
+        baseline = majority_share([targets for _, targets, _ in windows])
+        seconds = training_seconds(config.out_dir / "metrics.jsonl")
+        perplexity = "-" if found.perplexity is None else f"{found.perplexity:.3f}"
+        figures = f"{seconds:.0f} {found.loss:.4f} {perplexity} {found.accuracy:.4f} {baseline:.4f}"
+        rows.append((head, trainer.step, *figures.split()))
+        console.line(f"\nA sample of the {head} model after {PROMPT!r} (temperature 0.5):\n")
+        console.line(sample(trainer))
+    console.line("")
+    console.table(
+        ("head", "step", "training s", "loss", "perplexity", "accuracy", "commonest byte"),
+        rows,
+        title=f"Held-out next-byte prediction, {found.targets:,} bytes",
+    )
+    console.line(
+        f"The runs are in {folder}/; go on from one with: protomamba generate {folder / heads[0]}/best.safetensors"
+    )
+
+
+def sample(trainer: Trainer, length: int = 300) -> str:
+    """What the model writes after PROMPT."""
+    tokenizer = ByteTokenizer()
+    (tokens,) = generate(trainer.model.eval(), [tokenizer.encode(PROMPT)], length, Sampling(temperature=0.5))
+    return PROMPT + tokenizer.decode(tokens)
+
+
+def training_seconds(metrics: Path) -> float:
+    """Wall time of the training steps of a run, resumed parts included."""
+    lines = [line for line in read_metrics(metrics) if line["event"] == "train"]
+    steps = [b["step"] - a["step"] for a, b in zip([{"step": 0}, *lines], lines, strict=False)]
+    return sum(line["step_ms"] * count for line, count in zip(lines, steps, strict=True)) / 1e3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is not trained yet, then show the result; the exit code of the last run."""
+    parser = argparse.ArgumentParser(prog="python -m protomamba.demo", description=__doc__)
+    parser.add_argument("--heads", default="hpn", help="hpn, softmax or hpn,softmax side by side [%(default)s]")
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/demo"), help="[%(default)s]")
+    options = parser.parse_args(arguments)
+    heads = options.heads.split(",")
+    if unknown := set(heads) - set(HEADS):
+        parser.error(f"--heads {','.join(unknown)}: expected {' or '.join(HEADS)}")
+    console = Console()
+    console.line("protomamba demo: learn to predict the next byte of Python's standard library on this machine's CPU.")
+    default_corpus(options.out_dir / "corpus")
+    for head in heads:
+        console.line(f"\nTraining with the {head} head; Ctrl-C stops and saves, the same command goes on.")
+        if code := train(demo_config(head, options.out_dir)):
+            return code
+    show(heads, options.out_dir, console)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"protomamba demo: {error}")
