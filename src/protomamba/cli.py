@@ -133,11 +133,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     return generate_command(arguments)
 
 
-def _configure_prepare(parser: Parser) -> None:
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="files and folders")
-    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder for the shards")
-
-
 def _configure_inspect(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
@@ -150,12 +145,27 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return inspect_command(arguments.checkpoint, verify_only=arguments.verify, as_json=arguments.json)
 
 
+def _configure_export(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--format", choices=("transformers",), default="transformers", help="[%(default)s]")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from protomamba.export import export_transformers
+
+    for path in export_transformers(arguments.checkpoint, arguments.out):
+        print(path)
+    return 0
+
+
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
     "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
     "generate": ("go on from a prompt", _configure_generate, _generate),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
+    "export": ("write a checkpoint for other programs", _configure_export, _export),
 }
 
 

@@ -89,6 +89,17 @@ def test_auto_starts_fresh_then_goes_on_and_a_fresh_run_does_not_bury_another(
     assert "go on with it by --resume auto" in capsys.readouterr().err
 
 
+def test_resuming_into_another_runs_folder_is_refused(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "one", tokens, "--steps", 4)
+    train(tmp_path / "other", tokens, "--steps", 8)
+    into = ["--resume", str(tmp_path / "one" / "latest.safetensors"), "--out-dir", str(tmp_path / "other")]
+    assert main(["train", *into, "--steps", "2"]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "other" / "latest.safetensors").info["step"] == 8
+
+
 def test_contradicting_flags_are_listed(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     train(out, tokens, "--steps", 4)

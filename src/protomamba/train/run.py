@@ -80,7 +80,7 @@ class Run:
         self.stop, self.console, self.resumed = stop, console, resumed
         self.folder = RunDir(config.out_dir, config.keep_last)
         notes: list[str] = resumed.warnings if resumed else []
-        if resumed is None:
+        if resumed is None or resumed.path.resolve().parent != self.folder.folder.resolve():
             self.folder.refuse_if_occupied()
         weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
         config = adapt_to_weights(config, weights) if weights else config
