@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from protomamba.kernels import matmul, native, reference
+from protomamba.kernels.allocator import keep_freed_memory
 from protomamba.kernels.conv import causal_conv
 from protomamba.kernels.mamba_block import mamba_block
+from protomamba.kernels.mamba_step import mamba_step
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
-from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, mamba_step
+from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.softmax import softmax_loss
 from protomamba.kernels.sphere import prototype_loss
@@ -23,6 +25,7 @@ __all__ = [
     "causal_conv",
     "describe",
     "get_kernels",
+    "keep_freed_memory",
     "mamba_block",
     "mamba_step",
     "prototype_loss",

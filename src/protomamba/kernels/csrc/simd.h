@@ -180,6 +180,15 @@ PM_INLINE vf sum_pairs(vf a, vf b) {
     return half_of<AT, 0>(a, b, lanes) + half_of<AT, 1>(a, b, lanes);
 }
 
+// Lane i is the sum of the lanes of leaf(i): the whole tree over leaves FIRST .. FIRST + COUNT - 1, W of them from outside.
+template <int FIRST = 0, int COUNT = W, class Leaf>
+PM_INLINE vf sum_each(const Leaf& leaf) {
+    if constexpr (COUNT == 1)
+        return leaf(FIRST);
+    else
+        return sum_pairs<COUNT / 2>(sum_each<FIRST, COUNT / 2>(leaf), sum_each<FIRST + COUNT / 2, COUNT / 2>(leaf));
+}
+
 // Of a and b, cut into runs of S lanes: the even runs (ODD = 0) or the odd ones, taken from a and b in turn.
 template <int S, int ODD, std::size_t... I>
 PM_INLINE vf runs(vf a, vf b, std::index_sequence<I...>) {
