@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError, UserError
@@ -96,6 +97,12 @@ def write_transformers_folder(
     for name, text in {**(tokenizer_files or {}), "config.json": json.dumps(settings, indent=2) + "\n"}.items():
         written.append(_write(out_dir / name, partial(_write_text, text)))
     return written
+
+
+def transformers_names(config: ModelConfig) -> dict[str, str]:
+    """Our name of each parameter of a mamba model with a softmax head -> the name it has in a MambaForCausalLM."""
+    values = {**{ours: getattr(config, ours) for ours in SIZES}, "dt_rank": config.time_step_rank}
+    return {ours: theirs for ours, theirs, _ in _layout(values)}
 
 
 def _layout(values: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -248,17 +255,13 @@ def _their_config(config: ModelConfig, eos_token: int | None) -> dict[str, Any]:
 
 
 def _their_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    values = {**{ours: getattr(config, ours) for ours in SIZES}, "dt_rank": config.time_step_rank}
-    state = dict(state)
+    state, names = dict(state), transformers_names(config)
     if config.head == "hpn":
-        state["head.weight"] = state["head.scale"].double() * torch.nn.functional.normalize(
-            state["head.prototypes"].double(), dim=1
-        )
-        state["norm_f.weight"] = torch.nn.functional.normalize(state["norm_f.weight"].double(), dim=0)
-    wanted = {
-        theirs: ours for ours, theirs, _ in _layout(values) if not (config.tie_embedding and ours == "head.weight")
-    }
-    return {theirs: state[ours].detach().float().contiguous() for theirs, ours in wanted.items()}
+        state["head.weight"] = state["head.scale"].double() * normalize(state["head.prototypes"].double(), dim=1)
+        state["norm_f.weight"] = normalize(state["norm_f.weight"].double(), dim=0)
+    if config.tie_embedding:
+        del names["head.weight"]
+    return {theirs: state[ours].detach().float().contiguous() for ours, theirs in names.items()}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

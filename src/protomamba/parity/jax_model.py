@@ -190,7 +190,7 @@ def train(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for kind in ("decay", "rate", "sphere"):
         hyper[kind] = {name: value.item() for name, value in under(inputs, f"{kind}/").items()}
     ids_SBL, targets_SBL = jnp.asarray(inputs["ids"]), jnp.asarray(inputs["targets"])
-    out = {"scores": scores(params, ids_SBL[0])}
+    out = {"scores": jax.jit(scores)(params, ids_SBL[0])}
     moments, steps = fresh_moments(params), []
     for number, (ids_BL, targets_BL) in enumerate(zip(ids_SBL, targets_SBL, strict=True), start=1):
         steps.append(train_step(params, moments, number, ids_BL, targets_BL, Hyper(**hyper)))
