@@ -8,11 +8,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 READY_PARITY := $(VENV)/.ready-parity
-READY_BUILD := $(VENV)/.ready-build
 SANITIZED := build/sanitized
 # CMake's own files: an editable build runs in the source folder (docs/decisions/004-editable-in-place.md).
 LITTER := CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .cmake .ninja_deps .ninja_log \
 	.skbuild-info.json
+# Left alone, the build takes the compiler that Python itself was built with, which need not be on this machine.
+ifeq ($(origin CXX),default)
+CXX := c++
+endif
+export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -84,14 +88,10 @@ $(READY_PARITY): $(READY)
 parity: $(READY_PARITY) ## compare with JAX, transformers, the reference kernels and a resumed run
 	@$(BIN)/protomamba parity all $(ARGS)
 
-$(READY_BUILD): $(READY)
-	@$(PIP) build
-	@touch $@
-
-wheel: $(READY_BUILD) ## dist/*.whl for this platform, for every Python
+wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
 
-sdist: $(READY_BUILD) ## dist/*.tar.gz
+sdist: $(READY) ## dist/*.tar.gz
 	@$(BIN)/python -m build --sdist
 
 clean: ## remove the environment and everything built

@@ -1,0 +1,180 @@
+"""The house's own rules, read from the sources: imports point down, native code has one door, public names are true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import protomamba
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "protomamba"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the top down: an import points to a later row. Those of one row never import each other.
+ROWS = (
+    ("__main__",),
+    ("cli",),
+    ("commands",),
+    ("parity", "bench", "demo"),
+    ("export", "generate"),
+    ("train",),
+    ("model", "data"),
+    ("kernels",),
+    ("config",),
+    ("errors",),
+)
+ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
+
+# Stricter than the rows: all that these may import of ours, beside themselves.
+ONLY = {"data": {"config", "errors"}, "kernels": {"errors"}}
+
+# native.py loads our libraries; allocator.py asks the C library's malloc to keep its memory.
+NATIVE_DOORS = {"kernels/native.py", "kernels/allocator.py"}
+NATIVE_MODULES = {"ctypes", "_ctypes", "cffi", "torch.utils.cpp_extension"}
+
+HEAVY = ("torch", "numpy", "pydantic", "rich", "safetensors", "yaml")
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def part_of(file: Path) -> str:
+    """The folder or module right below the package that a file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Every module and every `module.name` that a file imports, inside functions too; relative imports as dots."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def imported_parts(source: str) -> set[str]:
+    """The parts of protomamba that a file imports; a public name taken from the top counts as its own part."""
+    names = imported_names(ast.parse(source))
+    parts = {name.split(".")[1] for name in names if name.startswith("protomamba.")}
+    return parts - {"__version__"}
+
+
+def wrong_imports(part: str, source: str) -> set[str]:
+    """The parts that a file of this part imports and must not."""
+    allowed = ONLY.get(part, {other for other in ROW if ROW[other] > ROW[part]}) | {part}
+    return imported_parts(source) - allowed
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_point_down(file: Path) -> None:
+    if file == PACKAGE / "__init__.py":
+        pytest.skip("the public names come from everywhere, and are loaded when used")
+    part = part_of(file)
+    assert part in ROW, f"{part}: give it a row in tests/test_house.py"
+    assert not wrong_imports(part, file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "wrong"),
+    [
+        ("model", "from protomamba.train.loop import Trainer", {"train"}),
+        ("model", "def f():\n    import protomamba.data.shards", {"data"}),
+        ("data", "from protomamba import kernels", {"kernels"}),
+        ("kernels", "from protomamba import config, errors", {"config"}),
+        ("train", "from protomamba import Trainer", {"Trainer"}),
+        ("bench", "from protomamba.demo import main", {"demo"}),
+        ("train", "from protomamba import __version__\nfrom protomamba.model import mamba", set()),
+    ],
+)
+def test_the_rule_finds_imports_that_point_up(part: str, source: str, wrong: set[str]) -> None:
+    assert wrong_imports(part, source) == wrong
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_are_absolute_and_native_code_has_one_door(file: Path) -> None:
+    names = imported_names(ast.parse(file.read_text()))
+    assert not {name for name in names if name.startswith(".")}
+    if name_of(file) not in NATIVE_DOORS:
+        assert not names & NATIVE_MODULES
+
+
+def test_public_names_resolve_and_match_what_type_checkers_see() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    seen = {
+        alias.name: node.module
+        for block in blocks
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(protomamba.__all__) == sorted([*seen, "__version__"])
+    for name, module in seen.items():
+        home = importlib.import_module(str(module))
+        assert getattr(protomamba, name) is getattr(home, name), f"{name}: a module of the same name hides it"
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Tariner'"):
+        _ = protomamba.Tariner
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = f"import sys, protomamba; print(*[m for m in {HEAVY} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+def readme_map(text: str) -> set[str]:
+    """The files that the README's map names, as paths below src/protomamba.
+
+    The map is the fenced block with a line `src/protomamba/`. Below it, deeper indentation is inside; the names at
+    a line's start count, up to the first word that is neither a folder (`model/`) nor a source file.
+    """
+    block = next((b for b in re.findall(r"```.*?\n(.*?)```", text, re.S) if "src/protomamba/" in b), "")
+    _, _, lines = block.partition("src/protomamba/")
+    files: set[str] = set()
+    folders: list[tuple[int, str]] = []
+    for line in lines.splitlines()[1:]:
+        indent = len(line) - len(line.lstrip(" "))
+        folders = [(depth, folder) for depth, folder in folders if depth < indent]
+        for word in line.split():
+            if word.endswith("/"):
+                folders.append((indent, word))
+            elif not word.endswith((".py", ".h", ".cpp")):
+                break
+            else:
+                files.add("".join(folder for _, folder in folders) + word)
+    return files
+
+
+def test_the_map_is_read_as_it_is_drawn() -> None:
+    drawn = [
+        "src/protomamba/",
+        "  cli.py  parse",
+        "  kernels/",
+        "    scan.py conv.py  ops",
+        "    csrc/ scan.h",
+        "  model/",
+    ]
+    text = "\n".join(["```text", *drawn, "    m.py", "```"])
+    assert readme_map(text) == {"cli.py", "kernels/scan.py", "kernels/conv.py", "kernels/csrc/scan.h", "model/m.py"}
+
+
+def test_readme_maps_every_source_file() -> None:
+    named = readme_map((ROOT / "README.md").read_text())
+    sources = {f.relative_to(PACKAGE).as_posix() for f in PACKAGE.rglob("*") if f.suffix in (".py", ".h", ".cpp")}
+    small = {name for name in sources if name.endswith(("__init__.py", "__main__.py"))}
+    assert named - sources == set(), "the map names files that are not there"
+    assert sources - small - named == set(), "files that the map does not name"
