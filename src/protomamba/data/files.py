@@ -24,16 +24,25 @@ class WriteError(UserError):
 
 @dataclass(frozen=True)
 class FileRef:
-    """One file as it was when it was examined: where, how long, when modified, and the checksum of its contents."""
+    """One file as it was when it was examined: where, how long, when changed, and the checksum of its contents.
+
+    Of two times `ctime_ns` is the one that no program can set back, `mtime_ns` the one that other systems also keep.
+    """
 
     path: Path
     size: int
     mtime_ns: int
+    ctime_ns: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result, sha256: str) -> FileRef:
+        """A file with this status and these contents."""
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256)
+
     def same_stamp(self, status: os.stat_result) -> bool:
-        """Whether size and modification time are the recorded ones (contents are then taken as unchanged)."""
-        return status.st_size == self.size and status.st_mtime_ns == self.mtime_ns
+        """Whether size and times are the recorded ones (contents are then taken as unchanged)."""
+        return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (self.size, self.mtime_ns, self.ctime_ns)
 
 
 def os_message(error: OSError) -> str:
@@ -76,7 +85,7 @@ def sha256_of(path: Path) -> str:
 def reference(path: Path) -> FileRef:
     """Examine a file now. The status is taken before the contents, so a later change cannot hide behind it."""
     status = check_regular_file(path)
-    return FileRef(path, status.st_size, status.st_mtime_ns, sha256_of(path))
+    return FileRef.of(path, status, sha256_of(path))
 
 
 @contextlib.contextmanager

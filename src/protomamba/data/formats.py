@@ -184,9 +184,9 @@ def scan(path: Path) -> Scan:
         done += tokens.size
     if done != layout.tokens:
         raise UserError(f"{path}: became shorter while it was read ({done:,} of {layout.tokens:,} tokens)")
-    if layout.kind == "headerless" and dtype.itemsize == 2:
+    if layout.kind == "headerless" and dtype.itemsize == 2 and not _sidecar(path).exists():
         _refuse_wide_tokens(path, layout, evens, odds)
-    file = FileRef(path, status.st_size, status.st_mtime_ns, digest.hexdigest())
+    file = FileRef.of(path, status, digest.hexdigest())
     return Scan(file, layout, max(evens, odds))
 
 

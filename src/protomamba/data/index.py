@@ -1,9 +1,9 @@
 """What is known of each token file, kept beside it so that the next start does not read everything again.
 
-`<folder>/.protomamba/<name>.json` holds size, modification time, checksum, layout and largest token; for a text file
-`<name>.tokens` holds its tokens in protomamba's layout. An entry is believed while size and time are the recorded ones;
-if only the time differs the checksum decides. Entries are one file each, written atomically: two runs that index the
-same folder do not disturb each other. Nothing here is needed for correctness; all of it may be deleted at any time.
+`<folder>/.protomamba/<name>.json` holds size, times, checksum, layout and largest token; for a text file
+`<name>.tokens` holds its tokens in protomamba's layout. An entry is believed while size and times are as recorded; if
+only the times differ the checksum decides. Entries are one file each, written atomically: two runs that index the same
+folder do not disturb each other. Nothing here is needed for correctness; all of it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _to_entry(indexed: Indexed) -> Iterator[tuple[str, Any]]:
     yield "max_token", indexed.max_token
     yield "layout", vars(indexed.layout)
     for name, file in (("source", indexed.source), ("store", indexed.store)):
-        yield name, {"size": file.size, "mtime_ns": file.mtime_ns, "sha256": file.sha256}
+        yield name, {key: value for key, value in vars(file).items() if key != "path"}
 
 
 def _load(folder: Path, path: Path) -> Indexed | None:
@@ -189,10 +189,10 @@ def _current(file: FileRef, examined_ns: int) -> FileRef | None:
         status = check_regular_file(file.path)
         if status.st_size != file.size:
             return None
-        if file.same_stamp(status) and file.mtime_ns + RACY_NS < examined_ns:
+        if file.same_stamp(status) and max(file.mtime_ns, file.ctime_ns) + RACY_NS < examined_ns:
             return file
         if sha256_of(file.path) != file.sha256:
             return None
     except UserError:
         return None
-    return replace(file, mtime_ns=status.st_mtime_ns, size=status.st_size)
+    return FileRef.of(file.path, status, file.sha256)

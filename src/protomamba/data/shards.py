@@ -120,7 +120,7 @@ class ShardSet:
                 f"{opened.path}: changed while in use: expected {opened.size:,} bytes of sha256 {opened.sha256[:12]}, "
                 f"found {status.st_size:,} other bytes; restore the file and resume from the checkpoint"
             )
-        self._restamped[opened.path] = replace(opened, mtime_ns=status.st_mtime_ns)
+        self._restamped[opened.path] = FileRef.of(opened.path, status, opened.sha256)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError naming file and offset of the first token outside [0, vocab_size)."""
@@ -213,7 +213,7 @@ def in_memory(tokens: Sequence[int] | npt.NDArray[Any] | torch.Tensor, name: str
         where = int(np.flatnonzero(data < 0)[0])
         raise UserError(f"{name}, token {where:,}: expected a token >= 0, found {int(data[where])}")
     data = data.astype("<i8")  # a copy, so the set stays what it is
-    file = FileRef(Path(name), data.nbytes, 0, hashlib.sha256(data.tobytes()).hexdigest())
+    file = FileRef(Path(name), data.nbytes, 0, 0, hashlib.sha256(data.tobytes()).hexdigest())
     layout = Layout("memory", "<i8", 0, data.size)
     return ShardSet((Shard(name, Indexed(file, file, layout, int(data.max()), 0, data), 0, data.size),))
 
