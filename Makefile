@@ -20,8 +20,8 @@ export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-reference test-sanitize test-reliability test-slow lint types check bench parity \
-	wheel sdist clean
+.PHONY: help setup demo demo-heads test test-reference test-sanitize test-reliability test-slow lint types check bench \
+	parity wheel sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ setup: $(READY) ## make .venv and install protomamba into it
 
 demo: $(READY) ## train on the standard library's sources and show what was learned (about 5 minutes)
 	@$(BIN)/python -m protomamba.demo $(ARGS)
+
+demo-heads: $(READY) ## the same with the softmax head beside it (about 10 minutes)
+	@$(BIN)/python -m protomamba.demo --heads hpn,softmax $(ARGS)
 
 test: $(READY) ## the default tests (a few minutes); ARGS='tests/model -x' chooses
 	@$(PYTEST) $(ARGS)

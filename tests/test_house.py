@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,37 +138,40 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def readme_map(text: str) -> set[str]:
     """The files that the README's map names, as paths below src/protomamba.
 
-    The map is the fenced block with a line `src/protomamba/`. Below it, deeper indentation is inside; the names at
-    a line's start count, up to the first word that is neither a folder (`model/`) nor a source file.
+    The map starts at a line `src/protomamba/` and ends where a line is no deeper than that. Deeper is inside; the
+    names at a line's start count, up to the first word that is neither a folder (`model/`) nor a source file.
     """
-    block = next((b for b in re.findall(r"```.*?\n(.*?)```", text, re.S) if "src/protomamba/" in b), "")
-    _, _, lines = block.partition("src/protomamba/")
     files: set[str] = set()
     folders: list[tuple[int, str]] = []
-    for line in lines.splitlines()[1:]:
-        indent = len(line) - len(line.lstrip(" "))
+    for line in filter(str.strip, text.splitlines()):
+        words, indent = line.split(), len(line) - len(line.lstrip(" "))
         folders = [(depth, folder) for depth, folder in folders if depth < indent]
-        for word in line.split():
+        if not folders and words[0] != "src/protomamba/":
+            continue
+        for word in words:
             if word.endswith("/"):
                 folders.append((indent, word))
             elif not word.endswith((".py", ".h", ".cpp")):
                 break
             else:
-                files.add("".join(folder for _, folder in folders) + word)
+                files.add("".join(folder for _, folder in folders).removeprefix("src/protomamba/") + word)
     return files
 
 
 def test_the_map_is_read_as_it_is_drawn() -> None:
-    drawn = [
-        "src/protomamba/",
-        "  cli.py  parse",
-        "  kernels/",
-        "    scan.py conv.py  ops",
-        "    csrc/ scan.h",
-        "  model/",
-    ]
-    text = "\n".join(["```text", *drawn, "    m.py", "```"])
-    assert readme_map(text) == {"cli.py", "kernels/scan.py", "kernels/conv.py", "kernels/csrc/scan.h", "model/m.py"}
+    text = """The map, which is drawn and not the cli.py of a sentence:
+
+    src/protomamba/
+      cli.py           parse
+      kernels/         ops
+        scan.py conv.py  beside reference.py
+        csrc/ scan.h
+
+      model/
+        mamba.py
+    tests/ scan.py
+"""
+    assert readme_map(text) == {"cli.py", "kernels/scan.py", "kernels/conv.py", "kernels/csrc/scan.h", "model/mamba.py"}
 
 
 def test_readme_maps_every_source_file() -> None:
