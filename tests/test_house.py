@@ -22,7 +22,7 @@ ROWS = (
     ("cli",),
     ("commands",),
     ("parity", "bench", "demo"),
-    ("export", "generate"),
+    ("export", "decode"),
     ("train",),
     ("model", "data"),
     ("kernels",),

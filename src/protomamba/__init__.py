@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from protomamba.config import ModelConfig, RunConfig, TrainConfig
+    from protomamba.config import ModelConfig, RunConfig, Sampling, TrainConfig
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
+    from protomamba.decode import generate
     from protomamba.errors import ConfigError, UserError
-    from protomamba.generate import Sampling, generate
     from protomamba.model.heads import Head
     from protomamba.model.layer import Layer
     from protomamba.model.sequence_model import SequenceModel
     from protomamba.train.loop import StepStats, Trainer, Validation
 
 _HOMES = {
-    "protomamba.config": ("ModelConfig", "RunConfig", "TrainConfig"),
+    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.errors": ("ConfigError", "UserError"),
-    "protomamba.generate": ("Sampling", "generate"),
+    "protomamba.decode": ("generate",),
     "protomamba.model.heads": ("Head",),
     "protomamba.model.layer": ("Layer",),
     "protomamba.model.sequence_model": ("SequenceModel",),

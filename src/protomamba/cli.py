@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from protomamba import __version__
-from protomamba.config import RunConfig, Schema, describe_bounds, flag, nearest, read_config_file, value_type
+from protomamba.config import RunConfig, Sampling, Schema, describe_bounds, flag, nearest, read_config_file, value_type
 from protomamba.errors import ConfigError, UserError
 
 
@@ -63,11 +63,13 @@ def _shown_default(value: Any, description: str) -> str:
 def run_config(arguments: argparse.Namespace) -> RunConfig:
     """The configuration file, then the flags: the one RunConfig of a command."""
     values = read_config_file(arguments.config) if arguments.config else {}
-    for key, text in vars(arguments).items():
-        if key.startswith("field:"):
-            name = key.removeprefix("field:")
-            values[name] = _from_text(name, text)
-    return RunConfig(**values)
+    return RunConfig(**{**values, **given_fields(arguments)})
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields given as flags, by name."""
+    given = {key.removeprefix("field:"): text for key, text in vars(arguments).items() if key.startswith("field:")}
+    return {name: _from_text(name, text) if name in RunConfig.model_fields else text for name, text in given.items()}
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -106,7 +108,7 @@ def _configure_eval(parser: Parser) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from protomamba.commands import evaluate_command
 
-    given = {k.removeprefix("field:"): v for k, v in vars(arguments).items() if k.startswith("field:")}
+    given = given_fields(arguments)
     return evaluate_command(arguments.checkpoint, given, batches=arguments.batches, as_json=arguments.json)
 
 
@@ -116,21 +118,17 @@ def _configure_generate(parser: Parser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer)")
     source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
-    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="new tokens at most [%(default)s]")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="F", help="0 = greedy [%(default)s]")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="only the N likeliest; 0 = all [%(default)s]")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="F", help="the likeliest that reach F [%(default)s]"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling [%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_fields(parser, list(Sampling.model_fields), Sampling)
     add_fields(parser, ("threads", "kernels"))
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     from protomamba.commands import generate_command
 
-    return generate_command(arguments)
+    given = given_fields(arguments)
+    sampling = Sampling(**{name: given.pop(name) for name in list(given) if name in Sampling.model_fields})
+    return generate_command(arguments, sampling, RunConfig(**given))
 
 
 def _configure_inspect(parser: Parser) -> None:
@@ -159,12 +157,40 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configure_parity(parser: Parser) -> None:
+    from protomamba.parity.command import PROBES
+
+    about = "; ".join(f"{name}: {line}" for name, (line, _) in PROBES.items())
+    parser.add_argument("probe", choices=(*PROBES, "all"), metavar="|".join((*PROBES, "all")), help=about)
+    parser.add_argument(
+        "--probe-steps", type=int, metavar="N", help="resume: steps before and after [5, or --bp-cadence-steps if more]"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object; a list of them for all")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the same JSON to a file")
+    _configure_train(parser)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from protomamba.parity.command import parity
+
+    steps = arguments.probe_steps
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--probe-steps {steps}: expected an integer >= 1")
+    config = run_config(arguments)
+    return parity(arguments.probe, config, steps=steps, as_json=arguments.json, report_file=arguments.report)
+
+
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
     "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
     "generate": ("go on from a prompt", _configure_generate, _generate),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
+    "parity": (
+        "hold the program against its references, or a resumed run against an uncut one",
+        _configure_parity,
+        _parity,
+    ),
     "export": ("write a checkpoint for other programs", _configure_export, _export),
 }
 

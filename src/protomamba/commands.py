@@ -10,18 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from protomamba import kernels
-from protomamba.config import RunConfig
+from protomamba.config import RunConfig, Sampling
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.decode import generate
 from protomamba.errors import ConfigError, UserError
-from protomamba.generate import Sampling, generate
 from protomamba.train import checkpoint
 from protomamba.train.checkpoint import Checkpoint
 from protomamba.train.console import Console
 from protomamba.train.inputs import majority_share, open_inputs, validation_windows
 from protomamba.train.loop import Trainer, build_model
+from protomamba.train.run import use_machine
 
 
 def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:
@@ -31,7 +29,7 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     loaded = checkpoint.load(path)
     trainer = Trainer.from_checkpoint(loaded)
     config = _data_config(loaded, given, trainer.model.config.vocab_size)
-    _use_machine(config)
+    use_machine(config)
     inputs = open_inputs(config)
     tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
     if tokens is None:
@@ -62,31 +60,21 @@ def _data_config(loaded: Checkpoint, given: Mapping[str, Any], vocab_size: int) 
     return RunConfig(**{**base, **given, "vocab_size": vocab_size})
 
 
-def _use_machine(config: RunConfig) -> None:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kernels.set_kernels(config.kernels)
-
-
 def _shown(value: float | int) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def generate_command(arguments: argparse.Namespace) -> int:
+def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine: RunConfig) -> int:
     """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
-    if arguments.max_tokens < 1:
-        raise ConfigError(f"--max-tokens {arguments.max_tokens}: expected an integer >= 1")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     loaded = checkpoint.load(arguments.checkpoint)
-    given = {k.removeprefix("field:"): v for k, v in vars(arguments).items() if k.startswith("field:")}
-    _use_machine(RunConfig(**given))
+    use_machine(machine)
     model = build_model(loaded).eval()
     description = loaded.config.get("tokenizer")
     tokenizer = tokenizer_from_json(description) if description else None
     texts, prompts = _prompts(arguments, tokenizer)
     started = time.perf_counter()
     stop = tokenizer.eos_token if tokenizer else None
-    outputs = generate(model, prompts, arguments.max_tokens, sampling, stop_token=stop)
+    outputs = generate(model, prompts, sampling, stop_token=stop)
     seconds = time.perf_counter() - started
     answers = [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens)) for tokens in outputs]
     if arguments.json:

@@ -179,6 +179,16 @@ class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFi
         return self.model_dump(mode="json")
 
 
+class Sampling(Schema):
+    """How the next token is drawn from the head's calibrated distribution."""
+
+    max_tokens: int = Field(200, ge=1, le=1_000_000_000, description="new tokens at most")
+    temperature: float = Field(0.8, ge=0, le=1_000, description="0 takes the likeliest token (greedy)")
+    top_k: int = Field(0, ge=0, description="only the N likeliest (0 = all)")
+    top_p: float = Field(0.95, gt=0, le=1, description="only the likeliest that together reach this share (1 = all)")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the drawing")
+
+
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from protomamba.config import RunConfig
+from protomamba.config import RunConfig, Sampling
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.data.tokenizer import ByteTokenizer
+from protomamba.decode import generate
 from protomamba.errors import UserError
-from protomamba.generate import Sampling, generate
 from protomamba.train import checkpoint
 from protomamba.train.console import Console
 from protomamba.train.inputs import majority_share, open_inputs, validation_windows
@@ -22,8 +22,9 @@ from protomamba.train.run import train
 HEADS = ("hpn", "softmax")
 EVALUATION_BATCHES = 256
 PROMPT = "def __init__(self, "
+SAMPLING = Sampling(max_tokens=300, temperature=0.7, top_p=0.9)
 SHAPE = {"d_model": 128, "base_layers": 2, "target_layers": 2, "freeze": "none"}
-STEPS = {"steps": 4_000, "batch_size": 8, "seq_len": 256, "lr": 4e-3, "lr_warmup_steps": 100, "lr_min_scale": 0.02}
+STEPS = {"steps": 6_000, "batch_size": 8, "seq_len": 256, "lr": 4e-3, "lr_warmup_steps": 100, "lr_min_scale": 0.02}
 UPDATES = {"bp_cadence_steps": 1, "ff_lr": 0.0, "grad_clip_norm": 1.0}
 CADENCE = {"log_every": 100, "val_every": 500, "save_every": 500, "eval_batches": 32}
 
@@ -53,7 +54,7 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
         perplexity = "-" if found.perplexity is None else f"{found.perplexity:.3f}"
         figures = f"{seconds:.0f} {found.loss:.4f} {perplexity} {found.accuracy:.4f} {baseline:.4f}"
         rows.append((head, trainer.step, *figures.split()))
-        console.line(f"\nA sample of the {head} model after {PROMPT!r} (temperature 0.5):\n")
+        console.line(f"\nA sample of the {head} model after {PROMPT!r} (temperature 0.7, top-p 0.9):\n")
         console.line(sample(trainer))
     console.line("")
     console.table(
@@ -66,10 +67,10 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
     )
 
 
-def sample(trainer: Trainer, length: int = 300) -> str:
+def sample(trainer: Trainer) -> str:
     """What the model writes after PROMPT."""
     tokenizer = ByteTokenizer()
-    (tokens,) = generate(trainer.model.eval(), [tokenizer.encode(PROMPT)], length, Sampling(temperature=0.5))
+    (tokens,) = generate(trainer.model.eval(), [tokenizer.encode(PROMPT)], SAMPLING)
     return PROMPT + tokenizer.decode(tokens)
 
 
@@ -77,7 +78,7 @@ def training_seconds(metrics: Path) -> float:
     """Wall time of the training steps of a run, resumed parts included."""
     lines = [line for line in read_metrics(metrics) if line["event"] == "train"]
     steps = [b["step"] - a["step"] for a, b in zip([{"step": 0}, *lines], lines, strict=False)]
-    return sum(line["step_ms"] * count for line, count in zip(lines, steps, strict=True)) / 1e3
+    return float(sum(line["step_ms"] * count for line, count in zip(lines, steps, strict=True)) / 1e3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from protomamba.config import ModelConfig
-from protomamba.generate import Sampling, generate
+from protomamba.config import ModelConfig, Sampling
+from protomamba.decode import generate
 from protomamba.model.interop import read_transformers_folder, transformers_names, write_transformers_folder
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, max_abs, missing, rms_ratio, versions
@@ -96,7 +96,7 @@ def check_export(report: Report, transformers: Any, head: str, folder: Path, see
 def check_greedy(report: Report, label: str, ours: SequenceModel, theirs: Any) -> None:
     """Count the tokens of two greedy continuations that differ; none may."""
     prompt_BL = torch.randint(ours.config.vocab_size, (BATCH, PROMPT))
-    found_BT = torch.tensor(generate(ours, prompt_BL.tolist(), NEW_TOKENS, Sampling(temperature=0)))
+    found_BT = torch.tensor(generate(ours, prompt_BL.tolist(), Sampling(max_tokens=NEW_TOKENS, temperature=0)))
     with torch.no_grad():
         expected_BT = theirs.generate(
             prompt_BL, attention_mask=torch.ones_like(prompt_BL), max_new_tokens=NEW_TOKENS, do_sample=False

@@ -128,7 +128,7 @@ class Trainer:
             mean += float(loss.detach()) * count / total
         penalty = self.model.head.penalty() if backpropagate else None
         if penalty is not None:
-            penalty.backward()
+            torch.autograd.backward(penalty)
         return mean
 
     def _local_gradients(

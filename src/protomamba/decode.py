@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from protomamba.config import Sampling
 from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import ModelState, SequenceModel
 
@@ -15,34 +15,15 @@ PREFILL_CHUNK = 1_024
 OnToken = Callable[[list[int]], None]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn from the calibrated distribution. temperature 0 takes the likeliest (greedy)."""
-
-    temperature: float = 0.8
-    top_k: int = 0  # 0 = all
-    top_p: float = 1.0  # 1 = all
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"--temperature {self.temperature}: expected a number >= 0 (0 = greedy)")
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k {self.top_k}: expected an integer >= 0 (0 = all)")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p}: expected a number above 0 and at most 1")
-
-
 @torch.no_grad()
 def generate(
     model: SequenceModel,
     prompts: Sequence[Sequence[int]],
-    max_tokens: int,
     sampling: Sampling | None = None,
     stop_token: int | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, at most `max_tokens` each, without `stop_token`, which ends a sequence.
+    """The tokens that follow each prompt, at most `sampling.max_tokens`, without `stop_token`, which ends a sequence.
 
     on_token: called after each position with the new token of every prompt (-1 where a sequence has ended).
     Raises ConfigError for an empty prompt or a token the model does not know.
@@ -53,7 +34,7 @@ def generate(
     z_BD, state = prefill(model, prompts)
     outputs: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)
-    for position in range(max_tokens):
+    for position in range(sampling.max_tokens):
         next_B = choose(_logits(model, z_BD), sampling, generator)
         tokens = next_B.tolist()
         for row, token in enumerate(tokens):
@@ -62,7 +43,7 @@ def generate(
                 outputs[row].append(token)
         if on_token:
             on_token([token if alive[row] else -1 for row, token in enumerate(tokens)])
-        if not any(alive) or position == max_tokens - 1:
+        if not any(alive) or position == sampling.max_tokens - 1:
             break
         z_BD, state = model.step(next_B, state)
     return outputs
