@@ -49,12 +49,17 @@ def train(config: RunConfig, console: Console | None = None) -> int:
     with StopRequest() as stop, RunLock(folder):
         resumed = find_resume(config)
         config = resumed.config if resumed else config
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        kernels.set_kernels(config.kernels)
+        use_machine(config)
         torch.manual_seed(config.seed)
         with console or Console(progress=config.progress) as shown:
             return Run(config, resumed, stop, shown).execute()
+
+
+def use_machine(config: RunConfig) -> None:
+    """Torch's threads and the kernels, as the configuration says; for the whole process."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kernels.set_kernels(config.kernels)
 
 
 @dataclass

@@ -1,0 +1,76 @@
+"""`protomamba parity PROBE`: the probes by name, each imported when it is run, and what their reports look like."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from protomamba.config import RunConfig
+from protomamba.errors import UserError
+from protomamba.parity.report import Report
+
+
+def _resume(config: RunConfig, steps: int | None) -> Report:
+    from protomamba.parity.resume import run
+
+    return run(config, steps)
+
+
+def _jax(config: RunConfig, steps: int | None) -> Report:
+    from protomamba.parity.jax_check import run_all
+
+    return run_all(config.seed)
+
+
+def _transformers(config: RunConfig, steps: int | None) -> Report:
+    from protomamba.parity.transformers_check import run
+
+    return run(config.seed)
+
+
+# name -> (one line, work); each takes the flags of `train` and --probe-steps, and uses what concerns it.
+PROBES: dict[str, tuple[str, Callable[[RunConfig, int | None], Report]]] = {
+    "resume": ("a run saved and resumed in a fresh process beside the uncut one, to the bit", _resume),
+    "jax": ("model, gradients and updates beside a JAX twin (needs jax)", _jax),
+    "transformers": ("weights there and back, and the same numbers on both sides (needs transformers)", _transformers),
+}
+
+
+def parity(name: str, config: RunConfig, *, steps: int | None, as_json: bool, report_file: Path | None) -> int:
+    """Run the probe `name`, or `all`, and print what it found. Exit code 0 if everything holds, else 1.
+
+    `all` runs every probe, also after one that could not be run, and says so at the end. Raises UserError.
+    """
+    chosen = list(PROBES) if name == "all" else [name]
+    reports: list[Report] = []
+    errors: list[UserError] = []
+    for each in chosen:
+        try:
+            report = PROBES[each][1](config, steps)
+        except UserError as error:
+            if name != "all":
+                raise
+            errors.append(error)
+            continue
+        reports.append(report)
+        if not as_json:
+            report.print()
+    found = [report.to_json() for report in reports]
+    content = json.dumps(found[0] if name != "all" else found, indent=2) + "\n"
+    if as_json:
+        sys.stdout.write(content)
+    if report_file:
+        _write(report_file, content)
+    for failure in errors:
+        print(f"protomamba: parity: not run: {failure}", file=sys.stderr)
+    return 0 if all(report.ok for report in reports) and not errors else 1
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--report {path}: cannot be written: {error.strerror}") from None
