@@ -22,7 +22,7 @@ def check_shapes(op: str, *, sizes: dict[str, int] | None = None, **tensors: Ten
         for letter, size in zip(letters, shape, strict=True):
             expected = int(letter) if letter.isdigit() else known.setdefault(letter, size)
             if size != expected:
-                wanted = ", ".join(f"{key}={known.get(key, key)}" for key in letters)
+                wanted = ", ".join(f"{key}={known[key]}" if key in known else key for key in letters)
                 raise ValueError(f"{op}: {name}: expected shape ({wanted}), got {shape}")
             if size == 0:
                 raise ValueError(f"{op}: {name}: has no element, shape {shape}")

@@ -55,6 +55,14 @@ void run(const Pool& pool, int64_t tasks, const Work& work) {
     pool.parallel_for(0, std::min(pool.threads, tasks), 1, worker, &shared);
 }
 
+// The sanitizer build fills working memory with NaN, so that a value read before it is written shows in the result.
+inline float* poisoned(float* data, [[maybe_unused]] int64_t count) {
+#if defined(PM_POISON)
+    for (int64_t i = 0; i < count; i++) data[i] = NAN;
+#endif
+    return data;
+}
+
 // Aligned floats that live as long as the thread and only grow.
 class Scratch {
   public:
@@ -65,7 +73,7 @@ class Scratch {
             data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
             if (!data_) std::abort();
         }
-        return data_;
+        return poisoned(data_, count);
     }
     ~Scratch() { std::free(data_); }
 
@@ -85,6 +93,7 @@ struct Buffer {
     explicit Buffer(int64_t count)
         : data(static_cast<float*>(std::aligned_alloc(64, (count + 16) / 16 * 16 * sizeof(float)))) {
         if (!data) std::abort();
+        poisoned(data, count);
     }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
