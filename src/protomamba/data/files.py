@@ -55,7 +55,7 @@ def check_regular_file(path: Path) -> os.stat_result:
     try:
         status = path.stat()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {os_message(error)}; expected a token file") from error
+        raise UserError(f"{path}: cannot be read: {os_message(error)}; expected a file") from error
     if path.is_dir():
         raise UserError(f"{path}: expected a token file, found a folder; use --token-dir for a folder of shards")
     if not path.is_file():

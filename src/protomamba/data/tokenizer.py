@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from protomamba.data.files import os_message
-from protomamba.errors import UserError
+from protomamba.errors import ConfigError, UserError
 
 BYTES_EOS = 256
 TOKENIZER_FILE = "tokenizer.json"
@@ -193,3 +193,27 @@ def with_eos(source: str, eos: str, where: str) -> HuggingFaceTokenizer:
         wanted = f"one of {', '.join(EOS_NAMES)}" if eos == "auto" else repr(eos)
         raise UserError(f"{where}: has no token {wanted} to end a document with; name one with --eos, or --eos none")
     return HuggingFaceTokenizer(source, found, where)
+
+
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """Train a byte-level BPE of `vocab_size` tokens on texts; the contents of its `tokenizer.json`.
+
+    The 256 bytes and `<|endoftext|>` are in it, so every text can be encoded. Equal texts give equal files.
+    """
+    if vocab_size < BYTES_EOS + 1:
+        raise ConfigError(
+            f"--train-bpe {vocab_size}: expected at least {BYTES_EOS + 1}: the bytes and the end of a document"
+        )
+    library = import_tokenizers()
+    level = library.pre_tokenizers.ByteLevel
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = level(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_NAMES[0]],
+        initial_alphabet=sorted(level.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return str(tokenizer.to_str())

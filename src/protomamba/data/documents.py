@@ -1,0 +1,182 @@
+"""Documents out of text, byte, JSON-lines and parquet files, in pieces of bounded size and always the same ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message
+from protomamba.errors import ConfigError, UserError
+
+FORMATS = ("auto", "text", "bytes", "jsonl", "parquet")
+SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: its name within what was given, and how it is read."""
+
+    path: Path
+    name: str
+    format: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, and whether it is the last. `read` is how many bytes of the file are done after it."""
+
+    data: bytes
+    ends: bool
+    read: int
+
+
+def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
+    """The files of the inputs in a fixed order: as given, within folders by name; hidden files are left out.
+
+    `auto` reads .jsonl, .ndjson and .parquet by their suffix and all else as text.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    sources = []
+    for given in inputs:
+        for path, name in _files_in(given) if given.is_dir() else [(given, given.name)]:
+            if check_regular_file(path).st_size:  # an empty file has no document
+                chosen = SUFFIX_FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
+                sources.append(Source(path, name, chosen))
+    if not sources:
+        raise UserError(f"{', '.join(map(str, inputs)) or 'no input'}: expected files or folders with text, found none")
+    return sources
+
+
+def _files_in(folder: Path) -> list[tuple[Path, str]]:
+    found = []
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        here = Path(place)
+        found += [(here / name).relative_to(folder) for name in names if not name.startswith(".")]
+    return [(folder / path, path.as_posix()) for path in sorted(found, key=lambda path: path.as_posix())]
+
+
+def pieces_of(source: Source, field: str) -> Iterator[Piece]:
+    """The documents of a file in pieces of about a megabyte; `field` names the text in JSON lines and parquet.
+
+    All but `bytes` is UTF-8 and checked to be; UserErrors name file and byte, line or row.
+    """
+    if source.format == "jsonl":
+        return _jsonl(source.path, field)
+    if source.format == "parquet":
+        return _parquet(source.path, field)
+    return _whole_file(source.path, is_text=source.format == "text")
+
+
+def _whole_file(path: Path, is_text: bool) -> Iterator[Piece]:
+    """A file as one document, cut behind line ends so that a tokenizer sees whole lines."""
+    size, done, pending = path.stat().st_size, 0, b""
+    for block in chunks_of(path):
+        pending += block
+        if done + len(pending) >= size:
+            continue
+        cut = pending.rfind(b"\n") + 1 or _character_start(pending)
+        yield Piece(_checked(path, done, pending[:cut], is_text), False, done + cut)
+        done, pending = done + cut, pending[cut:]
+    yield Piece(_checked(path, done, pending, is_text), True, done + len(pending))
+
+
+def _character_start(data: bytes) -> int:
+    """Where the last UTF-8 character of `data` starts, so that none is cut in two."""
+    start = len(data) - 1
+    while start > max(0, len(data) - 4) and data[start] & 0xC0 == 0x80:
+        start -= 1
+    return max(start, 1)
+
+
+def _checked(path: Path, offset: int, data: bytes, is_text: bool) -> bytes:
+    try:
+        if is_text:
+            data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, byte {offset + error.start:,}: expected UTF-8 text, found 0x{data[error.start]:02x}; "
+            "convert the file, or read it with --format bytes"
+        ) from error
+    return data
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, end in the file and bytes of each line, without a limit on its length."""
+    number, done, pending = 0, 0, b""
+    for block in chunks_of(path):
+        *whole, pending = (pending + block).split(b"\n")
+        for line in whole:
+            number, done = number + 1, done + len(line) + 1
+            yield number, done, line
+    if pending:
+        yield number + 1, done + len(pending), pending
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Piece]:
+    for number, done, line in lines_of(path):
+        if line.strip():
+            yield Piece(_json_text(f"{path}, line {number:,}", line, field), True, done)
+
+
+def _json_text(where: str, line: bytes, field: str) -> bytes:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: expected a JSON object: {error}") from error
+    if not isinstance(value, dict) or field not in value:
+        found = f"keys {', '.join(sorted(value))[:100]}" if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{where}: expected an object with {field!r}, found {found}; name the text's key with --field")
+    return _as_utf8(where, field, value[field])
+
+
+def _as_utf8(where: str, field: str, text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise UserError(f"{where}: expected text in {field!r}, found {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the text in {field!r} has half a surrogate pair at {error.start}") from error
+
+
+def _parquet(path: Path, field: str) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading parquet needs pyarrow ({error}): pip install 'protomamba[parquet]'"
+        ) from error
+    size, row = path.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                columns = ", ".join(file.schema_arrow.names)[:100]
+                raise UserError(f"{path}: expected a column {field!r}, found {columns}; name it with --field")
+            rows = max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield Piece(_as_utf8(f"{path}, row {row:,}", field, text), True, size * row // rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = os_message(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path}: not a readable parquet file: {' '.join(reason.split())[:200]}") from error
+
+
+def grouped(pieces: Iterable[Piece], size: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
+    """Runs of pieces of at least `size` bytes, the unit of work. It depends on the pieces alone."""
+    group: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        group.append(piece)
+        held += len(piece.data)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group

@@ -1,0 +1,294 @@
+"""Files of text or bytes to a folder of token shards, with a manifest and the tokenizer beside them.
+
+The inputs are cut into the same units of work whatever the number of jobs, encoded by threads and written in order, so
+equal inputs give equal bytes. Each shard is written atomically and recorded, with the place in the input at which the
+next one begins: a run that was stopped goes on from the last shard. The manifest comes last: with it, all is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protomamba.data.documents import Piece, Source, find_sources, grouped, pieces_of
+from protomamba.data.files import atomic_file, os_message, read_json, reference, sha256_of, write_json
+from protomamba.data.formats import TokenWriter
+from protomamba.data.manifest import Manifest, ShardEntry, read_manifest
+from protomamba.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer
+from protomamba.errors import ConfigError, UserError
+
+PROGRESS_FILE = "prepare-progress.json"
+Progress = Callable[[int, int], None]
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    format: str = "auto",
+    field: str = "text",
+    tokenizer: str = "bytes",
+    train_bpe: int | None = None,
+    shard_tokens: int = 1 << 24,
+    jobs: int = 1,
+    eos: str = "auto",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make token shards of files and folders; returns the manifest that is also written.
+
+    `tokenizer` is `bytes` or the path of a `tokenizer.json`; `train_bpe` trains one of that many tokens on the inputs
+    instead. `eos` names the token put after each document (`auto`, `none`, a token's text or number). `progress` is
+    called with bytes read and bytes in all. A stopped call with the same arguments goes on where it was; a finished one
+    returns at once. UserError for inputs that cannot be read as told, and for a folder that holds something else.
+    """
+    if shard_tokens < 2 or jobs < 1:
+        raise ConfigError(f"--shard-tokens {shard_tokens}, --jobs {jobs}: expected at least 2 and 1")
+    sources = find_sources([Path(each) for each in inputs], format)
+    folder = Path(out_dir)
+    if format == "bytes" and (train_bpe or tokenizer != "bytes"):
+        raise ConfigError("--format bytes: bytes that need not be text can only be made tokens by the bytes tokenizer")
+    for source in sources:
+        if source.path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{source.path}: is an input and lies in --out-dir {folder}; choose another --out-dir")
+    listed = _describe(sources, jobs)
+    chosen = f"bpe {train_bpe}" if train_bpe else tokenizer if tokenizer == "bytes" else sha256_of(Path(tokenizer))
+    plan = _checksum([listed, field, chosen, shard_tokens, eos])
+    state = _open_folder(folder, plan)
+    if isinstance(state, Manifest):
+        return state
+    encoder = _tokenizer(folder, state, tokenizer, train_bpe, eos, sources, field)
+    dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
+    writer = _ShardWriter(folder, state, dtype, shard_tokens)
+    total = sum(entry["bytes"] for entry in listed)
+    for unit in _encoded(sources, field, encoder, jobs, writer.first_unit):
+        writer.add(unit)
+        if progress:
+            progress(unit.read, total)
+    writer.finish()
+    return _write_manifest(
+        folder, state, dtype, encoder, {"plan": plan, "inputs": listed, "documents": writer.documents}
+    )
+
+
+def _describe(sources: Sequence[Source], jobs: int) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(jobs) as pool:
+        files = list(pool.map(lambda source: reference(source.path), sources))
+    return [
+        {"name": source.name, "format": source.format, "bytes": file.size, "sha256": file.sha256}
+        for source, file in zip(sources, files, strict=True)
+    ]
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class _State:
+    """What a stopped run has done: its plan, and each shard with the unit and token at which the next begins."""
+
+    plan: str
+    shards: list[ShardEntry] = field(default_factory=list)
+    next_places: list[tuple[int, int]] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        shards = [asdict(shard) for shard in self.shards]
+        write_json(folder / PROGRESS_FILE, {"plan": self.plan, "shards": shards, "next_places": self.next_places})
+
+
+def _open_folder(folder: Path, plan: str) -> _State | Manifest:
+    """The finished manifest, the state to go on from, or a new one. UserError if the folder is in other use."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {os_message(error)}; choose another --out-dir") from error
+    other = f"{folder}: holds shards made from other inputs or with other options; choose an empty --out-dir"
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        if manifest.source.get("plan") != plan:
+            raise UserError(other)
+        for shard in manifest.shards:
+            manifest.check_shard(folder / shard.name, shard.tokens, sha256_of(folder / shard.name))
+        return manifest
+    if (folder / PROGRESS_FILE).is_file():
+        return _load_state(folder, plan, other)
+    if any(folder.glob("shard-*.bin")):
+        raise UserError(other)
+    state = _State(plan)
+    state.write(folder)
+    return state
+
+
+def _load_state(folder: Path, plan: str, other: str) -> _State:
+    body = read_json(folder / PROGRESS_FILE)
+    if body.get("plan") != plan:
+        raise UserError(other)
+    state = _State(plan)
+    for entry, place in zip(body["shards"], body["next_places"], strict=True):
+        shard = ShardEntry(**entry)
+        path = folder / shard.name
+        if not path.is_file() or sha256_of(path) != shard.sha256:
+            break  # made again, and all after it
+        state.shards.append(shard)
+        state.next_places.append((int(place[0]), int(place[1])))
+    return state
+
+
+def _tokenizer(
+    folder: Path, state: _State, name: str, train_bpe: int | None, eos: str, sources: Sequence[Source], field: str
+) -> Tokenizer:
+    """The tokenizer, copied into the folder; one trained by a run that was stopped is used again."""
+    path = folder / TOKENIZER_FILE
+    if train_bpe is None:
+        if name != "bytes":
+            with atomic_file(path) as file:
+                file.write(Path(name).read_bytes())
+        return load_tokenizer(name if name == "bytes" else str(path), eos)
+    if name != "bytes":
+        raise ConfigError("--train-bpe makes a tokenizer and --tokenizer names one: give one of them")
+    if not (state.shards and path.is_file()):
+        texts = (piece.data.decode("utf-8", errors="replace") for s in sources for piece in pieces_of(s, field))
+        with atomic_file(path) as file:
+            file.write(train_bpe_tokenizer(texts, train_bpe).encode())
+    return load_tokenizer(str(path), eos)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One unit of work: its number, tokens, the documents that end in it, and input bytes read after it."""
+
+    number: int
+    tokens: npt.NDArray[np.uint32]
+    documents: int
+    read: int
+
+
+def _groups(sources: Sequence[Source], field: str) -> Iterator[tuple[list[Piece], int]]:
+    """Units of work, and the bytes of all inputs that are read after each."""
+    before = 0
+    for source in sources:
+        for group in grouped(pieces_of(source, field)):
+            yield group, before + group[-1].read
+        before += source.path.stat().st_size
+
+
+def _encoded(sources: Sequence[Source], field: str, tokenizer: Tokenizer, jobs: int, first: int) -> Iterator[_Unit]:
+    """The units in order, encoded by `jobs` threads, at most two ahead each; those before `first` are only read."""
+
+    def encode(number: int, group: list[Piece], read: int) -> _Unit:
+        tokens = np.empty(0, dtype=np.uint32) if number < first else _encode(group, tokenizer)
+        return _Unit(number, tokens, sum(piece.ends for piece in group), read)
+
+    waiting: deque[Future[_Unit]] = deque()
+    with _no_inner_threads(), ThreadPoolExecutor(jobs) as pool:
+        for number, (group, read) in enumerate(_groups(sources, field)):
+            waiting.append(pool.submit(encode, number, group, read))
+            if len(waiting) > 2 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextlib.contextmanager
+def _no_inner_threads() -> Iterator[None]:
+    """Keep the tokenizers library to the calling thread, so that --jobs is what it says."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _encode(group: Sequence[Piece], tokenizer: Tokenizer) -> npt.NDArray[np.uint32]:
+    nothing = np.empty(0, dtype=np.uint32)
+    eos = nothing if tokenizer.eos_token is None else np.array([tokenizer.eos_token], dtype=np.uint32)
+    parts: Iterable[npt.NDArray[Any]]
+    if isinstance(tokenizer, ByteTokenizer):
+        parts = (np.frombuffer(piece.data, dtype=np.uint8) for piece in group)
+    else:
+        # The batch call, also for one text: it is the one that releases the interpreter lock.
+        encoded = tokenizer.encode_batch([piece.data.decode("utf-8") for piece in group])
+        parts = (np.array(tokens, dtype=np.uint32) for tokens in encoded)
+    ends = [eos if piece.ends else nothing for piece in group]
+    return np.concatenate([array for pair in zip(parts, ends, strict=True) for array in pair])
+
+
+class _ShardWriter:
+    """Cuts the tokens of units into shards. Every shard has `shard_tokens`, the last from a tenth to 1.1 times that.
+
+    A shard is cut only when a tenth more is there, so that none is left with a token or two.
+    """
+
+    def __init__(self, folder: Path, state: _State, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._state, self._dtype, self._size = folder, state, dtype, shard_tokens
+        self._spare = max(2, shard_tokens // 10)
+        self._parts: deque[tuple[int, int, npt.NDArray[np.uint32]]] = deque()  # unit, place in it, tokens
+        self._held = 0
+        self.first_unit, self._skip = state.next_places[-1] if state.next_places else (0, 0)
+        self.documents = 0
+
+    def add(self, unit: _Unit) -> None:
+        """Take the tokens of the next unit and write the shards they fill."""
+        self.documents += unit.documents
+        skip = self._skip if unit.number == self.first_unit else 0
+        if unit.number >= self.first_unit and unit.tokens.size > skip:
+            self._parts.append((unit.number, skip, unit.tokens[skip:]))
+            self._held += unit.tokens.size - skip
+        while self._held >= self._size + self._spare:
+            self._write(self._size)
+
+    def finish(self) -> None:
+        """Write what is left as the last shard."""
+        if self._held:
+            self._write(self._held)
+        if sum(shard.tokens for shard in self._state.shards) < 2:
+            raise UserError(f"{self._folder}: the inputs hold fewer than 2 tokens; nothing to train on")
+
+    def _write(self, count: int) -> None:
+        path = self._folder / f"shard-{len(self._state.shards):05d}.bin"
+        next_place = (0, 0)
+        with atomic_file(path) as file:
+            writer = TokenWriter(file, self._dtype)
+            while count:
+                number, place, tokens = self._parts.popleft()
+                used = tokens[:count]
+                writer.write(used)
+                count -= used.size
+                self._held -= used.size
+                next_place = (number, place + used.size)
+                if used.size < tokens.size:
+                    self._parts.appendleft((number, place + used.size, tokens[used.size :]))
+            writer.finish()
+        written = reference(path)
+        entry = ShardEntry(path.name, writer.tokens, written.size, writer.max_token, written.sha256)
+        self._state.shards.append(entry)
+        self._state.next_places.append(next_place)
+        self._state.write(self._folder)
+
+
+def _write_manifest(folder: Path, state: _State, dtype: str, tokenizer: Tokenizer, source: dict[str, Any]) -> Manifest:
+    described = {"kind": tokenizer.kind, "identity": tokenizer.identity}
+    manifest = Manifest(
+        folder, dtype, tokenizer.vocab_size, tokenizer.eos_token, described, source, tuple(state.shards)
+    )
+    for stale in {path.name for path in folder.glob("shard-*.bin")} - {shard.name for shard in state.shards}:
+        (folder / stale).unlink()  # of a stopped run, after a shard that was damaged since
+    manifest.write()
+    (folder / PROGRESS_FILE).unlink()
+    return manifest
