@@ -180,6 +180,29 @@ def _parity(arguments: argparse.Namespace) -> int:
     return parity(arguments.probe, config, steps=steps, as_json=arguments.json, report_file=arguments.report)
 
 
+def _configure_bench(parser: Parser) -> None:
+    shapes = "S,M,L,one-row,compact or BATCHxLENGTHxWIDTHxLAYERS[:compact], with commas between"
+    parser.add_argument("--shapes", default="S,M,L,compact", metavar="NAME,...", help=f"{shapes} [%(default)s]")
+    parser.add_argument("--precision", default="fp32", metavar="fp32,bf16", help="one or both [%(default)s]")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that each takes [%(default)s]")
+    parser.add_argument(
+        "--sections", default="steps", metavar="NAME,...", help="steps, threads (1 against all), lengths [%(default)s]"
+    )
+    parser.add_argument("--op", metavar="NAME,...", help="single ops instead, by their names in protomamba.kernels")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine [%(default)s]"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from protomamba.bench.command import bench
+
+    return bench(arguments)
+
+
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
@@ -192,6 +215,7 @@ COMMANDS = {
         _parity,
     ),
     "export": ("write a checkpoint for other programs", _configure_export, _export),
+    "bench": ("time steps and ops against their matrix products", _configure_bench, _bench),
 }
 
 

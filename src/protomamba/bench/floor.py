@@ -1,0 +1,71 @@
+"""The floor: what no implementation of a training step can leave out. The matrix products of its blocks (in_proj,
+x_proj, dt_proj, out_proj), forward and both backward ones, on dense tensors of the step's shapes.
+
+Once as anybody would write them with torch (F.linear and mm), once through `kernels.matmul`, which takes the faster of
+torch's two BLAS libraries: where the two floors differ, a step may well be below the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protomamba.bench.shapes import Shape
+from protomamba.kernels import matmul
+
+
+class Product(NamedTuple):
+    """The tensors of one linear layer: input (T, I), weight (O, I), gradient of the output (T, O)."""
+
+    x_TI: Tensor
+    w_OI: Tensor
+    dy_TO: Tensor
+
+
+def products(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Product]:
+    """The linear layers of all blocks, each with a weight of its own; inputs of one shape share their memory."""
+    config = shape.config()
+    inner = config.d_model * (config.expand if shape.layer == "mamba" else 1)
+    rank = config.time_step_rank if shape.layer == "mamba" else 1
+    layers = [(inner, rank + 2 * config.d_state), (rank, inner), (inner, config.d_model)]
+    if shape.layer == "mamba":
+        layers.insert(0, (config.d_model, 2 * inner))
+    widths = {width for layer in layers for width in layer}
+    values = {width: torch.randn(shape.tokens, width).to(dtype) for width in widths}
+    return [
+        Product(values[n_in], torch.randn(n_out, n_in).to(dtype), values[n_out])
+        for _ in range(shape.layers)
+        for n_in, n_out in layers
+    ]
+
+
+def torch_floor(layers: list[Product]) -> Callable[[], None]:
+    """The products of one step by plain torch."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for x_TI, w_OI, _ in layers:
+                F.linear(x_TI, w_OI)
+            for x_TI, w_OI, dy_TO in reversed(layers):
+                torch.mm(dy_TO, w_OI)
+                torch.mm(dy_TO.t(), x_TI)
+
+    return run
+
+
+def own_floor(layers: list[Product]) -> Callable[[], None]:
+    """The same by the functions that the blocks use."""
+
+    def run() -> None:
+        with torch.no_grad():
+            for x_TI, w_OI, _ in layers:
+                matmul.linear(x_TI, w_OI)
+            for x_TI, w_OI, dy_TO in reversed(layers):
+                matmul.grad_input(dy_TO, w_OI)
+                matmul.grad_weight(dy_TO, x_TI)
+
+    return run
