@@ -1,4 +1,4 @@
-"""The save/load probe as a user's command: it holds for our models, sees what is not saved, and touches no run folder."""
+"""The save/load probe as a command: it holds for our models, sees what is not saved, and touches no run folder."""
 
 from __future__ import annotations
 

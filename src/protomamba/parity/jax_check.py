@@ -40,14 +40,15 @@ SHAPE: dict[str, Any] = {
     "expand": 2,
     "dt_rank": 3,
 }
-# Clipping and both betas bite within three steps; the rate is constant, and high enough for an update to stand out from
-# the rounding of the float32 parameter it is added to.
+# Clipping, both betas and epsilon bite within three steps; the rate is constant, and high enough for an update to stand
+# out from the rounding of the float32 parameter it is added to.
 TRAINING = TrainConfig(
     steps=STEPS,
     lr=1e-2,
     lr_min_scale=1.0,
     weight_decay=0.1,
     beta2=0.95,
+    adam_eps=1e-6,
     grad_clip_norm=0.05,
     ff_lr=0.0,
     bp_cadence_steps=1,

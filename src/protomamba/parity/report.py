@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from protomamba import kernels
 from protomamba.errors import UserError
 
 
@@ -122,8 +123,10 @@ def _same_shape(found: Any, expected: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Facts for a report: the installed version of each package, and the processor family."""
-    return {"machine": platform.machine(), **{name: metadata.version(name) for name in packages}}
+    """Facts for a report: the processor, the kernels that float32 took on it, the installed version of each package."""
+    path = kernels.describe()
+    facts = {"machine": platform.machine(), "kernels": f"{path['kernels']}, {path['cpu_level']}"}
+    return {**facts, **{name: metadata.version(name) for name in packages}}
 
 
 def missing(package: str, command: str, error: ImportError) -> UserError:
