@@ -9,19 +9,17 @@ division, so any batch is computed without replaying, and a position is one inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.order import derive_key, permute, shuffled
+from protomamba.data.seekable import STATE_VERSION, Identity, SeekableStream
 from protomamba.data.shards import ShardSet
 from protomamba.data.windows import Batch, Cursor, make_batch, read_windows, window_counts
-from protomamba.errors import UserError
 
-STATE_VERSION = 1
 # Keys of the two kinds of shuffling; they only have to differ.
 _WINDOWS, _SHARDS = 1, 2
 
@@ -35,14 +33,12 @@ class _Epoch:
     before: npt.NDArray[np.int64]
 
 
-class TokenStream:
+class TokenStream(SeekableStream):
     """An endless, seekable sequence of batches over a ShardSet.
 
     `packed`: the rows are consecutive windows of one contiguous run, through the shards in an order that
     `shuffle_shards` draws anew each epoch. Not `packed`: the windows of all shards in an order drawn anew each epoch.
     With `eos_token` and `reset_at_eos` the batches say where documents begin. UserError if no shard holds a window.
-
-    Iterating goes on from the stream's own position; `state_dict` is that position with all that the order depends on.
     """
 
     def __init__(
@@ -67,7 +63,6 @@ class TokenStream:
         self._windows = window_counts(shards, seq_len)
         self._fingerprint = shards.fingerprint()
         self._epoch_memo: _Epoch | None = None
-        self.position = 0  # the number of the next batch; the only thing that changes
 
     @property
     def windows_per_epoch(self) -> int:
@@ -86,7 +81,6 @@ class TokenStream:
         return transitions - self.windows_per_epoch * self.seq_len
 
     def describe(self) -> str:
-        """One line for the head of a run."""
         empty = int((self._windows == 0).sum())
         short = f", {empty} shard(s) shorter than a window" if empty else ""
         return (
@@ -96,7 +90,6 @@ class TokenStream:
         )
 
     def batch(self, index: int) -> Batch:
-        """Batch number `index` (from 0) of the endless sequence; a pure function, safe in any thread."""
         if index < 0:
             raise IndexError(f"batch {index}")
         tokens = read_windows(self.shards, self._rows(index), self.seq_len)
@@ -132,7 +125,6 @@ class TokenStream:
         return self._epoch_memo
 
     def cursor(self, index: int) -> Cursor:
-        """The place before batch `index`, with all that the order depends on; the same keys at every index."""
         epoch, window = divmod(index * self.batch_size, self.windows_per_epoch)
         return {
             "version": STATE_VERSION,
@@ -149,57 +141,5 @@ class TokenStream:
             "data": self._fingerprint,
         }
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self.batch(self.position)
-        self.position += 1
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The cursor of the next batch and the identity of every shard: plain integers and strings."""
-        return {**self.cursor(self.position), "shards": self.shards.identity()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place. UserError naming each setting or shard that is not what it was."""
-        mine = self.state_dict()
-        if state.get("version") != STATE_VERSION:
-            raise UserError(f"stream cursor: version {state.get('version')!r}, expected {STATE_VERSION}")
-        missing = sorted(mine.keys() - state.keys())
-        if missing:
-            raise UserError(f"stream cursor: damaged: no {', '.join(missing)}")
-        _refuse_other_data(state["shards"], mine["shards"])
-        place = ("batch", "epoch", "window", "shards")
-        changed = [key for key in mine if key not in place and state[key] != mine[key]]
-        if changed:
-            listed = ", ".join(f"{key} {state[key]} (now {mine[key]})" for key in changed)
-            raise UserError(f"stream cursor: made with {listed}; resume with the same settings or start a new run")
-        batch = state["batch"]
-        if not isinstance(batch, int) or batch < 0 or self.cursor(batch) != {key: state[key] for key in self.cursor(0)}:
-            raise UserError(
-                f"stream cursor: damaged: batch {batch!r}, epoch {state['epoch']!r}, window {state['window']!r}"
-            )
-        self.position = batch
-
-
-def _refuse_other_data(saved: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> None:
-    """Name the first shard that is not what it was when the cursor was saved."""
-    advice = "restore the data or start a new run"
-    for number, (before, now) in enumerate(zip(saved, found, strict=False)):
-        if before["name"] != now["name"]:
-            raise UserError(f"data changed: shard {number} was {before['name']}, is now {now['name']}; {advice}")
-        if before["sha256"] != now["sha256"]:
-            raise UserError(
-                f"data changed: shard {now['name']} has other contents than at the checkpoint: expected sha256 "
-                f"{before['sha256'][:12]}, found {now['sha256'][:12]}; {advice}"
-            )
-        if (before["start"], before["tokens"]) != (now["start"], now["tokens"]):
-            raise UserError(
-                f"data changed: of shard {now['name']} {before['tokens']:,} tokens from {before['start']:,} were used, "
-                f"now {now['tokens']:,} from {now['start']:,}: was --val-ratio changed? {advice}"
-            )
-    if len(saved) != len(found):
-        longer = saved if len(saved) > len(found) else found
-        state = "missing" if longer is saved else "new"
-        raise UserError(f"data changed: shard {longer[min(len(saved), len(found))]['name']} is {state}; {advice}")
+    def identity(self) -> Identity:
+        return self.shards.identity()
