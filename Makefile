@@ -58,11 +58,12 @@ test-reference: $(READY) ## the kernel tests once more, with the reference path 
 
 # Python is not built with the sanitizers, so their runtimes are loaded before it; libstdc++ with them, or the interceptor
 # of C++ exceptions finds nothing to call. Leaks are not looked for: Python and torch keep memory until the end.
+PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC)
 	@rm -rf $(SANITIZED)
-	@$(PIP) --no-deps --upgrade --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=ON .
-	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) \
-		$$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PROTOMAMBA_KERNELS=native \
+	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=ON .
+	@ls $(SANITIZED)/protomamba/kernels/libprotomamba_*
+	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PROTOMAMBA_KERNELS=native \
 		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
 
 test-reliability: $(READY) ## the full figures of the reliability promises (long)
