@@ -131,6 +131,32 @@ def _generate(arguments: argparse.Namespace) -> int:
     return generate_command(arguments, sampling, RunConfig(**given))
 
 
+def _configure_prepare(parser: Parser) -> None:
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="files and folders")
+    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet")
+    parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
+    parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes or a tokenizer.json [%(default)s]")
+    source.add_argument(
+        "--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the inputs instead"
+    )
+    parser.add_argument(
+        "--eos", default="auto", metavar="NAME", help="ends a document: auto, none, a token [%(default)s]"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; the bytes do not depend on it [1]")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from protomamba.commands import prepare_command
+
+    return prepare_command(arguments)
+
+
 def _configure_inspect(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
@@ -208,6 +234,7 @@ COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
     "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
     "generate": ("go on from a prompt", _configure_generate, _generate),
+    "prepare": ("make token shards of text, bytes, JSON lines or parquet", _configure_prepare, _prepare),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
         "hold the program against its references, or a resumed run against an uncut one",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.config import RunConfig, Sampling
+from protomamba.data.prepare import prepare
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate
 from protomamba.errors import ConfigError, UserError
@@ -116,6 +117,33 @@ def _token_list(text: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ConfigError(f"expected tokens as N,N,..., found {text!r}")
     return [int(part) for part in parts]
+
+
+def prepare_command(arguments: argparse.Namespace) -> int:
+    """Make token shards, with a bar on a terminal; print where they are and how to train on them."""
+    console = Console()
+    with console.bar("preparing") as progress:
+        manifest = prepare(
+            arguments.inputs,
+            arguments.out_dir,
+            format=arguments.format,
+            field=arguments.field,
+            tokenizer=arguments.tokenizer,
+            train_bpe=arguments.train_bpe,
+            shard_tokens=arguments.shard_tokens,
+            jobs=arguments.jobs,
+            eos=arguments.eos,
+            progress=progress,
+        )
+    kind = manifest.tokenizer["kind"]
+    console.header(
+        {
+            "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",
+            "vocabulary": f"{manifest.vocab_size:,} ({kind}), end of document {manifest.eos_token}",
+            "train": f"protomamba train --token-dir {manifest.folder} --shard-ext bin --out-dir runs/mine",
+        }
+    )
+    return 0
 
 
 def inspect_command(path: Path, *, verify_only: bool, as_json: bool) -> int:

@@ -7,13 +7,22 @@ and never a bar, because a log file keeps every redraw.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 # Order and format of the fields of a plain line; a field without a value is left out.
@@ -86,6 +95,17 @@ class Console:
             self._bar.update(self._task, completed=step, figures=figures)
         elif logged:
             self.line("  ".join([f"step {step:>7,}", *_parts(fields).values()]))
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for work counted in bytes: call what it yields with (done, total). Nothing is drawn off a terminal."""
+        if not self._show_bar:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+        with Progress(*columns, console=self._rich) as progress:
+            task = progress.add_task("", total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
     def stop(self) -> None:
         """End the training phase; safe to call twice and without `start`."""
