@@ -133,13 +133,24 @@ class DataFields(Schema):
     token_dir: Path | None = Field(None, description="folder of token shards")
     val_token_file: Path | None = Field(None, description="validation token file")
     val_token_dir: Path | None = Field(None, description="folder of validation shards")
+    label_file: Path | None = Field(
+        None,
+        description="labels of --token-file, whose lines are then sequences: one a line, or one a token; -100 = none "
+        "(.txt or .npy)",
+    )
+    val_label_file: Path | None = Field(None, description="labels of --val-token-file")
+    n_class: int | None = Field(
+        None, ge=1, le=16_777_216, description="classes of --label-file; auto = largest label + 1"
+    )
     shard_ext: str = Field("txt", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="extension of the shards in a folder")
     vocab_size: int | None = Field(None, ge=1, le=16_777_216, description="vocabulary; auto = largest token + 1")
     val_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of the tokens held out where no validation data is given"
+        0.05, ge=0, lt=1, description="share of the tokens (sequences) held out where no validation data is given"
     )
     batch_size: int = Field(8, ge=1, le=1_000_000, description="rows of a batch")
-    seq_len: int = Field(64, ge=1, le=100_000_000, description="tokens of a row")
+    seq_len: int = Field(
+        64, ge=1, le=100_000_000, description="tokens of a row; with --label-file of the longest sequence allowed"
+    )
     shuffle_shards: bool = Field(True, description="new shard order each epoch")
     packed_sequences: bool = Field(
         True, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
@@ -194,7 +205,7 @@ MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
     | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
     # where the data lies may change; what it is may not, and is checked by its checksums
-    | {"token_file", "token_dir", "val_token_file", "val_token_dir"}
+    | {"token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )
 
 

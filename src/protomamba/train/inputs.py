@@ -12,6 +12,9 @@ from torch import Tensor
 
 from protomamba.config import RunConfig
 from protomamba.data.corpus import default_corpus
+from protomamba.data.labelled_stream import LabelledStream, labelled_eval_batches
+from protomamba.data.labels import LabelledSequences, open_labelled
+from protomamba.data.seekable import SeekableStream
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
 from protomamba.data.stream import TokenStream
 from protomamba.data.tokenizer import TOKENIZER_FILE
@@ -23,10 +26,11 @@ from protomamba.errors import ConfigError, UserError
 class Inputs:
     """What a run trains on and is validated on; `validation` is None where nothing is held out."""
 
-    training: ShardSet
-    validation: ShardSet | None
+    training: ShardSet | LabelledSequences
+    validation: ShardSet | LabelledSequences | None
     vocab_size: int
-    tokenizer: str | None  # as JSON, for data.tokenizer_from_json
+    tokenizer: str | None = None  # as JSON, for data.tokenizer_from_json
+    n_class: int | None = None  # with labels; None where the next token is the target
 
     @property
     def notes(self) -> list[str]:
@@ -36,6 +40,8 @@ class Inputs:
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Open, index and check the data of a run. Raises UserError naming the file and what is wrong with it."""
+    if config.label_file or config.val_label_file or config.n_class:
+        return _open_labelled(config)
     training = _open(config.token_file, config.token_dir, "--token", config.shard_ext)
     training = training or default_corpus(config.out_dir / "corpus")
     tokenizer = _tokenizer_json(training)
@@ -48,6 +54,31 @@ def open_inputs(config: RunConfig) -> Inputs:
     if config.eos_token is not None and config.eos_token >= vocab_size:
         raise ConfigError(f"--eos-token {config.eos_token}: expected a token below the vocabulary size {vocab_size}")
     return Inputs(training, validation, vocab_size, tokenizer)
+
+
+def _open_labelled(config: RunConfig) -> Inputs:
+    """Sequences with their labels: of the run, held out, and how many tokens and classes there are."""
+    if not (config.token_file and config.label_file):
+        raise ConfigError("--label-file, --val-label-file and --n-class go with --token-file and --label-file together")
+    if config.token_dir or config.val_token_dir or config.reset_at_eos:
+        raise ConfigError(
+            "--label-file takes its sequences, a line each, from --token-file and --val-token-file: leave out "
+            "--token-dir, --val-token-dir and --reset-at-eos"
+        )
+    if bool(config.val_token_file) != bool(config.val_label_file):
+        raise ConfigError("--val-token-file and --val-label-file go together: give both or none")
+    training = open_labelled(config.token_file, config.label_file)
+    validation: LabelledSequences | None = None
+    if config.val_token_file and config.val_label_file:
+        validation = open_labelled(config.val_token_file, config.val_label_file)
+    elif config.val_ratio > 0:
+        training, validation = training.split(config.val_ratio, config.seed)
+    sets = [each for each in (training, validation) if each is not None]
+    vocab_size = config.vocab_size or 1 + max(each.max_token for each in sets)
+    n_class = config.n_class or 1 + max(each.max_label for each in sets)
+    for each in sets:
+        each.check(vocab_size=vocab_size, classes=n_class, seq_len=config.seq_len)
+    return Inputs(training, validation, vocab_size, n_class=n_class)
 
 
 def _open(file: Path | None, folder: Path | None, prefix: str, ext: str) -> ShardSet | None:
@@ -69,8 +100,10 @@ def _tokenizer_json(shards: ShardSet) -> str | None:
     return json.dumps(description)
 
 
-def training_stream(inputs: Inputs, config: RunConfig) -> TokenStream:
-    """The order of training windows; raises ConfigError for --reset-at-eos without --eos-token."""
+def training_stream(inputs: Inputs, config: RunConfig) -> SeekableStream:
+    """The order of training windows or sequences; raises ConfigError for --reset-at-eos without --eos-token."""
+    if isinstance(inputs.training, LabelledSequences):
+        return LabelledStream(inputs.training, batch_size=config.batch_size, seed=config.seed)
     if config.reset_at_eos and config.eos_token is None:
         raise ConfigError("--reset-at-eos 1 needs --eos-token ID")
     return TokenStream(
@@ -85,10 +118,12 @@ def training_stream(inputs: Inputs, config: RunConfig) -> TokenStream:
     )
 
 
-def validation_windows(shards: ShardSet, config: RunConfig, count: int | None) -> Iterator[Batch]:
-    """The same windows each time, spread over the set; `count` batches, None for all."""
+def validation_windows(held_out: ShardSet | LabelledSequences, config: RunConfig, count: int | None) -> Iterator[Batch]:
+    """The same windows (sequences) each time, spread over the set; `count` batches, None for all."""
+    if isinstance(held_out, LabelledSequences):
+        return labelled_eval_batches(held_out, config.batch_size, count)
     return eval_batches(
-        shards,
+        held_out,
         config.batch_size,
         config.seq_len,
         count,

@@ -1,0 +1,81 @@
+"""Batches of labelled sequences: the endless shuffled order of training, and the fixed ones of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from protomamba.data.labels import Integers, LabelledSequences
+from protomamba.data.order import derive_key, permute
+from protomamba.data.seekable import STATE_VERSION, Identity, SeekableStream
+from protomamba.data.windows import Batch, Cursor
+
+# Key of this order; it only has to differ from those of the other shuffles.
+_SEQUENCES = 3
+
+
+class LabelledStream(SeekableStream):
+    """All sequences once an epoch, in an order drawn anew for each: a function of (seed, epoch, index).
+
+    Row r of batch b is number b * batch_size + r of the endless order; a batch that the end of an epoch leaves unfilled
+    takes its other rows from the next one. Rows are as long as the batch's longest sequence.
+    """
+
+    def __init__(self, sequences: LabelledSequences, *, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: expected at least 1")
+        self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
+        self._fingerprint = sequences.fingerprint()
+
+    def batch(self, index: int) -> Batch:
+        if index < 0:
+            raise IndexError(f"batch {index}")
+        numbers = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
+        return make_labelled_batch(self.sequences, self._places(numbers), self.cursor(index + 1))
+
+    def _places(self, numbers: Integers) -> Integers:
+        """Which sequences stand at some numbers of the endless order."""
+        epochs, within = np.divmod(numbers, len(self.sequences))
+        keys = {int(epoch): derive_key(self.seed, int(epoch), _SEQUENCES) for epoch in np.unique(epochs)}
+        parts = [permute(within[epochs == epoch], len(self.sequences), key) for epoch, key in keys.items()]
+        return np.concatenate(parts)
+
+    def cursor(self, index: int) -> Cursor:
+        epoch, window = divmod(index * self.batch_size, len(self.sequences))
+        return {
+            "version": STATE_VERSION,
+            "batch": index,
+            "epoch": epoch,
+            "window": window,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "labelled": 1,
+            "data": self._fingerprint,
+        }
+
+    def identity(self) -> Identity:
+        return self.sequences.identity()
+
+    def describe(self) -> str:
+        lengths = self.sequences.lengths
+        return (
+            f"{len(self.sequences):,} labelled sequences of {lengths.min()} to {lengths.max()} tokens "
+            f"({len(self.sequences) / self.batch_size:,.1f} steps an epoch)"
+        )
+
+
+def labelled_eval_batches(sequences: LabelledSequences, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+    """The same sequences every time, spread evenly over all: at most `count` batches (None: every sequence)."""
+    total = len(sequences)
+    wanted = total if count is None else min(total, count * batch_size)
+    for first in range(0, wanted, batch_size):
+        places = np.arange(first, min(first + batch_size, wanted)) * total // wanted
+        yield make_labelled_batch(sequences, places, {})
+
+
+def make_labelled_batch(sequences: LabelledSequences, places: Integers, cursor: Cursor) -> Batch:
+    """The sequences at `places` as rows; targets are the labels, negative where there is none."""
+    tokens_BL, labels_BL = sequences.read(places)
+    return Batch(torch.from_numpy(tokens_BL), torch.from_numpy(labels_BL), None, cursor)
