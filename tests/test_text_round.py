@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ def test_text_goes_in_and_comes_out(tokenizer: list[str], tmp_path: Path, capsys
     more = ["--token-dir", str(data), "--shard-ext", "bin", "--steps", "150", "--seq-len", "16"]
     assert main(["train", *TINY, *more, "--d-model", "24", "--out-dir", str(run), "--log-every", "50"]) == 0
     text.unlink()
-    for file in data.iterdir():
-        file.unlink()
+    shutil.rmtree(data)
     capsys.readouterr()
     prompt = ["--prompt", "the cat sat", "--max-tokens", "10", "--temperature", "0"]
     assert main(["generate", str(run / "latest.safetensors"), *prompt]) == 0
