@@ -120,21 +120,23 @@ def test_losses_in_plain_words():
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
 def test_updates_are_those_of_torch_s_adamw(limit):
-    """Several steps, so that both moments and both bias corrections matter, with decay and rate given by name."""
+    """Several steps, so that both moments and both bias corrections matter, with decay, rate and sphere by name."""
     torch = pytest.importorskip("torch")
-    start = draws(4, kept=(3, 2), decayed=(2, 4))
-    hyper = jax_model.Hyper(
-        0.1, 0.8, 0.95, 1e-6, 0.3, limit, {"kept": False, "decayed": True}, {"kept": 1, "decayed": 0.5}
-    )
+    shapes = {"kept": (3, 2), "decayed": (2, 4), "turned": (4, 3)}
+    start = draws(4, **shapes)
+    decay = {"kept": False, "decayed": True, "turned": False}
+    rate = {"kept": 1.0, "decayed": 0.5, "turned": 1.0}
+    sphere = {"kept": False, "decayed": False, "turned": True}
+    hyper = jax_model.Hyper(0.1, 0.8, 0.95, 1e-6, 0.3, limit, decay, rate, sphere)
     params, moments = start, jax_model.fresh_moments(start)
     twins = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
     groups = [
-        {"params": [twins["kept"]], "weight_decay": 0.0},
+        {"params": [twins["kept"], twins["turned"]], "weight_decay": 0.0},
         {"params": [twins["decayed"]], "weight_decay": 0.3, "lr": 0.05},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
     for step in (1, 2, 3):
-        grads = draws(10 + step, kept=(3, 2), decayed=(2, 4))
+        grads = draws(10 + step, **shapes)
         clipped, norm = jax_model.clip(grads, limit)
         params, moments = jax_model.adamw(params, clipped, moments, step, hyper)
         size = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
@@ -142,6 +144,8 @@ def test_updates_are_those_of_torch_s_adamw(limit):
         for name, twin in twins.items():
             twin.grad = torch.from_numpy(grads[name] * (limit / size if 0 < limit < size else 1.0))
         optimizer.step()
+        with torch.no_grad():
+            twins["turned"].div_(twins["turned"].norm(dim=1, keepdim=True))
     for name, twin in twins.items():
         np.testing.assert_allclose(params[name], twin.detach(), rtol=1e-12)
 
