@@ -59,6 +59,18 @@ def test_table_shows_failures_in_words():
     assert "FAILED" in text and "layer 3" in text and "1 of 2 checks hold" in text
 
 
+def test_a_narrow_terminal_loses_nothing():
+    report = Report("title")
+    report.check("export, softmax: greedy tokens that differ", 0.0, 1e-5, "worst of 33: layers.1.mixer.dt_proj.weight")
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        report.print(console)
+        text = console.export_text()
+    letters = "".join(line.split("│")[-2].strip() for line in text.splitlines() if "│" in line)
+    assert letters.replace(" ", "") == "worstof33:layers.1.mixer.dt_proj.weight"
+    assert "0.00e+00" in text and "1e-05" in text and "differ" in text
+
+
 def test_merge_keeps_every_row_and_names_its_origin():
     one, two = Report("one", facts={"torch": "2"}), Report("two", facts={"jax": "0"})
     one.check("loss", 0.0, 1.0)

@@ -83,8 +83,8 @@ class Report:
         caption = " · ".join(f"{name} {value}" for name, value in self.facts.items())
         table = Table(title=self.title, caption=caption or None, title_justify="left", caption_justify="left")
         for heading, side in (("check", "left"), ("worst error", "right"), ("tolerance", "right"), ("", "left")):
-            table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("note", style="dim", overflow="fold")
+            table.add_column(heading, justify=side, no_wrap=side == "right")  # type: ignore[arg-type]
+        table.add_column("note", style="dim", overflow="fold", min_width=18)
         for row in self.rows:
             verdict = "[green]ok[/]" if row.ok else "[bold red]FAILED[/]"
             table.add_row(row.name, f"{row.worst:.2e}", f"{row.tolerance:.0e}", verdict, row.note)
