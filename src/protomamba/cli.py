@@ -95,7 +95,7 @@ def _train(arguments: argparse.Namespace) -> int:
     return train(run_config(arguments))
 
 
-DATA_FLAGS = ("token_file", "token_dir", "shard_ext", "batch_size", "seq_len", "threads", "kernels")
+DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len", "threads", "kernels")
 
 
 def _configure_eval(parser: Parser) -> None:

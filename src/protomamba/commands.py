@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from protomamba.config import RunConfig, Sampling
+from protomamba.config import ModelConfig, RunConfig, Sampling
 from protomamba.data.prepare import prepare
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate
@@ -29,7 +29,7 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
         raise ConfigError(f"--batches {batches}: expected an integer >= 1")
     loaded = checkpoint.load(path)
     trainer = Trainer.from_checkpoint(loaded)
-    config = _data_config(loaded, given, trainer.model.config.vocab_size)
+    config = _data_config(loaded, given, trainer.model.config)
     use_machine(config)
     inputs = open_inputs(config)
     tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
@@ -52,13 +52,16 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     return 0
 
 
-def _data_config(loaded: Checkpoint, given: Mapping[str, Any], vocab_size: int) -> RunConfig:
+def _data_config(loaded: Checkpoint, given: Mapping[str, Any], model: ModelConfig) -> RunConfig:
     """The run's configuration with other tokens to read, all of them, where some are given."""
     base = dict(loaded.config.get("run") or {})
     if given.keys() & {"token_file", "token_dir"}:
         base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
-        base["val_ratio"] = 0.0
-    return RunConfig(**{**base, **given, "vocab_size": vocab_size})
+        base |= {"label_file": None, "val_label_file": None, "val_ratio": 0.0}
+    config = RunConfig(**{**base, **given, "vocab_size": model.vocab_size})
+    if model.n_class is not None and not config.label_file:
+        raise ConfigError(f"the model tells {model.classes} classes apart: give their labels with --label-file")
+    return config.replace(n_class=model.classes if config.label_file else None)
 
 
 def _shown(value: float | int) -> str:
@@ -70,6 +73,11 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
     loaded = checkpoint.load(arguments.checkpoint)
     use_machine(machine)
     model = build_model(loaded).eval()
+    if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):
+        raise UserError(
+            f"{arguments.checkpoint}: tells {model.config.classes} classes apart, so it has no next token to generate; "
+            "use eval"
+        )
     description = loaded.config.get("tokenizer")
     tokenizer = tokenizer_from_json(description) if description else None
     texts, prompts = _prompts(arguments, tokenizer)
