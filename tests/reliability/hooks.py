@@ -1,0 +1,155 @@
+"""What a forked child does to itself on its `Plan`: signals at exact places, failing disks, records of what it did."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from protomamba.data.prefetch import Prefetcher
+from protomamba.train import durable, run
+from protomamba.train.durable import Disk
+from protomamba.train.loop import StepStats
+from tests.reliability.forked import Plan
+
+DISK_CALLS = ("free_bytes", "open", "write", "fsync", "close", "replace", "fsync_dir", "link", "unlink")
+
+
+def install(plan: Plan) -> None:
+    """Wrap what the plan names; the rest stays as it is."""
+    if plan.at_batch is not None or plan.batches:
+        _watch_batches(plan)
+    if plan.disk_call is not None or plan.disk_calls:
+        _watch_disk(plan)
+    if plan.stall:
+        _stall_after_stop(Path(plan.stall))
+    if plan.memory:
+        _watch_memory(Path(plan.memory))
+    if plan.audit:
+        _watch_the_world(plan.audit)
+
+
+def _watch_batches(plan: Plan) -> None:
+    take = Prefetcher.__next__
+    asked = 0
+
+    def counted(self: Prefetcher) -> Any:
+        nonlocal asked
+        if asked == plan.at_batch:
+            os.kill(os.getpid(), plan.signal)
+        asked += 1
+        index = self.stream.position
+        batch = take(self)
+        if plan.batches:
+            digest = hashlib.sha256()
+            for tensor in (batch.tokens_BL, batch.targets_BL, batch.reset_BL):
+                digest.update(b"none" if tensor is None else tensor.numpy().tobytes())
+            with open(plan.batches, "a") as file:
+                file.write(f"{index} {digest.hexdigest()}\n")
+        return batch
+
+    Prefetcher.__next__ = counted  # type: ignore[method-assign]
+
+
+def _watch_disk(plan: Plan) -> None:
+    """Count the calls of every Disk of the process; fail or die at the planned one."""
+    count = 0
+
+    def wrap(name: str) -> None:
+        real: Callable[..., Any] = getattr(Disk, name)
+
+        def call(self: Disk, *arguments: Any) -> Any:
+            nonlocal count
+            here, count = count, count + 1
+            if plan.disk_calls:
+                with open(plan.disk_calls, "a") as file:
+                    file.write(name + "\n")
+            due = plan.disk_call is not None and (
+                here == plan.disk_call or (plan.disk_forever and here > plan.disk_call)
+            )
+            if due and plan.disk_action == "kill-before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if due and isinstance(plan.disk_action, int):
+                if name == "close":  # a close that reports an error has closed the file all the same
+                    real(self, *arguments)
+                raise OSError(plan.disk_action, os.strerror(plan.disk_action))
+            result = real(self, *arguments)
+            if due and plan.disk_action == "kill-after":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(Disk, name, call)
+
+    for name in DISK_CALLS:
+        wrap(name)
+
+
+def _stall_after_stop(marker: Path) -> None:
+    """The disk hangs in the save that follows a stop request, as a dead network mount would."""
+    real_commit, stops = durable.commit, []
+    enter = run.StopRequest.__enter__
+
+    def entered(self: run.StopRequest) -> run.StopRequest:
+        stops.append(self)
+        return enter(self)
+
+    def commit(*arguments: Any, **options: Any) -> None:
+        if stops and stops[0].requested:
+            marker.touch()
+            while True:
+                signal.pause()
+        real_commit(*arguments, **options)
+
+    run.StopRequest.__enter__ = entered  # type: ignore[method-assign]
+    from protomamba.train import checkpoint
+
+    checkpoint.commit = commit  # type: ignore[attr-defined]
+
+
+def _watch_memory(file: Path) -> None:
+    report = run.Run._report
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def watched(self: run.Run, stats: StepStats) -> None:
+        report(self, stats)
+        if stats.step % 20 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            with open(file, "a") as out:
+                out.write(f"{stats.step} {resident} {len(os.listdir('/proc/self/fd'))}\n")
+
+    run.Run._report = watched  # type: ignore[method-assign]
+
+
+CHANGING = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+RUNNING = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class", "ctypes.dlopen")
+
+
+def _watch_the_world(path: str) -> None:
+    """Write a line for everything the interpreter reports that changes files, speaks to a network, or runs code.
+
+    Python's audit events: no code of ours, and none it calls in Python, gets around them.
+    """
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            name, _, flags = arguments
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and not isinstance(name, int):
+                os.write(out, f"write {os.path.abspath(os.fsdecode(name))}\n".encode())
+        elif event in CHANGING:
+            places = [os.path.abspath(os.fsdecode(a)) for a in arguments if isinstance(a, str | bytes | os.PathLike)]
+            for place in places:
+                os.write(out, f"write {place}\n".encode())
+        elif event.startswith("socket."):
+            os.write(out, f"network {event} {arguments!r}\n".encode())
+        elif event.startswith(RUNNING):
+            os.write(out, f"run {event} {arguments!r}\n".encode())
+        elif event == "import":
+            os.write(out, f"import {arguments[0]}\n".encode())
+
+    sys.addaudithook(hook)
