@@ -18,6 +18,12 @@ def _resume(config: RunConfig, steps: int | None) -> Report:
     return run(config, steps)
 
 
+def _growth(config: RunConfig, steps: int | None) -> Report:
+    from protomamba.parity.growth import run
+
+    return run(config, steps)
+
+
 def _jax(config: RunConfig, steps: int | None) -> Report:
     from protomamba.parity.jax_check import run_all
 
@@ -33,6 +39,7 @@ def _transformers(config: RunConfig, steps: int | None) -> Report:
 # name -> (one line, work); each takes the flags of `train` and --probe-steps, and uses what concerns it.
 PROBES: dict[str, tuple[str, Callable[[RunConfig, int | None], Report]]] = {
     "resume": ("a run saved and resumed in a fresh process beside the uncut one, to the bit", _resume),
+    "growth": ("a model grown and trained: the same outputs to the bit, every new parameter moves, no frozen", _growth),
     "jax": ("model, gradients and updates beside a JAX twin (needs jax)", _jax),
     "transformers": ("weights there and back, and the same numbers on both sides (needs transformers)", _transformers),
 }
