@@ -125,7 +125,7 @@ def test_validation_tokens_that_are_too_short_are_refused_before_training(
     short = tmp_path / "short.txt"
     short.write_text("1 2 3")
     tokens, out = token_file(tmp_path), tmp_path / "run"
-    data = ["--token-file", str(tokens), "--val-token-file", str(short)]
+    data = ["--token-file", str(tokens), "--val-token-file", str(short), "--val-every", "200", "--save-every", "1"]
     assert main(["train", *TINY, "--out-dir", str(out), *data]) == 1
     assert "short.txt" in capsys.readouterr().err and not (out / "latest.safetensors").exists()
 

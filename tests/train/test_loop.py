@@ -84,6 +84,18 @@ def test_nan_and_inf_anywhere_skip_the_update_and_poison_nothing(where: str, bad
         assert all(torch.equal(slots[k].nan_to_num(), moments[name][k].nan_to_num()) for k in slots), name
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_finite_gradients_whose_squares_overflow_are_skipped_too(clip: float) -> None:
+    trainer = make(grad_clip_norm=clip)
+    trainer.train_step(*batch())
+    hook = trainer.model.layers[0].mixer.in_proj.weight.register_hook(lambda gradient: gradient * 1e25)
+    before = weights(trainer)
+    assert trainer.train_step(*batch(1)).skipped_update
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())
+    hook.remove()
+    assert not trainer.train_step(*batch(2)).skipped_update
+
+
 def test_fail_on_non_finite_names_the_first_tensor() -> None:
     trainer = make(fail_on_non_finite=True)
     trainer.model.layers[1].mixer.A_log.data[2, 1] = math.nan

@@ -176,7 +176,10 @@ class Trainer:
                 suspects |= {f"{name} (optimizer {key})": moments[key] for key in ("exp_avg", "exp_avg_sq")}
             if not math.isfinite(grad_norm):
                 suspects |= {f"{name} (gradient)": g for name, g in self.optimizer.gradients().items()}
-        return first_non_finite(suspects) or (None if math.isfinite(loss) else "the loss")
+        found = first_non_finite(suspects) or (None if math.isfinite(loss) else "the loss")
+        # Finite gradients whose squares overflow would make the second moment infinite for good.
+        overflow = grad_norm is not None and not math.isfinite(grad_norm)
+        return found or ("the gradients' norm" if overflow else None)
 
     def _guard(self, culprit: str | None) -> None:
         """Count a skipped update; stop where that is asked for, or when nothing but skipping happens."""

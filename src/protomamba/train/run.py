@@ -92,6 +92,8 @@ class Run:
         self.inputs: Inputs = open_inputs(config)
         self.config = config.replace(vocab_size=self.inputs.vocab_size, n_class=self.inputs.n_class)
         self.stream = training_stream(self.inputs, self.config)
+        if self.inputs.validation is not None:
+            next(validation_windows(self.inputs.validation, self.config, 1))  # too short is told before any training
         self.progress = Progress()
         if resumed:
             self.trainer = self._restore(resumed)
