@@ -74,23 +74,66 @@ def test_loss_and_gradients_are_those_of_the_formula(name: str, dtype: torch.dty
         assert (one - other).abs().max() < tolerance * other.abs().max().clamp_min(1e-3)
 
 
-def test_the_separation_term_has_the_gradient_of_its_value() -> None:
-    head = HyperspherePrototypes(config(separation=3.0)).double()
-    head.SAMPLE = 20  # type: ignore[misc]
+def with_prototypes(head: HyperspherePrototypes, prototypes_VD: Tensor) -> None:
+    """Put a tensor of autograd's in the place of the parameter, and start the drawing anew."""
+    head._parameters.pop("prototypes", None)
+    head.prototypes = prototypes_VD
+    head.draws.zero_()
+
+
+@pytest.mark.parametrize("sample", [20, 64])
+def test_the_separation_term_has_the_gradient_of_its_value(sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HyperspherePrototypes, "SAMPLE", sample)
+    head = HyperspherePrototypes(config()).double()
     z_BLD, targets_BL = batch()
+    kept = targets_BL >= 0
 
-    def loss(z_BLD: Tensor, prototypes_VD: Tensor) -> Tensor:
-        head.draws.zero_()
-        del head.prototypes
-        head.prototypes = prototypes_VD
-        penalty = head.penalty()
-        assert penalty is not None
-        return head(z_BLD, targets_BL) + penalty
+    def term(z_TD: Tensor, prototypes_VD: Tensor) -> Tensor:
+        with_prototypes(head, prototypes_VD)
+        return head.crowding(z_TD, targets_BL[kept])
 
-    head._parameters.pop("prototypes")
-    start = torch.randn(37, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    head.prototypes = start
-    assert torch.autograd.gradcheck(loss, (z_BLD.double().requires_grad_(), start.requires_grad_()))
+    start_VD = torch.randn(37, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(term, (z_BLD[kept].double().requires_grad_(), start_VD.requires_grad_()))
+
+
+def test_the_loss_is_the_documented_one_and_its_gradient_has_the_term_too() -> None:
+    head = HyperspherePrototypes(config(separation=3.0)).double()
+    z_BLD, targets_BL = batch()
+    z_BLD = z_BLD.double().requires_grad_()
+    kept = targets_BL >= 0
+    plain = plain_hpn_loss(z_BLD, head.prototypes, targets_BL)
+    expected = torch.autograd.grad(plain + 3.0 * head.crowding(z_BLD[kept], targets_BL[kept]), [z_BLD, head.prototypes])
+    loss = head(z_BLD, targets_BL)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
+    for found, wanted in zip(torch.autograd.grad(loss, [z_BLD, head.prototypes]), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-14)
+    found = head.evaluate(z_BLD, targets_BL)
+    assert found.loss_sum / found.count == pytest.approx(float(plain.detach()), rel=1e-12)
+    with torch.no_grad():
+        assert float(head(z_BLD, targets_BL)) == pytest.approx(float(plain.detach()), rel=1e-12)
+
+
+def test_all_classes_in_the_sample_give_the_plain_soft_hinge() -> None:
+    head = HyperspherePrototypes(config()).double()
+    z_BLD, targets_BL = batch()
+    z_TD, targets_T = z_BLD[targets_BL >= 0].double(), targets_BL[targets_BL >= 0]
+    cosine_TV = head.scores(z_TD)
+    hinge_T = F.cross_entropy(head.SHARPNESS * cosine_TV, targets_T, reduction="none") / head.SHARPNESS
+    assert torch.allclose(head.crowding(z_TD, targets_T), hinge_T.mean(), rtol=1e-12)
+
+
+def test_a_sample_estimates_the_sum_over_all_wrong_classes_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HyperspherePrototypes, "SAMPLE", 12)
+    head = HyperspherePrototypes(config())
+    targets_T = torch.cat([torch.zeros(30, dtype=torch.long), torch.arange(10)])
+    estimate_V = torch.zeros(37)
+    draws = 10_000
+    for _ in range(draws):
+        sample_S, log_chance_S = head._sample(targets_T)
+        estimate_V[sample_S] += (-log_chance_S).exp() / draws
+    assert (estimate_V - 1).abs().max() < 0.08
+    assert abs(float(estimate_V.mean()) - 1) < 0.01
+    assert int(head.draws) == draws
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
@@ -135,16 +178,6 @@ def test_ignored_targets_count_for_nothing(name: str) -> None:
     assert head.evaluate(z_BLD, none_BL) == Evaluation(0.0, 0, 0, 0.0)
 
 
-def test_loss_and_evaluation_are_without_the_penalty() -> None:
-    head = HyperspherePrototypes(config(separation=5.0))
-    z_BLD, targets_BL = batch()
-    found = head.evaluate(z_BLD, targets_BL)
-    assert int(head.draws) == 0
-    plain = plain_hpn_loss(z_BLD, head.prototypes.detach(), targets_BL)
-    assert found.loss_sum / found.count == pytest.approx(float(plain), rel=1e-5)
-    assert float(head(z_BLD, targets_BL).detach()) == pytest.approx(float(plain), rel=1e-5)
-
-
 def train(head: Head, steps: int, lr: float = 0.05) -> Tensor:
     """Train z and the head together on random targets, as a model would: the collapse in its purest form."""
     z_BLD, targets_BL = batch(rows=8, length=32)
@@ -184,22 +217,27 @@ def test_health_tells_a_collapse_from_a_placement() -> None:
 
 
 def test_separation_prevents_the_collapse_that_comes_without_it() -> None:
-    def spread(separation: float) -> float:
+    """A model too small to tell all classes apart: the loss alone pulls their prototypes together instead."""
+
+    def trained(separation: float) -> tuple[float, float, float]:
         torch.manual_seed(0)
-        shared = torch.nn.Linear(4, 8)  # a model too small to tell the classes apart pulls their prototypes together
+        model = torch.nn.Linear(4, 8)
         head = HyperspherePrototypes(config(separation=separation))
-        x, targets = torch.randn(256, 4), torch.arange(256) % 37
-        optimizer = torch.optim.AdamW([*shared.parameters(), *head.parameters()], lr=0.02)
-        for _ in range(300):
+        targets_T = torch.arange(256) % 37
+        x = 2 * torch.randn(37, 4)[targets_T] + torch.randn(256, 4)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=0.02)
+        for _ in range(400):
             optimizer.zero_grad()
-            penalty = head.penalty()
-            (head(shared(x), targets) + (0.0 if penalty is None else penalty)).backward()
+            loss = head(model(x), targets_T)
+            loss.backward()
             optimizer.step()
             head.after_update()
-        return head.health()["nearest_cosine"]
+        return float(loss.detach()), head.evaluate(model(x), targets_T).accuracy, head.health()["nearest_cosine"]
 
-    assert spread(0.0) > 0.9
-    assert spread(10.0) < 0.7
+    loss, accuracy, cosine = trained(0.0)
+    assert loss < 0.001 and accuracy < 0.45 and cosine > 0.95
+    loss, accuracy, cosine = trained(10.0)
+    assert loss > 0.01 and accuracy > 0.55 and cosine < 0.9
 
 
 def test_the_sample_depends_on_the_state_alone() -> None:
@@ -208,10 +246,10 @@ def test_the_sample_depends_on_the_state_alone() -> None:
         head.prototypes.add_(0.3 * torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)))
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in head.state_dict().items()}
 
+    z_TD, targets_T = torch.randn(50, 8), torch.arange(50)
+
     def drawn() -> float:
-        penalty = head.penalty()
-        assert penalty is not None
-        return float(penalty.detach())
+        return float(head.crowding(z_TD, targets_T).detach())
 
     first = drawn()
     assert drawn() != first
@@ -262,7 +300,7 @@ def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() ->
             if optimizer:
                 optimizer.step()
             head.after_update()
-        assert 0 < seen.largest <= max(classes * width, head.SAMPLE**2)
+        assert 0 < seen.largest <= max(classes * width, tokens * HyperspherePrototypes.SAMPLE)
         assert seen.largest < min(classes * classes, tokens * classes) / 10
 
 

@@ -118,13 +118,14 @@ class HyperspherePrototypes(Head):
 
         loss = mean over targets y of (1 - cos(z, p_y))^2        prediction = argmax_k cos(z, p_k)
 
-    Training costs O(D) a token, whatever V is. `fixed` prototypes are placed apart once and never move; `learned` ones
-    start there and are kept apart by `separation` times the mean squared nearest cosine among SAMPLE of them, drawn
-    anew each step. Without it they would all drift together, and the loss to 0 (docs/prototypes.md).
+    `fixed` prototypes are placed apart once and never move: O(D) a token, whatever V is. `learned` ones start there,
+    and `separation` times a second term keeps them and z apart from wrong classes, of which SAMPLE are drawn each step:
+    O(SAMPLE * D) a token, whatever V is. Without it all prototypes drift together, and the loss falls to 0 with them.
+    The term acts through its gradient: the loss that is returned, and shown, is the formula above.
     """
 
     SAMPLE = 256
-    LEARNING_RATE_SCALE = 0.1
+    SHARPNESS = 20.0
 
     prototypes: Tensor
     scale: Tensor
@@ -145,13 +146,32 @@ class HyperspherePrototypes(Head):
         self.register_buffer("scale", torch.tensor(math.sqrt(2) * math.log(max(2, self.classes - 1))))
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        return prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_BL.reshape(-1))
+        z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
+        loss = prototype_loss(z_TD, self.prototypes, targets_T)
+        if self.training and self.separation > 0 and torch.is_grad_enabled():
+            term = self.separation * self.crowding(*_valid(z_TD, targets_T))
+            loss = loss + (term - term.detach())
+        return loss
 
-    def penalty(self) -> Tensor | None:
-        """The separation term of learned prototypes; each call draws the next sample."""
-        if self.separation > 0 and self.prototypes.requires_grad:
-            return self.separation * self._crowding()
-        return None
+    def crowding(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """How much wrong classes crowd the targets (T,), all of them >= 0: a soft hinge on the nearest wrong one.
+
+            mean over t of  1/s log(1 + sum_k exp(s (cos(z_t, p_k) - cos(z_t, p_y))) / q_k),   k in a sample without y
+
+        s = SHARPNESS; q_k is the chance of class k to be in the sample, so that the sum estimates that over all classes
+        without bias (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007). Every call draws the next sample.
+        """
+        if not len(targets_T):
+            return z_TD.sum() * 0.0
+        sample_S, log_chance_S = self._sample(targets_T)
+        z_TD = F.normalize(z_TD.to(self.prototypes.dtype), dim=-1)
+        own_T = self.SHARPNESS * (z_TD * F.normalize(self.prototypes[targets_T], dim=-1)).sum(-1)
+        others_SD = F.normalize(self.prototypes[sample_S], dim=-1)
+        others_TS = torch.addmm(-log_chance_S, z_TD, others_SD.t(), alpha=self.SHARPNESS)
+        place_T = torch.searchsorted(sample_S, targets_T).clamp_max(len(sample_S) - 1)
+        is_own_T = sample_S[place_T] == targets_T
+        others_TS[is_own_T.nonzero()[:, 0], place_T[is_own_T]] = -1e9
+        return F.softplus(others_TS.logsumexp(-1) - own_T).mean() / self.SHARPNESS
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
@@ -161,9 +181,6 @@ class HyperspherePrototypes(Head):
     def logits(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): scale * cosine."""
         return self.scale * self.scores(z_BLD)
-
-    def learning_rate_scales(self) -> dict[str, float]:
-        return {"prototypes": self.LEARNING_RATE_SCALE} if self.learned else {}
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -203,18 +220,22 @@ class HyperspherePrototypes(Head):
             curvature -= float((weight_RV * (cosine_RV - mean_R[:, None]).square()).sum(dtype=torch.float64))
         return slope, curvature
 
-    def _crowding(self) -> Tensor:
-        """Mean squared positive cosine of each sampled prototype to the nearest other one in the sample."""
+    def _sample(self, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes (S,), sorted, and the log of each one's chance to be among them; all classes if SAMPLE suffice.
+
+        Half are drawn evenly, half as often as they occur in the batch: common classes are most often the wrong ones.
+        """
+        if self.classes <= self.SAMPLE:
+            return torch.arange(self.classes), torch.zeros(self.classes, dtype=self.prototypes.dtype)
         generator = torch.Generator().manual_seed(int(self.draws))
         self.draws.add_(1)
-        if self.classes <= self.SAMPLE:
-            sample_SD = self.prototypes
-        else:
-            sample_SD = self.prototypes[torch.unique(torch.randint(self.classes, (self.SAMPLE,), generator=generator))]
-        unit_SD = F.normalize(sample_SD, dim=-1)
-        cosine_SS = unit_SD @ unit_SD.t()
-        own_SS = torch.eye(len(unit_SD), dtype=torch.bool)
-        return cosine_SS.masked_fill(own_SS, 0.0).amax(-1).square().mean()
+        half = self.SAMPLE // 2
+        even_S = torch.randint(self.classes, (half,), generator=generator)
+        common_S = targets_T[torch.randint(len(targets_T), (half,), generator=generator)]
+        sample_S = torch.unique(torch.cat([even_S, common_S]))
+        share_S = torch.bincount(targets_T, minlength=self.classes)[sample_S].to(self.prototypes.dtype) / len(targets_T)
+        log_missed_S = half * (math.log1p(-1 / self.classes) + torch.log1p(-share_S))
+        return sample_S, torch.log(-torch.expm1(log_missed_S))
 
 
 class SoftmaxHead(Head):
