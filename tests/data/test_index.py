@@ -51,6 +51,20 @@ def test_changed_text_of_the_same_length_is_parsed_again(tmp_path: Path, counted
     assert len(counted) == 3
 
 
+@pytest.mark.parametrize("can_write", [True, False])
+def test_text_that_grows_while_it_is_parsed_is_refused(
+    tmp_path: Path, can_write: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("1 2 3")
+    if not can_write:
+        (tmp_path / ".protomamba").write_text("")
+    parse = index.parse_text_file
+    monkeypatch.setattr(index, "parse_text_file", lambda path: [*parse(path), path.write_text("1 2 3 4")][:-1])
+    with pytest.raises(UserError, match=r"a.txt: changed while it was read"):
+        open_token_file(path)
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "entry"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str, counted: list[Path]) -> None:
     path = tmp_path / "a.txt"

@@ -73,9 +73,7 @@ class _Shared:
         """Put a batch, or the error that came instead, where the consumer looks for it."""
         with self.changed:
             self.in_work.pop(threading.current_thread(), None)
-            # Out of range after a jump to another position: nobody will ask for it.
-            if self.consumed <= index < self.consumed + self.buffer:
-                self.ready[index] = result
+            self.ready[index] = result
             self.changed.notify_all()
 
     def seek(self, position: int) -> None:

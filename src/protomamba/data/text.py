@@ -59,8 +59,8 @@ def parse_block(path: Path, offset: int, text: bytes) -> npt.NDArray[np.uint32]:
         _refuse_word(path, offset, text, int(starts[lengths.argmax()]))
     values = digits[ends - 1].astype(np.uint64 if longest == MAX_DIGITS else np.uint32)
     for place in range(1, longest):
-        # Positions before a short number belong to its neighbour and are multiplied by 0.
-        digit = digits[np.maximum(ends - 1 - place, 0)].astype(values.dtype)
+        # Positions before a short number belong to a neighbour (or wrap to the end) and are multiplied by 0.
+        digit = digits[ends - 1 - place].astype(values.dtype)
         values = values + digit * np.where(lengths > place, 10**place, 0).astype(values.dtype)
     if longest == MAX_DIGITS and int(values.max()) > MAX_TOKEN:
         _refuse_word(path, offset, text, int(starts[values.argmax()]))
