@@ -80,8 +80,9 @@ types: $(READY) ## static types
 
 check: lint types ## lint and types
 
-bench: $(READY) ## times ops and steps against their matrix products and the reference path
-	@$(BIN)/protomamba bench $(ARGS)
+bench: $(READY) ## time steps against their matrix products and write docs/bench.md (about 10 minutes)
+	@$(BIN)/protomamba bench --precision fp32,bf16 --sections steps,threads,lengths --threads 1 \
+		--markdown docs/bench.md $(ARGS)
 
 $(READY_PARITY): $(READY)
 	@echo "installing jax and transformers into $(VENV)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -104,6 +105,7 @@ def part_shares(shape: Shape, precision: str) -> dict[str, float]:
     the part that its name tells, or else the name of the nearest event around it; Python between them is "other". The
     profiler costs a few microseconds an event, so the shares of a small step lean to "other".
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else some builds of the profiler report on stderr that they start
     trainer, _ = build(shape, precision)
     tokens_BL, targets_BL = shape.batches()
     for _ in range(2):
