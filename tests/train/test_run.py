@@ -199,6 +199,24 @@ def test_another_head_over_given_weights_starts_fresh_and_says_so(
     assert "softmax head is left out: the hpn head starts fresh" in capsys.readouterr().out
 
 
+def test_weights_with_two_matrices_are_not_silently_tied(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, softmax = tmp_path / "base", ["--head", "softmax"]
+    train(base, tokens, "--steps", 4, *softmax)
+    more = ["--init-from", base / "latest.safetensors", *softmax, "--tie-embedding", 1]
+    assert train(tmp_path / "tied", tokens, "--steps", 4, *more) == 2
+    assert "a head of its own" in capsys.readouterr().err
+
+
+def test_learned_prototypes_can_be_fixed_from_where_they_are(tmp_path: Path, tokens: Path) -> None:
+    base, fixed = tmp_path / "base", tmp_path / "fixed"
+    train(base, tokens, "--steps", 8)
+    assert train(fixed, tokens, "--steps", 4, "--init-from", base / "latest.safetensors", "--prototypes", "fixed") == 0
+    old, new = (checkpoint.load(p / "latest.safetensors").parts["model"] for p in (base, fixed))
+    assert torch.equal(old["head.prototypes"], new["head.prototypes"])
+
+
 def test_eval_generate_and_inspect_on_the_result(
     tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,9 +144,11 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
 
 def _load_weights(model: SequenceModel, weights: InitialWeights) -> list[str]:
     same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
+    if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
+        raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
     state = {k: v for k, v in weights.state.items() if same_head or not k.startswith("head.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    lost = [name for name in missing if not name.startswith("head.")] + list(unexpected)
+    lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
     if lost:
         raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
     notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
