@@ -15,6 +15,7 @@ from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.softmax import softmax_loss
 from protomamba.kernels.sphere import prototype_loss
+from protomamba.kernels.squares import square_sums
 
 __all__ = [
     "BlockOutput",
@@ -34,6 +35,7 @@ __all__ = [
     "selective_scan",
     "set_kernels",
     "softmax_loss",
+    "square_sums",
 ]
 
 

@@ -8,6 +8,7 @@ argument unless a docstring says otherwise; recurrent states have the dtype of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -197,6 +198,11 @@ def softmax_loss(z_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, block: int 
     count = int((targets_T >= 0).sum())
     total = F.cross_entropy(logits_TV, targets_T.clamp_min(-1), ignore_index=-1, reduction="sum")
     return total / max(count, 1)
+
+
+def square_sums(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of the squares of each tensor's elements, in float64: not finite exactly where one of them is not."""
+    return [float(x.detach().double().square().sum()) for x in tensors]
 
 
 def mamba_block(

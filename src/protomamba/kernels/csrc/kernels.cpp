@@ -4,6 +4,7 @@
 #include "norm.h"
 #include "scan.h"
 #include "sphere.h"
+#include "squares.h"
 #include "step.h"
 #include "transpose.h"
 
@@ -84,6 +85,12 @@ PM_EXPORT int32_t pm_sphere_forward(const SphereArgs* a, int64_t bytes) {
 PM_EXPORT int32_t pm_sphere_backward(const SphereArgs* a, int64_t bytes) {
     if (bytes != sizeof *a) return 1;
     sphere_backward(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_square_sums(const SquaresArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    square_sums(*a);
     return 0;
 }
 

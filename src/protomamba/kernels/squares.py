@@ -1,0 +1,30 @@
+"""square_sums: the norms of many tensors, and whether all of them are finite, in one pass over their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protomamba.kernels import native, reference
+from protomamba.kernels.native import pointer
+
+_PARTS = 8  # SQUARE_PARTS of csrc/squares.h
+
+
+def square_sums(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of the squares of each tensor, in float64: see `reference.square_sums`, which this equals.
+
+    Not finite exactly where the tensor holds a NaN or an infinity. The same bits for any number of threads. Native where
+    all tensors are contiguous float32.
+    """
+    library = native.select("square_sums", tensors[0], (torch.float32,)) if tensors else None
+    if library is None or not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+        return reference.square_sums(tensors)
+    sizes = torch.tensor([x.numel() for x in tensors])
+    addresses = torch.tensor([x.data_ptr() for x in tensors])
+    sums, partial = (torch.empty(len(tensors), parts, dtype=torch.float64) for parts in (1, _PARTS))
+    library.call("square_sums", len(tensors), *(pointer(x) for x in (sizes, addresses, partial, sums)))
+    found: list[float] = sums[:, 0].tolist()
+    return found
