@@ -23,11 +23,17 @@ TOLERANCES = {
 }
 
 
+# The ratio says nothing of a sum that cancels. At B1-L1-E33-N1 the gradient of C is one number, 2.6e-4 out of terms
+# whose sizes add up to 1.1: the kernel is off by 2e-8 of the terms, yet by 2.3e-5 of the number (the twin in float32 by
+# 2.0e-5). The tests' inputs are of size 1, so below this the error itself is held, at 2e-7 for a gradient.
+SMALLEST = 1e-2
+
+
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
-    """RMS(actual - expected) / RMS(expected); a sum that is 0 by cancellation is measured against 1e-3."""
+    """RMS(actual - expected) / RMS(expected), the latter at least SMALLEST."""
     actual, expected = actual.detach().double(), expected.detach().double()
     error = (actual - expected).square().mean().sqrt()
-    return float(error / expected.square().mean().sqrt().clamp_min(1e-3))
+    return float(error / expected.square().mean().sqrt().clamp_min(SMALLEST))
 
 
 def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], kind: str, dtype: torch.dtype) -> None:
