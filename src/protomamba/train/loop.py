@@ -13,6 +13,7 @@ from torch import Tensor
 
 from protomamba.config import ModelConfig, TrainConfig, TrainFields
 from protomamba.errors import UserError
+from protomamba.kernels import keep_freed_memory
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import checkpoint
 from protomamba.train.local import LocalSignals, combine
@@ -55,10 +56,12 @@ class NonFiniteError(UserError):
 class Trainer:
     """Updates a SequenceModel: AdamW with schedule, clipping and accumulation, local updates between, non-finite guard.
 
-    The schedule covers `config.steps` steps from `schedule_start` on.
+    The schedule covers `config.steps` steps from `schedule_start` on. Making one lets the process keep the memory it
+    frees (`kernels.keep_freed_memory`): a step asks for the same memory as the one before.
     """
 
     def __init__(self, model: SequenceModel, config: TrainConfig | None = None) -> None:
+        keep_freed_memory()
         self.model = model
         self.config: TrainFields = config or TrainConfig()
         self.model.precision = self.config.precision
