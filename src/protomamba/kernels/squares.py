@@ -16,8 +16,8 @@ _PARTS = 8  # SQUARE_PARTS of csrc/squares.h
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     """The sum of the squares of each tensor, in float64: see `reference.square_sums`, which this equals.
 
-    Not finite exactly where the tensor holds a NaN or an infinity. The same bits for any number of threads. Native where
-    all tensors are contiguous float32.
+    Not finite exactly where the tensor holds a NaN or an infinity. The same bits for any number of threads. Native
+    where all tensors are contiguous float32.
     """
     library = native.select("square_sums", tensors[0], (torch.float32,)) if tensors else None
     if library is None or not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):

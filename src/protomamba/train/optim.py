@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from protomamba import kernels
 from protomamba.config import TrainFields
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -73,8 +75,9 @@ class Optimizer:
             return
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["scale"]
-        if shrink != 1.0:
-            torch._foreach_mul_(list(self.gradients().values()), shrink)
+        # The fused step divides the gradients by this on its way: a pass over them less than scaling them before it.
+        divisor = None if shrink == 1.0 else torch.tensor(1.0 / shrink)
+        self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self._adamw.step()
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
@@ -98,13 +101,15 @@ class Optimizer:
 
 
 def total_norm(gradients: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all gradients together; NaN or Inf if any element is. 0 without gradients."""
-    held = list(gradients)
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(held)))) if held else 0.0
+    """The Euclidean norm of all gradients together; NaN or Inf if any element is. 0 without gradients.
+
+    Inf too where the squares are beyond float32, as they would be in AdamW's second moment.
+    """
+    norm = math.sqrt(sum(kernels.square_sums(list(gradients))))
+    return math.inf if norm > LARGEST_NORM else norm
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or Inf in it, or None. One pass over their memory where all is well."""
-    if not tensors or bool(torch.isfinite(torch.stack(torch._foreach_norm(list(tensors.values())))).all()):
-        return None
-    return next((name for name, t in tensors.items() if not bool(torch.isfinite(t).all())), None)
+    """The name of the first tensor with a NaN or Inf in it, or None. One pass over their memory."""
+    sums = kernels.square_sums(list(tensors.values()))
+    return next((name for name, squares in zip(tensors, sums, strict=True) if not math.isfinite(squares)), None)
