@@ -51,17 +51,18 @@ class LocalSignals:
 
 @torch.no_grad()
 def activation_sums(u_BLE: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over batch and time of u and of its corruption, (E,) each, from one pass over even and odd positions.
+    """Sums over batch and time of u and of its corruption, (E,) each.
 
-    The corruption at t is u at t - 1 (0 at the start), negated where t + channel is odd.
+    The corruption at t is u at t - 1 (0 at the start), negated where t + channel is odd: but for the sign of a channel
+    the sum over t < L - 1 of u with alternating signs. Both sums are one product with two rows of ones, which reads u
+    once; torch's sums over every second position take up to 15 times as long.
     """
-    dtype = torch.promote_types(u_BLE.dtype, torch.float32)
-    shifted_BLE = u_BLE[:, :-1]
-    even_E = shifted_BLE[:, 0::2].sum((0, 1), dtype=dtype)
-    odd_E = shifted_BLE[:, 1::2].sum((0, 1), dtype=dtype)
-    total_E = even_E + odd_E + u_BLE[:, -1].sum(0, dtype=dtype)
-    corrupted_E = odd_E - even_E
-    corrupted_E[1::2].neg_()
+    u_BLE = u_BLE.to(torch.promote_types(u_BLE.dtype, torch.float32))
+    weights_2L = u_BLE.new_ones(2, u_BLE.shape[1])
+    weights_2L[1, 1::2] = -1.0
+    weights_2L[1, -1] = 0.0
+    total_E, corrupted_E = (weights_2L @ u_BLE).sum(0)
+    corrupted_E[0::2].neg_()
     return total_E, corrupted_E
 
 
