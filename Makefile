@@ -63,7 +63,7 @@ test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and Undefined
 	@rm -rf $(SANITIZED)
 	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=ON .
 	@ls $(SANITIZED)/protomamba/kernels/libprotomamba_*
-	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PROTOMAMBA_KERNELS=native \
+	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
 
 test-reliability: $(READY) ## the full figures of the reliability promises (long)
