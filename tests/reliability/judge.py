@@ -40,13 +40,21 @@ def broken_lines(folder: Path) -> str | None:
     return None
 
 
-def difference(uncut: Path, other: Path) -> str | None:
-    """None if two finished runs hold the same: every step's line once, validations, latest and best, to the bit."""
+def same_training(uncut: Path, other: Path) -> str | None:
+    """None if two finished runs hold the same: every step's line once, validations, weights and moments, to the bit."""
     for name in ("train", "validation"):
-        ours, theirs = events(uncut, name), events(other, name)
+        ours, theirs = ([_figures(event) for event in events(folder, name)] for folder in (uncut, other))
         if ours != theirs:
             at = next((a["step"] for a, b in zip(ours, theirs, strict=False) if a != b), "the end")
             return f"{name} lines differ at step {at}: {len(ours)} and {len(theirs)} lines"
+    one, two = (checkpoint.load(folder / "latest.safetensors").parts for folder in (uncut, other))
+    found = _unequal({**one, "progress": {}}, {**two, "progress": {}}, "latest")
+    left = [path.name for path in other.iterdir() if path.name.endswith(".tmp")]
+    return found or (f"left behind: {left}" if left else None)
+
+
+def difference(uncut: Path, other: Path) -> str | None:
+    """As `same_training`, and best.safetensors and the record of the best validation are the same too."""
     for name in ("latest.safetensors", "best.safetensors"):
         if (uncut / name).exists() != (other / name).exists():
             return f"{name} is in one folder only"
@@ -54,9 +62,18 @@ def difference(uncut: Path, other: Path) -> str | None:
             one, two = checkpoint.load(uncut / name), checkpoint.load(other / name)
             if one.info["step"] != two.info["step"]:
                 return f"{name}: step {one.info['step']} and {two.info['step']}"
-            try:
-                assert_equal(one.parts, two.parts, name)
-            except AssertionError as error:
-                return str(error)
-    left = [path.name for path in other.iterdir() if path.name.endswith(".tmp")]
-    return f"left behind: {left}" if left else None
+            if found := _unequal(one.parts, two.parts, name):
+                return found
+    return same_training(uncut, other)
+
+
+def _figures(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key != "best"}
+
+
+def _unequal(one: Any, other: Any, name: str) -> str | None:
+    try:
+        assert_equal(one, other, name)
+    except AssertionError as error:
+        return str(error)
+    return None

@@ -102,6 +102,7 @@ class Run:
             notes = [*notes, *built]
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
         self._majority: float | None = None
+        self._former_best: tuple[float | None, int | None] = None, None
         self.notes = [*notes, *self.inputs.notes, *default_notes(self.config)]
 
     def _restore(self, resumed: Resumed) -> Trainer:
@@ -109,6 +110,8 @@ class Run:
         self.stream.load_state_dict(resumed.checkpoint.parts["stream"])
         self.progress.load_state_dict(resumed.checkpoint.parts["progress"])
         self.folder.adopt(resumed.path, resumed.checkpoint)
+        if self.progress.best_step == trainer.step:
+            self.folder.keep_as_best(resumed.path)  # a kill between the two names of one save left best behind
         return trainer
 
     def execute(self) -> int:
@@ -178,6 +181,7 @@ class Run:
         found = self.trainer.evaluate(windows, calibrate=True)
         progress, step = self.progress, self.trainer.step
         best = progress.best_val_loss is None or found.loss < progress.best_val_loss
+        self._former_best = progress.best_val_loss, progress.best_step
         if best:
             progress.best_val_loss, progress.best_step, progress.stale_validations = found.loss, step, 0
         else:
@@ -225,6 +229,8 @@ class Run:
         except SaveError as error:
             if self.config.on_save_error == "stop":
                 raise
+            if best:  # best.safetensors is still the former one, and a later validation has that to beat
+                self.progress.best_val_loss, self.progress.best_step = self._former_best
             self.console.warn(f"{error}; training goes on (--on-save-error continue)")
             self.metrics.log("checkpoint_failed", step=step, error=str(error))
         else:

@@ -116,9 +116,13 @@ class RunDir:
         report = checkpoint.save(self.latest, parts, config=config, info=note, disk=self._disk)
         self._latest_step = step
         if best:
-            commit_link(self.latest, self.best, self._disk)
+            self.keep_as_best(self.latest)
         self._prune(before=step)
         return replace(report, save_ms=(time.perf_counter() - started) * 1e3)
+
+    def keep_as_best(self, source: Path) -> None:
+        """Make `best` the checkpoint `source`; nothing happens where it is already. SaveError as for a checkpoint."""
+        commit_link(source, self.best, self._disk)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         write_json(self.folder / "config.json", config, self._disk)
