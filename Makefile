@@ -3,11 +3,13 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+NAME ?= growing
 KERNELS := src/protomamba/kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 READY_PARITY := $(VENV)/.ready-parity
+READY_STUDIES := $(VENV)/.ready-studies
 SANITIZED := build/sanitized
 # CMake's own files: an editable build runs in the source folder (docs/decisions/004-editable-in-place.md).
 LITTER := CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .cmake .ninja_deps .ninja_log \
@@ -21,7 +23,7 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-reference test-sanitize test-reliability test-slow lint types check bench \
-	parity wheel sdist clean
+	parity digits study wheel sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -92,6 +94,18 @@ $(READY_PARITY): $(READY)
 
 parity: $(READY_PARITY) ## compare with JAX, transformers, the reference kernels and a resumed run
 	@$(BIN)/protomamba parity all $(ARGS)
+
+$(READY_STUDIES): $(READY)
+	@echo "installing scikit-learn, matplotlib and tokenizers into $(VENV)"
+	@$(PIP) $$($(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"] \
+		["optional-dependencies"]; print(*extras["examples"], *extras["plots"], *extras["tokenizers"])')
+	@touch $@
+
+digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-fold (a minute or two)
+	@$(BIN)/python examples/digits.py $(ARGS)
+
+study: $(READY_STUDIES) ## make a study of docs/ again: NAME=growing, local_updates or prototypes (long)
+	@$(BIN)/python studies/$(NAME).py $(ARGS)
 
 wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
