@@ -13,6 +13,7 @@ from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights
 from protomamba.kernels.scan import selective_scan
+from protomamba.kernels.separation import separated_prototype_loss
 from protomamba.kernels.softmax import softmax_loss
 from protomamba.kernels.sphere import prototype_loss
 from protomamba.kernels.squares import square_sums
@@ -33,6 +34,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "selective_scan",
+    "separated_prototype_loss",
     "set_kernels",
     "softmax_loss",
     "square_sums",

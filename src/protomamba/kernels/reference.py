@@ -191,6 +191,47 @@ def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Te
     return (1.0 - (z * p).sum(-1)).square().sum() / max(count, 1)
 
 
+def crowding(
+    z_TD: Tensor,
+    prototypes_VD: Tensor,
+    targets_T: Tensor,
+    sample_S: Tensor,
+    log_chance_S: Tensor,
+    sharpness: float,
+) -> Tensor:
+    """How much wrong classes crowd the targets (T,), all of them >= 0: a soft hinge on the nearest wrong one.
+
+        mean over t of  1/s log(1 + sum_k exp(s (cos(z_t, p_k) - cos(z_t, p_y))) / q_k),   k in the sample without y
+
+    s = sharpness; q_k, given as its log, is the chance of class k to be in the sample (S,), in rising order: the
+    sum estimates that over all classes without bias (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007).
+    """
+    z = unit(z_TD.to(compute_dtype(z_TD)))
+    own_T = sharpness * (z * unit(prototypes_VD[targets_T].to(z.dtype))).sum(-1)
+    others_TS = sharpness * (z @ unit(prototypes_VD[sample_S].to(z.dtype)).t()) - log_chance_S.to(z.dtype)
+    others_TS = others_TS.masked_fill(sample_S == targets_T[:, None], -1e9)
+    return F.softplus(others_TS.logsumexp(-1) - own_T).mean() / sharpness
+
+
+def separated_prototype_loss(
+    z_TD: Tensor,
+    prototypes_VD: Tensor,
+    targets_T: Tensor,
+    sample_S: Tensor,
+    log_chance_S: Tensor,
+    *,
+    sharpness: float,
+    weight: float,
+) -> Tensor:
+    """The value of `prototype_loss`, with the gradient of that plus `weight` times the `crowding` of its targets."""
+    loss = prototype_loss(z_TD, prototypes_VD, targets_T)
+    valid_T = targets_T >= 0
+    if not bool(valid_T.any()):
+        return loss
+    term = weight * crowding(z_TD[valid_T], prototypes_VD, targets_T[valid_T], sample_S, log_chance_S, sharpness)
+    return loss + (term - term.detach())
+
+
 def softmax_loss(z_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, block: int | None = None) -> Tensor:
     """Mean over targets y >= 0 of -log softmax(z W^T)_y; 0 without any. `block` is for the blocked op."""
     dtype = compute_dtype(z_TD)

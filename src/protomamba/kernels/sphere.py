@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,30 +39,65 @@ def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        n_token, width = z.shape
-        loss, per_token = torch.empty(()), torch.empty(3, n_token)
-        library.call(
-            "sphere_forward",
-            n_token, width, prototypes.shape[0],
-            pointer(z), pointer(prototypes), pointer(targets), *(pointer(row) for row in per_token), pointer(loss),
-            0, 0, 0,
-        )  # fmt: skip
-        ctx.save_for_backward(z, prototypes, targets, per_token)
-        ctx.library, ctx.count = library, max(int((targets >= 0).sum()), 1)
-        mean: Tensor = loss / ctx.count
-        return mean
+        loss, angles = sphere_forward(library, z, prototypes, targets)
+        ctx.save_for_backward(z, prototypes, targets, *angles)
+        ctx.library = library
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        z, prototypes, targets, per_token = ctx.saved_tensors
+        z, prototypes, targets, *angles = ctx.saved_tensors
         _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
-        dz = torch.empty_like(z) if needs_z else None
-        dprototypes = torch.empty_like(prototypes) if needs_prototypes else None
-        ctx.library.call(
-            "sphere_backward",
-            *z.shape, prototypes.shape[0],
-            pointer(z), pointer(prototypes), pointer(targets), *(pointer(row) for row in per_token), 0,
-            float_bits(float(dloss) / ctx.count), pointer(dz), pointer(dprototypes),
-        )  # fmt: skip
+        dz, dprototypes = sphere_backward(
+            ctx.library, z, prototypes, targets, Angles(*angles), float(dloss), None, needs_z, needs_prototypes
+        )
         return None, dz, dprototypes, None
+
+
+class Angles(NamedTuple):
+    """Of each token with a target, (T,): its cosine to its prototype, 1 / |z|, 1 / |prototype|. Others: undefined."""
+
+    cosine: Tensor
+    inverse_z: Tensor
+    inverse_p: Tensor
+
+
+def sphere_forward(library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> tuple[Tensor, Angles]:
+    """The loss of contiguous float32 (T, D), (V, D) and int64 (T,), and what its backward pass needs."""
+    n_token, width = z.shape
+    loss, angles = torch.empty(()), Angles(*torch.empty(3, n_token))
+    library.call(
+        "sphere_forward",
+        n_token, width, prototypes.shape[0],
+        pointer(z), pointer(prototypes), pointer(targets), *(pointer(x) for x in angles), pointer(loss),
+        0, 0, 0, 0,
+    )  # fmt: skip
+    return loss / _count(targets), angles
+
+
+def sphere_backward(
+    library: Library,
+    z: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    angles: Angles,
+    dloss: float,
+    dcosine_T: Tensor | None,
+    needs_z: bool,
+    needs_prototypes: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of z and the prototypes. dcosine: of what else depends on the tokens' cosines."""
+    dz = torch.empty_like(z) if needs_z else None
+    dprototypes = torch.empty_like(prototypes) if needs_prototypes else None
+    library.call(
+        "sphere_backward",
+        *z.shape, prototypes.shape[0],
+        pointer(z), pointer(prototypes), pointer(targets), *(pointer(x) for x in angles), 0,
+        float_bits(dloss / _count(targets)), pointer(dcosine_T), pointer(dz), pointer(dprototypes),
+    )  # fmt: skip
+    return dz, dprototypes
+
+
+def _count(targets: Tensor) -> int:
+    return max(int((targets >= 0).sum()), 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
-from protomamba.kernels import prototype_loss, softmax_loss
+from protomamba.kernels import prototype_loss, reference, separated_prototype_loss, softmax_loss
 from protomamba.model import prototypes
 
 # Scores held at once in predict, evaluate and fit: 16 MiB of float32.
@@ -147,31 +147,17 @@ class HyperspherePrototypes(Head):
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
-        loss = prototype_loss(z_TD, self.prototypes, targets_T)
-        if self.training and self.separation > 0 and torch.is_grad_enabled():
-            term = self.separation * self.crowding(*_valid(z_TD, targets_T))
-            loss = loss + (term - term.detach())
-        return loss
+        wanted_T = targets_T[targets_T >= 0]
+        if not (self.training and self.separation > 0 and torch.is_grad_enabled() and len(wanted_T)):
+            return prototype_loss(z_TD, self.prototypes, targets_T)
+        sample_S, log_chance_S = self._sample(wanted_T)
+        return separated_prototype_loss(
+            z_TD, self.prototypes, targets_T, sample_S, log_chance_S, sharpness=self.SHARPNESS, weight=self.separation
+        )
 
     def crowding(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """How much wrong classes crowd the targets (T,), all of them >= 0: a soft hinge on the nearest wrong one.
-
-            mean over t of  1/s log(1 + sum_k exp(s (cos(z_t, p_k) - cos(z_t, p_y))) / q_k),   k in a sample without y
-
-        s = SHARPNESS; q_k is the chance of class k to be in the sample, so that the sum estimates that over all classes
-        without bias (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007). Every call draws the next sample.
-        """
-        if not len(targets_T):
-            return z_TD.sum() * 0.0
-        sample_S, log_chance_S = self._sample(targets_T)
-        z_TD = F.normalize(z_TD.to(self.prototypes.dtype), dim=-1)
-        own_T = self.SHARPNESS * (z_TD * F.normalize(self.prototypes[targets_T], dim=-1)).sum(-1)
-        others_SD = F.normalize(self.prototypes[sample_S], dim=-1)
-        others_TS = torch.addmm(-log_chance_S, z_TD, others_SD.t(), alpha=self.SHARPNESS)
-        place_T = torch.searchsorted(sample_S, targets_T).clamp_max(len(sample_S) - 1)
-        is_own_T = sample_S[place_T] == targets_T
-        others_TS[is_own_T.nonzero()[:, 0], place_T[is_own_T]] = -1e9
-        return F.softplus(others_TS.logsumexp(-1) - own_T).mean() / self.SHARPNESS
+        """The term itself: see `kernels.reference.crowding`. Every call draws the next sample."""
+        return reference.crowding(z_TD, self.prototypes, targets_T, *self._sample(targets_T), self.SHARPNESS)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""

@@ -13,6 +13,7 @@ struct SphereArgs {
     float *cosine, *inverse_z, *inverse_p, *loss;  // (T,) three times; one float: the sum over targets >= 0
     // Backward only.
     double factor;                // of the sum: incoming gradient / number of targets
+    const float* dcosine;         // (T,) or null: what else depends on the cosine, its gradient
     float *dz, *dprototypes;      // (T, D) or null, (V, D) or null
 };
 
@@ -59,10 +60,11 @@ inline void sphere_forward(const SphereArgs& a) {
     *a.loss = float(total);
 }
 
-// d loss / d x of a row x whose unit vector meets that of `other` at cosine c, times `factor`; added to what is there.
+// The gradient of a row x whose unit vector meets that of `other` at cosine c; set, or added to what is there.
 PM_INLINE void pull(const SphereArgs& a, int64_t t, const float* x, float inverse_x, const float* other,
                     float inverse_other, float* dx, bool add) {
-    float c = a.cosine[t], scale = float(a.factor) * -2.0f * (1.0f - c) * inverse_x;
+    float c = a.cosine[t], dcosine = float(a.factor) * -2.0f * (1.0f - c) + (a.dcosine ? a.dcosine[t] : 0.0f);
+    float scale = dcosine * inverse_x;
     float from_other = scale * inverse_other, from_self = scale * c * inverse_x;
     for_row(a.D, [&](int64_t d, int n) {
         vf g = load(other + d, n) * from_other - load(x + d, n) * from_self;
