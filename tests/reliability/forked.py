@@ -119,7 +119,11 @@ class ForkServer:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
-        assert self.ask({"ready": True})["threads"] == 1, "a process with threads must not fork"
+        try:
+            assert self.ask({"ready": True})["threads"] == 1, "a process with threads must not fork"
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

@@ -145,7 +145,7 @@ def _watch_the_world(path: str) -> None:
             places = [os.path.abspath(os.fsdecode(a)) for a in arguments if isinstance(a, str | bytes | os.PathLike)]
             for place in places:
                 os.write(out, f"write {place}\n".encode())
-        elif event.startswith("socket."):
+        elif event.startswith("socket.") and event != "socket.gethostname":  # the lock notes it; nothing is sent
             os.write(out, f"network {event} {arguments!r}\n".encode())
         elif event.startswith(RUNNING):
             os.write(out, f"run {event} {arguments!r}\n".encode())

@@ -1,0 +1,35 @@
+"""Promise 11: memory and open files of a long run stay where they are after the warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.conftest import Trials
+from tests.reliability.forked import ForkServer, Plan
+from tests.runs import flags, token_file
+
+GROWTH = 0.01
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_and_files_stay_flat(
+    steps: int, workers: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
+) -> None:
+    """Training, validating, saving and logging; the file says step, resident bytes and open files each 20 steps."""
+    counted, tokens, memory = trials(11), token_file(tmp_path), tmp_path / "memory"
+    warm = 200
+    run = flags(tmp_path / "run", tokens, "--steps", warm + steps, "--save-every", 50, "--val-every", 50)
+    ended = server.run([*run, "--prefetch-workers", workers], Plan(memory=str(memory)))
+    assert ended.code == 0, ended.output[-300:]
+    rows = [tuple(map(int, line.split())) for line in memory.read_text().splitlines()]
+    settled = [row for row in rows if row[0] >= warm]
+    assert len(settled) > steps // 20
+    first, most = settled[0][1], max(row[1] for row in settled)
+    files = {row[2] for row in settled}
+    problem = f"resident memory grew from {first:,} to {most:,} bytes" if most > first * (1 + GROWTH) else None
+    counted.add(problem or (f"open files {files}" if len(files) > 1 else None), count=steps)
+    counted.finish()
