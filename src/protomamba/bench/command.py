@@ -90,11 +90,11 @@ def _sections(arguments: Namespace, shapes: list[Shape], precisions: list[str]) 
         rows = [measure_step(shape, p, rounds, arguments.clock) for p in precisions for shape in shapes]
         sections.append(Section(f"Steps, {torch.get_num_threads()} threads", rows, STEP_NOTES))
     if "threads" in wanted:
-        most = arguments.threads or os.cpu_count() or 1
+        most = max(arguments.threads or 1, os.cpu_count() or 1)
         table = threads_table(THREADED_SHAPES, precisions[0], rounds, most)
         sections.append(Section("From one thread to all", table, THREAD_NOTES))
     if "lengths" in wanted:
-        table = lengths_table(precisions[0], max(1, rounds // 3))
+        table = lengths_table(precisions[0], max(1, rounds // 3), arguments.clock)
         sections.append(Section("The same tokens in shorter and longer rows", table, LENGTH_NOTES))
     return sections
 

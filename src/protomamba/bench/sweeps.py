@@ -63,12 +63,12 @@ def _with_threads(count: int, run: Callable[[], object]) -> Callable[[], object]
     return there
 
 
-def lengths_table(precision: str, rounds: int) -> list[dict[str, Any]]:
+def lengths_table(precision: str, rounds: int, clock: str) -> list[dict[str, Any]]:
     """Tokens a second and peak memory of steps of 65,536 tokens, from many short rows to one long one."""
     shapes = [replace(CONSTANT, batch=TOKENS // length, length=length) for length in LENGTHS]
     assert_step_agrees(CONSTANT, precision)
     trainer, _ = build(CONSTANT, precision)
-    samples = interleave({s.text: _step(trainer.train_step, s) for s in shapes}, rounds)
+    samples = interleave({s.text: _step(trainer.train_step, s) for s in shapes}, rounds, clock)
     return [
         {
             "shape": shape.text,

@@ -48,7 +48,7 @@ def spread(values: list[float]) -> Ratio:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, clock: str = "wall") -> Samples:
-    """`rounds` turns of each of `runs`, in rotation, after two calls of each that are not counted.
+    """`rounds` turns of each of `runs`, in rotation, after one call of each that is not counted.
 
     clock: "wall", or "cpu" for the processor time of the process, which a busy machine disturbs less but which counts
     waiting threads as work: for one thread only.
@@ -56,7 +56,6 @@ def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, clock: str
     now = CLOCKS[clock]
     repeats = {}
     for name, run in runs.items():
-        run()
         start = now()
         run()
         repeats[name] = max(1, math.ceil(TURN_SECONDS / max(now() - start, 1e-7)))
