@@ -24,7 +24,8 @@ EVALUATION_BATCHES = 256
 PROMPT = "def __init__(self, "
 SAMPLING = Sampling(max_tokens=300, temperature=0.7, top_p=0.9)
 SHAPE = {"d_model": 128, "base_layers": 2, "target_layers": 2, "freeze": "none"}
-STEPS = {"steps": 6_000, "batch_size": 8, "seq_len": 256, "lr": 4e-3, "lr_warmup_steps": 100, "lr_min_scale": 0.02}
+STEPS = {"steps": 4_000, "lr": 4e-3, "lr_warmup_steps": 100, "lr_min_scale": 0.02}
+BATCHES = {"batch_size": 8, "seq_len": 256, "packed_sequences": False}
 UPDATES = {"bp_cadence_steps": 1, "ff_lr": 0.0, "grad_clip_norm": 1.0}
 CADENCE = {"log_every": 100, "val_every": 500, "save_every": 500, "eval_batches": 32}
 
@@ -33,7 +34,15 @@ def demo_config(head: str, folder: Path) -> RunConfig:
     """The demo's run with a head: 2 Mamba layers of width 128 on 8 x 256 bytes a step."""
     token_file = folder / "corpus" / SHARD
     return RunConfig(
-        **SHAPE, **STEPS, **UPDATES, **CADENCE, head=head, token_file=token_file, out_dir=folder / head, resume="auto"
+        **SHAPE,
+        **BATCHES,
+        **STEPS,
+        **UPDATES,
+        **CADENCE,
+        head=head,
+        token_file=token_file,
+        out_dir=folder / head,
+        resume="auto",
     )
 
 
@@ -42,7 +51,7 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
     rows = []
     for head in heads:
         config = demo_config(head, folder)
-        trainer = Trainer.from_checkpoint(checkpoint.load(config.out_dir / "best.safetensors"))
+        trainer = Trainer.from_checkpoint(checkpoint.load(config.out_dir / "latest.safetensors"))
         held_out = open_inputs(config).validation
         assert held_out is not None
         windows = [
@@ -63,7 +72,7 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
         title=f"Held-out next-byte prediction, {found.targets:,} bytes",
     )
     console.line(
-        f"The runs are in {folder}/; go on from one with: protomamba generate {folder / heads[0]}/best.safetensors"
+        f"The runs are in {folder}/; go on from one with: protomamba generate {folder / heads[0]}/latest.safetensors"
     )
 
 
