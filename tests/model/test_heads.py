@@ -290,7 +290,7 @@ def test_fit_survives_what_has_no_finite_answer() -> None:
 
 
 def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() -> None:
-    classes, width, tokens = 3_000, 8, 600
+    classes, width, tokens = 9_000, 8, 600
     z_BLD, targets_BL = batch(classes, width, 6, 100)
     for kind in ("fixed", "learned"):
         head = HyperspherePrototypes(config(classes, width, prototypes=kind))

@@ -124,7 +124,7 @@ class HyperspherePrototypes(Head):
     The term acts through its gradient: the loss that is returned, and shown, is the formula above.
     """
 
-    SAMPLE = 256
+    SAMPLE = 512
     SHARPNESS = 20.0
 
     prototypes: Tensor
