@@ -22,6 +22,7 @@ import torch
 from common import Session, corpus_config, costs, new_figure, write_between_marks
 
 from protomamba.train.loop import Trainer
+from protomamba.train.start import fresh_trainer
 
 COMMAND = "python studies/growing.py"
 STAY, FROZEN, ALL = "2 layers, trained on", "grown to 4, old ones frozen", "grown to 4, all trained"
@@ -155,10 +156,14 @@ def freezing(out: Path) -> dict[str, dict[str, float]]:
 
 
 def training_memory(out: Path, name: str) -> float:
-    """MiB by which this process's peak memory grows when it trains."""
-    session = frozen_session(out, name)
+    """MiB by which this process's peak memory grows when it trains, on drawn tokens: reading a corpus peaks too."""
+    config = corpus_config(out, **FREEZE_SHAPE, base_layers=4, target_layers=4)
+    trainer, _ = fresh_trainer(config, 257, None)
+    trainer.freeze(*FREEZES[name])
+    tokens_BL = torch.randint(257, (config.batch_size, config.seq_len))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    session.train(6)
+    for _ in range(6):
+        trainer.train_step(tokens_BL, tokens_BL)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 

@@ -1,0 +1,94 @@
+"""The examples do what they say, shortened where they train long; the studies' table and clock."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from protomamba.data.labels import IGNORED, open_labelled
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def digits() -> ModuleType:
+    pytest.importorskip("sklearn", reason="needs the extra `examples`")
+    return importlib.import_module("examples.digits")
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    return importlib.import_module("common")
+
+
+def test_no_digit_is_held_out_twice_or_trained_on_where_it_is_held_out(digits: ModuleType) -> None:
+    _, labels_N = digits.read_digits()
+    parts = digits.folds(labels_N, seed=1)
+    assert torch.cat([held_out for _, held_out in parts]).sort().values.tolist() == list(range(len(labels_N)))
+    for training, held_out in parts:
+        assert not set(training.tolist()) & set(held_out.tolist())
+        assert len(training) + len(held_out) == len(labels_N)
+
+
+def test_noise_stays_in_range_and_leaves_the_image_alone(digits: ModuleType) -> None:
+    values_NL, _ = digits.read_digits()
+    before = values_NL.clone()
+    seen_NL = digits.noisy(values_NL, torch.Generator().manual_seed(0))
+    assert torch.equal(values_NL, before) and not torch.equal(seen_NL, before)
+    assert int(seen_NL.min()) == 0 and int(seen_NL.max()) == 16
+    assert not seen_NL[values_NL == 0].any(), "white stays white"
+
+
+def test_the_files_it_writes_are_read_as_what_it_trains_on(digits: ModuleType, tmp_path: Path) -> None:
+    digits.write_files(tmp_path)
+    found = open_labelled(tmp_path / "tokens.txt", tmp_path / "labels.txt")
+    values_NL, labels_N = digits.read_digits()
+    tokens_BL, labels_BL = map(torch.from_numpy, found.read(torch.arange(5).numpy()))
+    assert torch.equal(tokens_BL, values_NL[:5]) and len(found) == len(labels_N)
+    assert (labels_BL[:, : -digits.LABELLED] == IGNORED).all()
+    assert torch.equal(labels_BL[:, -digits.LABELLED :], labels_N[:5, None].expand(5, digits.LABELLED))
+    found.check(vocab_size=digits.SHAPE["vocab_size"], classes=10, seq_len=64)
+
+
+def test_two_epochs_already_learn_digits(digits: ModuleType) -> None:
+    assert digits.train_fold(0, seed=1, epochs=2) > 0.4
+
+
+@pytest.mark.slow
+def test_a_fold_reaches_what_is_promised(digits: ModuleType) -> None:
+    assert digits.train_fold(0, seed=1) > 0.96
+
+
+def test_a_study_s_table_replaces_only_its_own_place(common: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- end: a -->\nafter\n<!-- b -->\n<!-- end: b -->\n")
+    common.write_between_marks(page, "a", "| new |")
+    common.write_between_marks(page, "a", "| newer |")
+    text = page.read_text()
+    assert text.startswith("before\n<!-- a -->\n\n| newer |\n\n<!-- end: a -->\nafter\n") and "old" not in text
+    with pytest.raises(SystemExit, match="expected the lines"):
+        common.write_between_marks(page, "c", "")
+
+
+def test_a_study_s_session_lays_its_schedule_over_the_steps_and_notes_the_start(
+    common: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    shape = {"d_model": 8, "d_state": 4, "base_layers": 1, "target_layers": 1, "batch_size": 2, "seq_len": 8}
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text(" ".join(str(i % 7) for i in range(900)))
+    config = common.RunConfig(**{**shape, **common.UPDATES, **common.PLAIN, "freeze": "none", "token_file": tokens})
+    session = common.Session.start(config)
+    session.run(32, ms=10.0, points=2, multiple=8)
+    assert [(point["step"], point["seconds"]) for point in session.curve] == [(0, 0.0), (16, 0.16), (32, 0.32)]
+    assert session.trainer.target_step == 32 and session.curve[-1]["loss"] < session.curve[0]["loss"]
+    again = common.Session.start(config, session.trainer)
+    again.run(8, ms=10.0, points=1)
+    assert again.curve[0]["loss"] == session.curve[-1]["loss"] and again.trainer.target_step == 40
