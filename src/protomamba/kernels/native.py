@@ -55,8 +55,8 @@ class Library:
     def call(self, op: str, *fields: int) -> None:
         """Runs `op` on an argument struct of these 8-byte fields, after the two that describe torch's thread pool."""
         count = len(fields) + 2
-        packed = (ctypes.c_int64 * count)(self._parallel_for, torch.get_num_threads(), *fields)
-        if self._dll[f"pm_{op}"](packed, ctypes.c_int64(8 * count)) != 0:
+        packed = struct.pack(f"{count}q", self._parallel_for, torch.get_num_threads(), *fields)
+        if getattr(self._dll, f"pm_{op}")(packed, ctypes.c_int64(8 * count)) != 0:
             raise RuntimeError(f"pm_{op}: {count} fields do not make its argument struct")
 
     def map(self, which: str, x: Tensor) -> Tensor:
