@@ -52,9 +52,6 @@ demo: $(READY) ## train on the standard library's sources and show what was lear
 demo-heads: $(READY) ## the same with the softmax head beside it (about 10 minutes)
 	@$(BIN)/python -m protomamba.demo --heads hpn,softmax $(ARGS)
 
-demo-heads: $(READY) ## the demo with both heads, side by side
-	@$(BIN)/python -m protomamba.demo --heads hpn,softmax $(ARGS)
-
 test: $(READY) ## the default tests (a few minutes); ARGS='tests/model -x' chooses
 	@$(PYTEST) $(ARGS)
 
