@@ -60,7 +60,7 @@ class ArchitectureFields(Schema):
         "learned", description="hpn head: prototypes trained, or placed once and kept"
     )
     separation: float = Field(
-        10.0, ge=0, le=1e6, description="hpn head, learned prototypes: weight of the separation term"
+        20.0, ge=0, le=1e6, description="hpn head, learned prototypes: weight of the separation term"
     )
     tie_embedding: bool = Field(False, description="softmax head: share its matrix with the embedding")
 
