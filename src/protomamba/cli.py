@@ -95,6 +95,8 @@ def _train(arguments: argparse.Namespace) -> int:
     return train(run_config(arguments))
 
 
+# The layer and the head have to be named where the checkpoint's are not ours: see model/registry.py.
+CODE_FLAGS = ("layer", "head")
 DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len", "threads", "kernels")
 
 
@@ -102,7 +104,7 @@ def _configure_eval(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    add_fields(parser, DATA_FLAGS)
+    add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS))
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -120,7 +122,7 @@ def _configure_generate(parser: Parser) -> None:
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_fields(parser, list(Sampling.model_fields), Sampling)
-    add_fields(parser, ("threads", "kernels"))
+    add_fields(parser, ("threads", "kernels", *CODE_FLAGS))
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from protomamba.train.console import Console
 from protomamba.train.inputs import majority_share, open_inputs, validation_windows
 from protomamba.train.loop import Trainer, build_model
 from protomamba.train.run import use_machine
+from protomamba.train.start import load_named_code
 
 
 def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:
@@ -28,6 +29,7 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     if batches is not None and batches < 1:
         raise ConfigError(f"--batches {batches}: expected an integer >= 1")
     loaded = checkpoint.load(path)
+    load_named_code(RunConfig(**given))
     trainer = Trainer.from_checkpoint(loaded)
     config = _data_config(loaded, given, trainer.model.config)
     use_machine(config)
@@ -72,6 +74,7 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
     """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
     loaded = checkpoint.load(arguments.checkpoint)
     use_machine(machine)
+    load_named_code(machine)
     model = build_model(loaded).eval()
     if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""`python -m tests.reliability [pytest arguments]`: every promise at full figures, the tests elsewhere that count too."""
+"""`python -m tests.reliability [pytest arguments]`: every promise at full figures, tests elsewhere that count too."""
 
 from __future__ import annotations
 

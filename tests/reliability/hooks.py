@@ -149,7 +149,8 @@ def _watch_the_world(path: str) -> None:
             os.write(out, f"network {event} {arguments!r}\n".encode())
         elif event.startswith(RUNNING):
             os.write(out, f"run {event} {arguments!r}\n".encode())
-        elif event == "import":
-            os.write(out, f"import {arguments[0]}\n".encode())
+        elif event == "exec":
+            # A module's body as well: `import` itself is reported only where a statement does it.
+            os.write(out, f"import {getattr(arguments[0], 'co_filename', '')}\n".encode())
 
     sys.addaudithook(hook)

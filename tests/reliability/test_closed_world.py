@@ -98,11 +98,28 @@ def test_what_a_checkpoint_says_is_only_data(
         audit = tmp_path / f"{name}.audit"
         ended = server.run(command, Plan(audit=str(audit)))
         problem = strayed(audit, out, tmp_path / "data")
-        if "antigravity" in seen(audit)["import"] or mark.exists():
+        if any("antigravity" in body for body in seen(audit)["import"]) or mark.exists():
             problem = "it was done"
         if ended.code not in (0, 1, 2) or "Traceback" in ended.output:
             problem = f"exit {ended.code}: {ended.output[-300:]}"
         counted.add(problem and f"{name}: {problem}")
+    counted.finish()
+
+
+def test_code_of_ones_own_runs_when_it_is_named_and_only_then(
+    server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
+) -> None:
+    counted, out, name = trials(10), tmp_path / "run", "examples.lstm_layer:LSTMLayer"
+    tokens = token_file(tmp_path)
+    assert server.run(flags(out, tokens, "--steps", 3, "--layer", name)).code == 0
+    every = commands(out, tokens)
+    grown = ["train", *TINY, "--out-dir", tmp_path / "grown", "--init-from", out / "latest.safetensors", "--steps", 1]
+    every |= {"init": [*grown, "--token-file", tokens]}
+    del every["train"], every["inspect"]
+    for each, command in every.items():
+        refused, done = server.run(command), server.run([*command, "--layer", name])
+        asked = refused.code == 1 and f"name it with --layer {name}" in refused.output
+        counted.add(None if asked and done.code == 0 else f"{each}: {refused} {done}")
     counted.finish()
 
 

@@ -31,7 +31,7 @@ def mortal(rng: random.Random, work: Callable[[Any], None], deaths: list[int | N
                 index = claim()
                 if left == 0 and index is not None:
                     deaths.append(index)
-                    raise SystemExit  # the thread ends here, silently
+                    return None  # the thread ends here, and tells nobody
                 left -= 1
                 return index  # type: ignore[no-any-return]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from protomamba.config import ModelConfig, nearest
-from protomamba.errors import ConfigError
+from protomamba.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -35,3 +36,26 @@ def resolve(
     if isinstance(found, type) and issubclass(found, base):
         return cast(Callable[[ModelConfig], T], found)
     raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")
+
+
+def load_named(name: str, what: str) -> None:
+    """Import the module of `package.module:Class` because the user named it. ConfigError where that fails."""
+    module_name, colon, _ = name.partition(":")
+    if colon:
+        try:
+            importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
+
+
+def refuse_unnamed(name: str, what: str) -> None:
+    """For a name that a file gave: UserError where it would import code that nobody has named or imported yet.
+
+    An import runs the module. Which modules run is for the user to say, not for a checkpoint.
+    """
+    module_name, colon, _ = name.partition(":")
+    if colon and module_name not in sys.modules:
+        raise UserError(
+            f"the checkpoint's {what} is {name}, code that is not ours: if you trust it, name it with --{what} {name} "
+            f"(in a program: import {module_name} first)"
+        )

@@ -27,7 +27,7 @@ from protomamba.train.console import Console
 from protomamba.train.metrics import read_metrics
 from protomamba.train.run import Run, use_machine
 from protomamba.train.signals import StopRequest
-from protomamba.train.start import Resumed, find_resume
+from protomamba.train.start import Resumed, find_resume, load_named_code
 
 DEFAULT_STEPS = 5
 UNCUT, RESUMED = "uncut.safetensors", "latest.safetensors"
@@ -60,7 +60,7 @@ def _probe(config: RunConfig, steps: int) -> Report:
     # The uncut result and its lines go aside: the second run writes to the same folder, as a resumed run does.
     (folder / RESUMED).rename(folder / UNCUT)
     uncut_lines = _train_lines(folder, after=steps)
-    _resume_in_fresh_process(folder / f"step-{steps:08d}.safetensors", 2 * steps)
+    _resume_in_fresh_process(folder / f"step-{steps:08d}.safetensors", 2 * steps, start.config)
     uncut, resumed = checkpoint.load(folder / UNCUT).parts, checkpoint.load(folder / RESUMED).parts
     report = Report("resume", facts={**versions("torch"), "steps": f"{steps} + {steps}", "seed": str(config.seed)})
     compare_steps(report, uncut_lines, _train_lines(folder, after=steps))
@@ -90,20 +90,21 @@ def _start(config: RunConfig, resumed: Resumed | None, last: int) -> Run:
     return Run(config, resumed, stop, _StopAt(stop, last))
 
 
-def _resume_in_fresh_process(path: Path, last: int) -> None:
+def _resume_in_fresh_process(path: Path, last: int, config: RunConfig) -> None:
     """Go on from `path` to step `last` in a new interpreter; UserError with its last line where it fails."""
     # The same places to import from: a layer or head of the user's own may be on any of them.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(place or os.curdir for place in sys.path)}
-    command = [sys.executable, "-m", "protomamba.parity.resume", str(path), str(last)]
+    command = [sys.executable, "-m", "protomamba.parity.resume", str(path), str(last), config.layer, config.head]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise UserError(f"parity resume: the resumed run failed (exit {done.returncode}): {said[0]}")
 
 
-def main(path: str, last: int) -> int:
+def main(path: str, last: int, layer: str, head: str) -> int:
     """What the fresh process does: resume as `protomamba train --resume PATH` does, up to step `last`."""
-    config = RunConfig(resume=path)
+    config = RunConfig(resume=path, layer=layer, head=head)
+    load_named_code(config)
     resumed = find_resume(config)
     if resumed is None:
         raise UserError(f"{path}: nothing to resume")
@@ -178,6 +179,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1], int(sys.argv[2])))
+        sys.exit(main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]))
     except UserError as error:
         sys.exit(str(error))

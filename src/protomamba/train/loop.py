@@ -14,6 +14,7 @@ from torch import Tensor
 from protomamba.config import ModelConfig, TrainConfig, TrainFields
 from protomamba.errors import UserError
 from protomamba.kernels import keep_freed_memory
+from protomamba.model.registry import refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import checkpoint
 from protomamba.train.local import LocalSignals, combine
@@ -294,7 +295,10 @@ TRAINER_STATE = ("step", "schedule_start", "schedule_steps", "skipped_in_row", "
 
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
     """The model of a checkpoint with its weights and its freeze policy."""
-    model = SequenceModel(ModelConfig(**loaded.config["model"]))
+    config = ModelConfig(**loaded.config["model"])
+    refuse_unnamed(config.layer, "layer")
+    refuse_unnamed(config.head, "head")
+    model = SequenceModel(config)
     model.load_state_dict(loaded.parts["model"])
     model.freeze(loaded.config["frozen"]["layers"], loaded.config["frozen"]["embedding"])
     return model

@@ -29,6 +29,7 @@ from protomamba.train.start import (
     adapt_to_weights,
     find_resume,
     fresh_trainer,
+    load_named_code,
     read_initial_weights,
     resume_trainer,
     run_folder,
@@ -46,6 +47,7 @@ def train(config: RunConfig, console: Console | None = None) -> int:
     if config.resume not in (None, "auto") and not Path(config.resume).is_file():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
     make_folder(folder)
+    load_named_code(config)
     with StopRequest() as stop, RunLock(folder):
         resumed = find_resume(config)
         config = resumed.config if resumed else config
@@ -92,14 +94,14 @@ class Run:
         self.inputs: Inputs = open_inputs(config)
         self.config = config.replace(vocab_size=self.inputs.vocab_size, n_class=self.inputs.n_class)
         self.stream = training_stream(self.inputs, self.config)
-        if self.inputs.validation is not None:
-            next(validation_windows(self.inputs.validation, self.config, 1))  # too short is told before any training
         self.progress = Progress()
         if resumed:
             self.trainer = self._restore(resumed)
         else:
             self.trainer, built = fresh_trainer(self.config, self.inputs.vocab_size, weights)
             notes = [*notes, *built]
+        if self.inputs.validation is not None:
+            next(validation_windows(self.inputs.validation, self.config, 1))  # too short is told before any training
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
         self._majority: float | None = None
         self._former_best: tuple[float | None, int | None] = None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from protomamba.config import MAY_CHANGE, ArchitectureFields, ModelConfig, RunConfig, TrainConfig, flag
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.interop import read_transformers_folder
+from protomamba.model.registry import load_named, refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import checkpoint
 from protomamba.train.checkpoint import Checkpoint
@@ -27,6 +28,12 @@ class Resumed:
     config: RunConfig
     further_steps: int | None  # train this many more, on a schedule of their own; None = to the recorded target
     warnings: list[str] = field(default_factory=list)
+
+
+def load_named_code(config: RunConfig) -> None:
+    """Import the layer and the head that the user named; those that only a checkpoint names stay unloaded."""
+    for what in {"layer", "head"} & config.model_fields_set:
+        load_named(getattr(config, what), what)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -110,6 +117,7 @@ def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
     The head is the run's own. Without --target-layers the model does not grow.
     """
     given = config.model_fields_set
+    refuse_unnamed(weights.model.layer, "layer")
     shape = {n: getattr(weights.model, n) for n in ArchitectureFields.model_fields if n not in _HEAD_FIELDS}
     shape |= {"vocab_size": weights.model.vocab_size, "base_layers": weights.model.n_layer}
     wrong = [
