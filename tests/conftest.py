@@ -1,11 +1,24 @@
-"""Strict tests: one thread unless a test says otherwise."""
+"""Strict tests: one thread unless a test says otherwise, and no network."""
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+
+def no_network(event: str, arguments: tuple[Any, ...]) -> None:
+    """Any look-up of a name and any connection but to a socket of this machine's file system is an error."""
+    local = event == "socket.connect" and getattr(arguments[0], "family", None) == socket.AF_UNIX
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto") and not local:
+        raise RuntimeError(f"a test reached for the network: {event} {arguments[1:]!r}")
+
+
+sys.addaudithook(no_network)
 
 
 @pytest.fixture(autouse=True)

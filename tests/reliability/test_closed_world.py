@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,14 @@ def test_pickles_and_yaml_tags_are_refused_unread(
     pickle.loads(pickle.dumps(Bomb(mark)))
     assert mark.exists(), "the bomb is a dud"
     counted.finish()
+
+
+def test_no_test_reaches_a_network() -> None:
+    """The block of tests/conftest.py holds, in the process that runs the tests."""
+    with socket.socket() as outward, pytest.raises(RuntimeError, match="reached for the network"):
+        outward.connect(("127.0.0.1", 9))
+    with pytest.raises(RuntimeError, match="reached for the network"):
+        socket.getaddrinfo("localhost", 80)
 
 
 def test_the_sources_name_no_door(trials: Callable[[int], Trials]) -> None:
