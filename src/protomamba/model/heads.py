@@ -70,10 +70,6 @@ class Head(nn.Module, ABC):
         """Factors on the learning rate of the head's parameters, by name; 1 where missing."""
         return {}
 
-    def penalty(self) -> Tensor | None:
-        """A term that each update minimises beside the loss, counted once however many micro-batches there are."""
-        return None
-
     def after_update(self) -> None:
         """Called after each update of the parameters."""
 

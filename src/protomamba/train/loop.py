@@ -130,9 +130,6 @@ class Trainer:
             if backpropagate and loss.requires_grad:
                 (loss if count == total else loss * (count / total)).backward()
             mean += float(loss.detach()) * count / total
-        penalty = self.model.head.penalty() if backpropagate else None
-        if penalty is not None:
-            torch.autograd.backward(penalty)
         return mean
 
     def _local_gradients(
