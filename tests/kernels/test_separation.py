@@ -19,7 +19,7 @@ def drawn(T: int, V: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randint(-3, V, (T,)), torch.randperm(V)[:S].sort().values, -torch.rand(S)
 
 
-@pytest.mark.parametrize("block", [7, 2_048])
+@pytest.mark.parametrize("block", [7, 1_024])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_the_twin(
     level: str, shape: tuple[int, int, int, int], block: int, monkeypatch: pytest.MonkeyPatch

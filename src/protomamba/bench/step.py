@@ -144,7 +144,7 @@ _NAMES = (
     ("native norm", "norm"),
     ("native sphere", "head"),
     ("native transpose", "matrix products"),
-    ("native adam", "optimizer"),
+    ("native square_sums", "optimizer"),
     ("native ", "other"),
     ("mkldnn::_linear", "matrix products"),
     ("aten::mm", "matrix products"),
