@@ -6,6 +6,7 @@ and never a bar, because a log file keeps every redraw.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+# Columns of a table in a file or pipe, which tell no width.
+FILE_WIDTH = 160
+
 # Order and format of the fields of a plain line; a field without a value is left out.
 _STEP_FIELDS = {
     "loss": "loss {:.4f}",
@@ -42,6 +46,8 @@ class Console:
     def __init__(self, stream: TextIO | None = None, *, progress: bool | None = None) -> None:
         # soft_wrap: a line stays a line, however narrow the terminal or the file is taken to be.
         self._rich = RichConsole(file=stream or sys.stdout, highlight=False, emoji=False, soft_wrap=True)
+        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
+            self._rich.width = FILE_WIDTH
         self._show_bar = self._rich.is_terminal if progress is None else progress
         self._bar: Progress | None = None
         self._task: Any = None
