@@ -45,7 +45,7 @@ class ContrastiveHead(Head):
         if self.training:
             self.counts.index_add_(0, targets_T, torch.ones_like(targets_T, dtype=self.counts.dtype))
         z_TD = F.normalize(z_BLD[valid_BL].to(self.keys.dtype), dim=-1)
-        own_T = (z_TD * F.normalize(self.keys[targets_T], dim=-1)).sum(-1)
+        own_T = (z_TD * F.normalize(self.keys.index_select(0, targets_T), dim=-1)).sum(-1)
         others_TS = z_TD @ F.normalize(self.keys[self._negatives(targets_T)], dim=-1).t()
         logits = torch.cat([own_T[:, None], others_TS], dim=1) / self.TEMPERATURE
         return (logits.logsumexp(1) - logits[:, 0]).mean()

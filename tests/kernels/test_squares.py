@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from protomamba import kernels
-from protomamba.kernels import reference
+from protomamba.kernels import native, reference
 
 SIZES = (0, 1, 15, 16, 17, 2048, 4095, 4096, 4097, 40_000, 100_003)
 
@@ -37,7 +37,7 @@ def test_what_is_finite_stays_finite(level: str) -> None:
     assert found == pytest.approx(9_000 * largest**2)
 
 
-def test_the_bits_do_not_depend_on_the_threads(level: str) -> None:
+def test_the_bits_do_not_depend_on_the_threads(library: native.Library) -> None:
     tensors = [torch.randn(size) for size in SIZES]
     found = []
     for threads in (1, 2, 4):

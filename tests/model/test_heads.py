@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
+from protomamba.kernels import native
 from protomamba.model import heads, prototypes
 from protomamba.model.heads import HEADS, Evaluation, Head, HyperspherePrototypes, SoftmaxHead
 
@@ -336,3 +337,27 @@ def test_classes_of_their_own_and_a_single_class() -> None:
         head(z_BLD, targets_BL).backward()
         assert not head.predict(z_BLD).any()
         assert head.evaluate(z_BLD, targets_BL).log_likelihood_sum == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_gradients_have_the_same_bits_each_time_on_two_threads(name: str) -> None:
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    head = HEADS[name](config(classes=300, width=64))
+    z_BLD, targets_BL = batch(rows=16, length=256, classes=300, width=64)
+
+    def gradient() -> Tensor:
+        head.zero_grad()
+        if isinstance(head, HyperspherePrototypes):
+            head.draws.zero_()
+        head(z_BLD, targets_BL).backward()
+        (weight,) = head.parameters()
+        assert weight.grad is not None
+        return weight.grad.clone()
+
+    native.set_kernels("reference")
+    try:
+        first = gradient()
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        native.set_kernels("auto")

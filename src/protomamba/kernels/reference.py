@@ -187,7 +187,8 @@ def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Te
     valid_T = targets_T >= 0
     count = int(valid_T.sum())
     z = unit(z_TD[valid_T].to(dtype))
-    p = unit(prototypes_VD[targets_T[valid_T]].to(dtype))
+    # index_select, not indexing: with several threads the gradient of indexing adds up in any order.
+    p = unit(prototypes_VD.index_select(0, targets_T[valid_T]).to(dtype))
     return (1.0 - (z * p).sum(-1)).square().sum() / max(count, 1)
 
 
@@ -207,8 +208,10 @@ def crowding(
     sum estimates that over all classes without bias (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007).
     """
     z = unit(z_TD.to(compute_dtype(z_TD)))
-    own_T = sharpness * (z * unit(prototypes_VD[targets_T].to(z.dtype))).sum(-1)
-    others_TS = sharpness * (z @ unit(prototypes_VD[sample_S].to(z.dtype)).t()) - log_chance_S.to(z.dtype)
+    own_T = sharpness * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
+    others_TS = sharpness * (z @ unit(prototypes_VD.index_select(0, sample_S).to(z.dtype)).t()) - log_chance_S.to(
+        z.dtype
+    )
     others_TS = others_TS.masked_fill(sample_S == targets_T[:, None], -1e9)
     return F.softplus(others_TS.logsumexp(-1) - own_T).mean() / sharpness
 

@@ -75,8 +75,12 @@ class Optimizer:
             return
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["scale"]
-        # The fused step divides the gradients by this on its way: a pass over them less than scaling them before it.
-        divisor = None if shrink == 1.0 else torch.tensor(1.0 / shrink)
+        divisor = None
+        if shrink != 1.0 and all(p.dtype == torch.float32 for p in self.named.values()):
+            # The fused step divides the gradients by this on its way: a pass over them less than scaling them before.
+            divisor = torch.tensor(1.0 / shrink)
+        elif shrink != 1.0:
+            torch._foreach_mul_(list(self.gradients().values()), shrink)  # the fused divisor is a float32
         self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self._adamw.step()
 

@@ -58,7 +58,11 @@ def train(config: RunConfig, console: Console | None = None) -> int:
 
 
 def use_machine(config: RunConfig) -> None:
-    """Torch's threads and the kernels, as the configuration says; for the whole process."""
+    """Torch's threads and the kernels, as the configuration says, and sums in a fixed order; for the whole process."""
+    # Of what a run uses, only the gradient of plain indexing is affected, in a user's layer or head: with several
+    # threads torch would add it up in any order. Memory is not filled: that only finds bugs, and costs a pass.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if config.threads:
         torch.set_num_threads(config.threads)
     kernels.set_kernels(config.kernels)
