@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -20,15 +21,20 @@ from tests.reliability.forked import Plan
 from tests.reliability.hooks import install
 from tests.runs import token_file, train
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 def serve() -> None:
     """Answer requests until there are no more."""
     for line in sys.stdin:
         request = json.loads(line)
         if "argv" in request:
+            # A child of Python forgets what is sent to it before it is on its feet: until then, signals wait.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             pid = os.fork()
             if pid == 0:
                 end(become(request))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
             answer = {"pid": pid}
         elif "wait" in request:
             answer = {"status": os.waitpid(request["wait"], 0)[1]}
@@ -47,6 +53,7 @@ def become(request: dict[str, Any]) -> int:
         os.dup2(source, target)
     os.close(output)
     os.close(null)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     install(Plan(**request["plan"]))
     return main(request["argv"])
 
