@@ -193,19 +193,21 @@ def _configure_parity(parser: Parser) -> None:
     parser.add_argument(
         "--probe-steps", type=int, metavar="N", help="resume: steps before and after [5, or --bp-cadence-steps if more]"
     )
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="kernels: N random shapes too [%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object; a list of them for all")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the same JSON to a file")
     _configure_train(parser)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from protomamba.parity.command import parity
+    from protomamba.parity.command import Amount, parity
 
     steps = arguments.probe_steps
     if steps is not None and steps < 1:
         raise ConfigError(f"--probe-steps {steps}: expected an integer >= 1")
     config = run_config(arguments)
-    return parity(arguments.probe, config, steps=steps, as_json=arguments.json, report_file=arguments.report)
+    amount = Amount(steps, arguments.random)
+    return parity(arguments.probe, config, amount, as_json=arguments.json, report_file=arguments.report)
 
 
 def _configure_bench(parser: Parser) -> None:

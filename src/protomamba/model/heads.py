@@ -42,8 +42,8 @@ class Evaluation:
 class Head(nn.Module, ABC):
     """Base of every head, also of a user's own: `forward` and `scores` suffice. Constructed as `Class(config)`.
 
-    Take rows of a parameter by `index_select` or `F.embedding`: with several threads the gradient of plain indexing adds
-    up in any order, and a resumed run would not be exact.
+    Take rows of a parameter by `index_select` or `F.embedding`: with several threads the gradient of plain indexing
+    adds up in any order, and a loop of one's own would not resume to the bit.
 
     A head of the user's goes in by name: `--head package.module:Class`.
     """

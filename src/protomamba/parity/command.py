@@ -6,46 +6,61 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from protomamba.config import RunConfig
 from protomamba.errors import UserError
 from protomamba.parity.report import Report
 
 
-def _resume(config: RunConfig, steps: int | None) -> Report:
+class Amount(NamedTuple):
+    """How much a probe does, where it is asked: steps before and after, shapes drawn beside the fixed ones."""
+
+    steps: int | None = None
+    random_shapes: int = 0
+
+
+def _resume(config: RunConfig, amount: Amount) -> Report:
     from protomamba.parity.resume import run
 
-    return run(config, steps)
+    return run(config, amount.steps)
 
 
-def _growth(config: RunConfig, steps: int | None) -> Report:
+def _growth(config: RunConfig, amount: Amount) -> Report:
     from protomamba.parity.growth import run
 
-    return run(config, steps)
+    return run(config, amount.steps)
 
 
-def _jax(config: RunConfig, steps: int | None) -> Report:
+def _kernels(config: RunConfig, amount: Amount) -> Report:
+    from protomamba.parity.kernels import run
+
+    return run(config.seed, amount.random_shapes)
+
+
+def _jax(config: RunConfig, amount: Amount) -> Report:
     from protomamba.parity.jax_check import run_all
 
     return run_all(config.seed)
 
 
-def _transformers(config: RunConfig, steps: int | None) -> Report:
+def _transformers(config: RunConfig, amount: Amount) -> Report:
     from protomamba.parity.transformers_check import run
 
     return run(config.seed)
 
 
-# name -> (one line, work); each takes the flags of `train` and --probe-steps, and uses what concerns it.
-PROBES: dict[str, tuple[str, Callable[[RunConfig, int | None], Report]]] = {
+# name -> (one line, work); each takes the flags of `train` and an Amount, and uses what concerns it.
+PROBES: dict[str, tuple[str, Callable[[RunConfig, Amount], Report]]] = {
     "resume": ("a run saved and resumed in a fresh process beside the uncut one, to the bit", _resume),
     "growth": ("a model grown and trained: the same outputs to the bit, every new parameter moves, no frozen", _growth),
+    "kernels": ("every native op beside its float64 twin at every CPU level: values and gradients", _kernels),
     "jax": ("model, gradients and updates beside a JAX twin (needs jax)", _jax),
     "transformers": ("weights there and back, and the same numbers on both sides (needs transformers)", _transformers),
 }
 
 
-def parity(name: str, config: RunConfig, *, steps: int | None, as_json: bool, report_file: Path | None) -> int:
+def parity(name: str, config: RunConfig, amount: Amount, *, as_json: bool, report_file: Path | None) -> int:
     """Run the probe `name`, or `all`, and print what it found. Exit code 0 if everything holds, else 1.
 
     `all` runs every probe, also after one that could not be run, and says so at the end. Raises UserError.
@@ -55,7 +70,7 @@ def parity(name: str, config: RunConfig, *, steps: int | None, as_json: bool, re
     errors: list[UserError] = []
     for each in chosen:
         try:
-            report = PROBES[each][1](config, steps)
+            report = PROBES[each][1](config, amount)
         except UserError as error:
             if name != "all":
                 raise
