@@ -361,3 +361,16 @@ def test_gradients_have_the_same_bits_each_time_on_two_threads(name: str) -> Non
         assert all(torch.equal(gradient(), first) for _ in range(20))
     finally:
         native.set_kernels("auto")
+
+
+def test_scores_follow_prototypes_that_change() -> None:
+    head, (z_BLD, _) = HyperspherePrototypes(config()), batch()
+    with torch.no_grad():
+        first = head.scores(z_BLD)
+        assert torch.equal(head.scores(z_BLD), first)
+        head.prototypes[0].neg_()
+        changed = head.scores(z_BLD)
+    torch.testing.assert_close(changed[..., 0], -first[..., 0])
+    head.load_state_dict({**head.state_dict(), "prototypes": -head.prototypes.detach()})
+    with torch.no_grad():
+        torch.testing.assert_close(head.scores(z_BLD), -changed)

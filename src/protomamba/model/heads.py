@@ -134,6 +134,7 @@ class HyperspherePrototypes(Head):
         super().__init__(config)
         placed_VD = prototypes.place(self.classes, self.d_model)
         self.learned = config.prototypes == "learned"
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.separation = config.separation if self.learned and self.classes > 1 else 0.0
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
@@ -160,8 +161,19 @@ class HyperspherePrototypes(Head):
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
-        prototypes_VD = self.prototypes if not self.learned else F.normalize(self.prototypes, dim=-1)
+        prototypes_VD = self._unit_prototypes()
         return F.normalize(z_BLD.to(prototypes_VD.dtype), dim=-1) @ prototypes_VD.t()
+
+    def _unit_prototypes(self) -> Tensor:
+        """(V, D) of unit length. Without gradient they are kept until the prototypes change: decoding asks each token."""
+        if not self.learned:
+            return self.prototypes
+        if torch.is_grad_enabled() and self.prototypes.requires_grad:
+            return F.normalize(self.prototypes, dim=-1)
+        mark = (self.prototypes.data_ptr(), self.prototypes._version)
+        if self._kept is None or self._kept[0] != mark:
+            self._kept = (mark, F.normalize(self.prototypes.detach(), dim=-1))
+        return self._kept[1]
 
     def logits(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): scale * cosine."""
