@@ -1,13 +1,14 @@
 """Handwritten digits read as 64 steps: five-fold accuracy of a small model with the hyperspherical-prototype head.
 
-    python examples/digits.py                # about a minute on two cores; needs the extra `examples`
+    python examples/digits.py                # one to two minutes on two cores; needs the extra `examples`
     python examples/digits.py --write DIR    # the same sequences and labels as files for --label-file
 
 scikit-learn's digits (1,797 images of 8 x 8 pixels, values 0 to 16; Alpaydin & Kaynak 1998) are read pixel by pixel in
 the order of the rows; a token is a pixel's value, so where it stands is for the model to count. Two compact layers of
-width 64; the ten prototypes are the corners of a simplex and stay there. Every dark pixel of a training image is shown
-up to NOISE lighter or darker, and its label stands at each of the last LABELLED steps; a held-out image is shown as it
-is and judged at its last step alone.
+width 96; ten prototypes that start as the corners of a simplex and are learned. Training images are shown with noise:
+dark pixels up to NOISE lighter or darker, a share DROPPED of the pixels white, a share SHIFTED of the images moved by a
+pixel; their label stands at each of the last LABELLED steps. A held-out image is shown as it is and judged at its last
+step alone.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 
-FOLDS, EPOCHS, BATCH = 5, 60, 64
-STEPS, VALUES = 64, 17
-NOISE, LABELLED = 2, 16
+FOLDS, EPOCHS, BATCH = 5, 75, 64
+SIDE, STEPS, VALUES = 8, 64, 17
+NOISE, DROPPED, SHIFTED, LABELLED = 3, 0.1, 0.2, 16
 SHAPE = {
     "vocab_size": VALUES,
     "n_class": 10,
-    "d_model": 64,
+    "d_model": 96,
     "n_layer": 2,
     "layer": "compact",
     "prototypes": "fixed",
@@ -53,9 +55,22 @@ def folds(labels_N: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def noisy(values_BL: Tensor, generator: torch.Generator) -> Tensor:
-    """A training image as it might also have been written."""
+    """Training images as they might also have been written."""
+    count = len(values_BL)
+    moved_B1 = torch.rand(count, 1, generator=generator) < SHIFTED
+    values_BL = torch.where(moved_B1, shifted(values_BL, generator), values_BL)
     noise_BL = torch.randint(-NOISE, NOISE + 1, values_BL.shape, generator=generator)
-    return (values_BL + noise_BL * (values_BL > 0)).clamp(0, VALUES - 1)
+    kept_BL = torch.rand(values_BL.shape, generator=generator) >= DROPPED
+    return (values_BL + noise_BL * (values_BL > 0)).clamp(0, VALUES - 1) * kept_BL
+
+
+def shifted(values_BL: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by -1, 0 or 1 pixel down and across, white coming in from outside."""
+    count = len(values_BL)
+    framed_BHW = F.pad(values_BL.view(count, SIDE, SIDE), (1, 1, 1, 1))
+    down_B1, across_B1 = torch.randint(3, (2, count, 1), generator=generator)
+    rows_BH, columns_BW = down_B1 + torch.arange(SIDE), across_B1 + torch.arange(SIDE)
+    return framed_BHW[torch.arange(count)[:, None, None], rows_BH[:, :, None], columns_BW[:, None]].view(count, STEPS)
 
 
 def targets(labels_B: Tensor, labelled: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 from protomamba.config import RunConfig
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.train.inputs import open_inputs, training_stream, validation_windows
-from protomamba.train.loop import MicroBatch, Trainer, Validation
+from protomamba.train.loop import MicroBatch, StepStats, Trainer
 from protomamba.train.start import fresh_trainer
 
 # Two Mamba layers of width 64 on 8 x 128 bytes a step: what two minutes of one core can bring to its limits.
@@ -59,25 +59,25 @@ class Session:
 
         return cls(trainer or fresh_trainer(config, inputs.vocab_size, None)[0], batches, held_out)
 
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            self.trainer.train_step(*self.batches(self.trainer.step))
+    def train(self, steps: int) -> list[StepStats]:
+        return [self.trainer.train_step(*self.batches(self.trainer.step)) for _ in range(steps)]
 
     def run(self, steps: int, ms: float, points: int, multiple: int = 1) -> None:
         """Lay the schedule over `steps` more and take them; held-out figures at the start and `points` times after."""
         start = self.trainer.step
         self.trainer.schedule_start, self.trainer.schedule_steps = start, steps
-        self._note(0.0)
+        self._note(0.0, [])
         for point in range(points):
             goal = start + round(steps * (point + 1) / points / multiple) * multiple
-            self.train(goal - self.trainer.step)
-            self._note((goal - start) * ms / 1e3)
+            taken = self.train(goal - self.trainer.step)
+            self._note((goal - start) * ms / 1e3, taken)
 
-    def _note(self, seconds: float) -> None:
-        found: Validation = self.trainer.evaluate(self.held_out)
-        self.curve.append(
-            {"step": self.trainer.step, "seconds": seconds, "loss": found.loss, "accuracy": found.accuracy}
-        )
+    def _note(self, seconds: float, taken: list[StepStats]) -> None:
+        """Held-out figures now, and the share of the steps before whose local loss was not yet 0."""
+        found = self.trainer.evaluate(self.held_out)
+        active = sum(bool(stats.ff_loss) for stats in taken) / max(1, len(taken))
+        figures = {"loss": found.loss, "accuracy": found.accuracy, "local_active": active}
+        self.curve.append({"step": self.trainer.step, "seconds": seconds, **figures})
 
 
 def costs(sessions: Mapping[str, Session], steps: int, turns: int) -> dict[str, float]:
