@@ -59,6 +59,10 @@ CASES: dict[str, tuple[Maker, str]] = {
     "a 2-d .npy": (_npy(np.zeros((30, 30), dtype=np.int32)), r"bad\.npy.*"),
     "a negative .npy": (_npy(np.array([1, -5] * 300)), r"bad\.npy.*-5|bad\.npy.*negative"),
     "a pickled .npy": (_npy(np.array([1, None] * 30, dtype=object)), r"bad\.npy.*"),
+    "a .npy whose header never closes": (
+        _file("bad.npy", b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<i4', 'shape': (((".ljust(118) + bytes(400)),
+        r"bad\.npy: not a readable \.npy",
+    ),
     "a missing file": (lambda folder: folder / "gone.txt", r"gone\.txt"),
     "a directory for a file": (lambda folder: folder, r"director|folder"),
     "an unknown extension": (_file("bad.csv", b"1,2,3"), r"bad\.csv.*expected"),

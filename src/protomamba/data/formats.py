@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ def _npy_layout(path: Path, file: IO[bytes]) -> Layout:
         if version not in readers:
             raise ValueError(f"version {version} of the format is for structured arrays")
         shape, _, dtype = readers[version](file)
-    except (ValueError, SyntaxError, EOFError, TypeError) as error:
+    # numpy reads the header as Python's literals, with Python's own parser and tokenizer.
+    except (ValueError, SyntaxError, EOFError, TypeError, RecursionError, tokenize.TokenError, Warning) as error:
         raise UserError(f"{path}: not a readable .npy file: {' '.join(str(error).split())[:200]}") from error
     if dtype.kind not in "iu" or len(shape) != 1:
         raise UserError(
