@@ -93,7 +93,7 @@ $(READY_PARITY): $(READY)
 	@touch $@
 
 parity: $(READY_PARITY) ## compare with JAX, transformers, the reference kernels and a resumed run
-	@$(BIN)/protomamba parity all $(ARGS)
+	@mkdir -p runs && $(BIN)/protomamba parity all --report runs/parity.json $(ARGS)
 
 $(READY_STUDIES): $(READY)
 	@echo "installing scikit-learn, matplotlib and tokenizers into $(VENV)"
