@@ -136,7 +136,10 @@ class RunDir:
         needed = (self.keep_last + 3) * checkpoint_bytes
         present = {(s.st_dev, s.st_ino): s.st_size for s in map(Path.stat, _checkpoints(self.folder))}
         missing = needed - sum(present.values())
-        free = self._disk.free_bytes(self.folder)
+        try:
+            free = self._disk.free_bytes(self.folder)
+        except OSError as error:
+            raise UserError(f"{self.folder}: its free space cannot be told: {error.strerror}") from error
         if free < missing:
             raise UserError(
                 f"{self.folder}: the run's checkpoints need {missing:,} bytes ({self.keep_last} kept + latest + best"
