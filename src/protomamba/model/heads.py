@@ -165,7 +165,7 @@ class HyperspherePrototypes(Head):
         return F.normalize(z_BLD.to(prototypes_VD.dtype), dim=-1) @ prototypes_VD.t()
 
     def _unit_prototypes(self) -> Tensor:
-        """(V, D) of unit length. Without gradient they are kept until the prototypes change: decoding asks each token."""
+        """(V, D) of unit length; without gradient kept until the prototypes change, since decoding asks each token."""
         if not self.learned:
             return self.prototypes
         if torch.is_grad_enabled() and self.prototypes.requires_grad:
