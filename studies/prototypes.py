@@ -5,7 +5,8 @@
 
 Trains each head through `protomamba train`, one run a variant and vocabulary: bytes (257 with the end of file), and
 byte pairs learned on the training part (4096, 16384). A run that is finished is not trained again, one that was
-interrupted goes on. The last variant gives learned prototypes the time that the softmax head took.
+interrupted goes on. What a step costs is measured before, with the heads taking turns on one thread, and a run's clock
+is its steps times that; the last variant gives learned prototypes the time that the softmax head takes.
 Needs the extras `tokenizers` and `plots`.
 """
 
@@ -14,38 +15,39 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from common import PLAIN, UPDATES, Session, costs, new_figure, write_between_marks
 
+from protomamba.config import RunConfig
 from protomamba.data.corpus import stdlib_sources
 
-VARIANTS = {
-    "fixed": ["--head", "hpn", "--prototypes", "fixed"],
-    "learned": ["--head", "hpn", "--prototypes", "learned"],
-    "learned, no separation": ["--head", "hpn", "--prototypes", "learned", "--separation", "0"],
-    "softmax": ["--head", "softmax"],
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fixed": {"head": "hpn", "prototypes": "fixed"},
+    "learned": {"head": "hpn", "prototypes": "learned"},
+    "learned, no separation": {"head": "hpn", "prototypes": "learned", "separation": 0.0},
+    "softmax": {"head": "softmax"},
 }
 EQUAL_TIME = "learned, softmax's time"
-# Mamba layers of width 128 on 8 x 256 tokens a step, backpropagation on each.
-SHAPE = (
-    "--d-model 128 --base-layers 2 --target-layers 2 --freeze none --batch-size 8 --seq-len 256 --packed-sequences 0"
-)
-UPDATES = "--lr 4e-3 --lr-warmup-steps 100 --lr-min-scale 0.02 --grad-clip-norm 1 --bp-cadence-steps 1 --ff-lr 0"
-CADENCE = "--log-every 50 --eval-batches 64"
+# Mamba layers of width 128 on 8 x 256 tokens a step.
+SHAPE = {"d_model": 128, "base_layers": 2, "target_layers": 2, "freeze": "none", "batch_size": 8, "seq_len": 256}
+CADENCE = {"log_every": 50, "eval_batches": 64, "progress": False}
+COST_STEPS, COST_TURNS = 5, 9
 VALIDATIONS = 8
-TABLE_MARKS = ("<!-- table: python studies/prototypes.py -->", "<!-- end of table -->")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: held-out figures at its end, median milliseconds a step, peak resident memory, the validations."""
+    """One run: held-out figures at its end, milliseconds a step, peak resident memory, the validations."""
 
     vocabulary: int
     variant: str
@@ -91,31 +93,39 @@ def pair_encoder(vocabulary: int, texts: Sequence[str]) -> Callable[[str], Seque
     return lambda text: tokenizer.encode(text).ids
 
 
-def run(vocabulary: int, variant: str, arguments: Sequence[str], steps: int, out: Path, threads: int) -> Result:
-    """Train one variant to the end, or go on with it, or read what it left."""
-    folder = out / f"{vocabulary}-{variant.replace(', ', '-').replace(' ', '-').replace(chr(39), '')}"
+def settings(vocabulary: int, variant: str, out: Path) -> dict[str, Any]:
+    """The fields of one variant's run that do not depend on its length."""
+    train, held_out = token_files(vocabulary, out / "tokens")
+    fields = {**SHAPE, **UPDATES, **PLAIN, **VARIANTS[variant], "packed_sequences": False, "vocab_size": vocabulary}
+    return {**fields, "token_file": train, "val_token_file": held_out}
+
+
+def step_costs(vocabulary: int, out: Path) -> dict[str, float]:
+    """Milliseconds of one thread a step of each head, the heads taking turns; kept beside the runs."""
+    kept = out / f"costs-{vocabulary}.json"
+    if not kept.is_file():
+        sessions = {name: Session.start(RunConfig(**settings(vocabulary, name, out))) for name in VARIANTS}
+        kept.write_text(json.dumps(costs(sessions, COST_STEPS, COST_TURNS)))
+    found: dict[str, float] = json.loads(kept.read_text())
+    return found
+
+
+def run(vocabulary: int, name: str, variant: str, steps: int, step_ms: float, out: Path) -> Result:
+    """Train `variant` to the end under that name, or go on with it, or read what it left."""
+    folder = out / re.sub("[^a-z0-9]+", "-", f"{vocabulary}-{name}")
     kept = folder / "result.json"
     if kept.is_file():
         return Result(**json.loads(kept.read_text()))
-    train, held_out = token_files(vocabulary, out / "tokens")
     every = max(1, steps // VALIDATIONS)
-    command = [
-        sys.executable,
-        "-m",
-        "protomamba",
-        "train",
-        "--token-file",
-        str(train),
-        "--val-token-file",
-        str(held_out),
-    ]
-    command += [*SHAPE.split(), *UPDATES.split(), *CADENCE.split(), *arguments, "--vocab-size", str(vocabulary)]
-    command += ["--steps", str(steps), "--val-every", str(every), "--save-every", str(every), "--threads", str(threads)]
-    command += ["--out-dir", str(folder), "--progress", "0"]
+    fields = {**settings(vocabulary, variant, out), **CADENCE, "val_every": every, "save_every": every}
     if (folder / "latest.safetensors").is_file():
-        # The run's own target stands in its checkpoint: --steps would ask for that many more.
-        position = command.index("--steps")
-        command[position : position + 2] = ["--resume", "auto"]
+        fields["resume"] = (
+            "auto"  # The run's own target stands in its checkpoint: --steps would ask for that many more.
+        )
+    else:
+        fields["steps"] = steps
+    flags = [part for key, value in fields.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "protomamba", "train", *flags, "--threads", "1", "--out-dir", str(folder)]
     print("+", " ".join(command), flush=True)
     child = subprocess.Popen(command)
     _, status, usage = os.wait4(child.pid, 0)
@@ -123,17 +133,15 @@ def run(vocabulary: int, variant: str, arguments: Sequence[str], steps: int, out
         raise SystemExit(
             f"{folder}: the run ended with status {os.waitstatus_to_exitcode(status)}; start again to go on"
         )
-    result = read_result(folder / "metrics.jsonl", vocabulary, variant, usage.ru_maxrss / 1024)
+    result = read_result(folder / "metrics.jsonl", vocabulary, name, step_ms, usage.ru_maxrss / 1024)
     kept.write_text(json.dumps(asdict(result)))
     return result
 
 
-def read_result(metrics: Path, vocabulary: int, variant: str, peak_mib: float) -> Result:
+def read_result(metrics: Path, vocabulary: int, variant: str, step_ms: float, peak_mib: float) -> Result:
     """The figures of a finished run. A resumed run's memory is that of its last process."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [line for line in lines if line["event"] == "train"]
     validations = [line for line in lines if line["event"] == "validation"]
-    step_ms = statistics.median(line["step_ms"] for line in steps)
     last = validations[-1]
     return Result(
         vocabulary=vocabulary,
@@ -149,13 +157,13 @@ def read_result(metrics: Path, vocabulary: int, variant: str, peak_mib: float) -
     )
 
 
-def study(vocabulary: int, steps: int, out: Path, threads: int) -> list[Result]:
+def study(vocabulary: int, steps: int, out: Path) -> list[Result]:
     """All variants at one vocabulary."""
-    results = [run(vocabulary, name, arguments, steps, out, threads) for name, arguments in VARIANTS.items()]
-    by_name = {result.variant: result for result in results}
-    longer = round(steps * by_name["softmax"].step_ms / by_name["learned"].step_ms)
+    ms = step_costs(vocabulary, out)
+    results = [run(vocabulary, name, name, steps, ms[name], out) for name in VARIANTS]
+    longer = round(steps * ms["softmax"] / ms["learned"])
     if longer > 1.02 * steps:
-        results.append(run(vocabulary, EQUAL_TIME, VARIANTS["learned"], longer, out, threads))
+        results.append(run(vocabulary, EQUAL_TIME, "learned", longer, ms["learned"], out))
     return results
 
 
@@ -169,26 +177,10 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(rows)
 
 
-def write_table(page: Path, text: str) -> None:
-    """Put the table between its marks, leaving the rest of the page as it is; a page without marks gets them."""
-    begin, end = TABLE_MARKS
-    old = page.read_text(encoding="utf-8") if page.is_file() else f"{begin}\n{end}\n"
-    if begin not in old or end not in old:
-        raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r} around the table")
-    head, tail = old.split(begin)[0], old.split(end, 1)[1]
-    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
-
-
 def draw(results: Sequence[Result], path: Path) -> None:
     """Held-out accuracy over seconds of training, one panel a vocabulary."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "prototypes"
-    from matplotlib import pyplot
-
     vocabularies = sorted({r.vocabulary for r in results})
-    figure, axes = pyplot.subplots(1, len(vocabularies), figsize=(4.6 * len(vocabularies), 3.8), squeeze=False)
+    figure, axes = new_figure("prototypes", len(vocabularies))
     colours = {name: f"C{index}" for index, name in enumerate([*VARIANTS, EQUAL_TIME])}
     for axis, vocabulary in zip(axes[0], vocabularies, strict=True):
         for r in (r for r in results if r.vocabulary == vocabulary):
@@ -208,12 +200,12 @@ def main() -> None:
     parser.add_argument("--docs-dir", type=Path, default=Path("docs"), help="where prototypes.md and .svg are written")
     parser.add_argument("--vocabularies", default="257,4096,16384", help="classes, comma-separated")
     parser.add_argument("--steps", type=int, default=3_000)
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     vocabularies = [int(v) for v in given.vocabularies.split(",")]
-    results = [r for v in vocabularies for r in study(v, given.steps, given.out_dir, given.threads)]
+    results = [r for v in vocabularies for r in study(v, given.steps, given.out_dir)]
     given.docs_dir.mkdir(parents=True, exist_ok=True)
-    write_table(given.docs_dir / "prototypes.md", table(results))
+    write_between_marks(given.docs_dir / "prototypes.md", "python studies/prototypes.py", table(results))
     draw(results, given.docs_dir / "prototypes.svg")
     print(table(results))
 
