@@ -32,10 +32,11 @@ def generate(
     check_prompts(model, prompts)
     generator = torch.Generator().manual_seed(sampling.seed)
     z_BD, state = prefill(model, prompts)
+    logits_BV, advance = model.head.next_logits(z_BD), model.decoder(state)
     outputs: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)
     for position in range(sampling.max_tokens):
-        next_B = choose(_logits(model, z_BD), sampling, generator)
+        next_B = choose(logits_BV, sampling, generator)
         tokens = next_B.tolist()
         for row, token in enumerate(tokens):
             alive[row] = alive[row] and token != stop_token
@@ -45,14 +46,8 @@ def generate(
             on_token([token if alive[row] else -1 for row, token in enumerate(tokens)])
         if not any(alive) or position == sampling.max_tokens - 1:
             break
-        z_BD, state = model.step(next_B, state)
+        logits_BV = advance(next_B)
     return outputs
-
-
-def _logits(model: SequenceModel, z_BD: Tensor) -> Tensor:
-    """(B, classes): the head's calibrated logits, or its scores where it has no probabilities."""
-    logits_B1V = model.head.logits(z_BD[:, None])
-    return (model.head.scores(z_BD[:, None]) if logits_B1V is None else logits_B1V)[:, 0]
 
 
 def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""mamba_block and mamba_step against their twins in float64, on every path."""
+"""mamba_block against its twin in float64, on every path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protomamba.kernels import BlockOutput, BlockState, BlockWeights, mamba_block, mamba_step, reference
+from protomamba.kernels import BlockOutput, BlockState, BlockWeights, mamba_block, reference
 
 from .closeness import assert_close
 from .compare import compare
@@ -147,21 +147,6 @@ def test_nothing_is_kept_without_gradients(level: str) -> None:
     trained = as_weights({key: w.requires_grad_() for key, w in weights.items()})
     with torch.no_grad():
         assert mamba_block(x_BLD, trained).x_BLD.grad_fn is None
-
-
-@pytest.mark.parametrize("compact", [False, True], ids=["mamba", "compact"])
-@pytest.mark.parametrize("B", [1, 3, 9])
-def test_steps_equal_the_twin(level: str, compact: bool, B: int) -> None:
-    for N, R, K in ((16, 3, 4), (5, 1, 2), (40, 2, 3)):
-        shape = (B, 1, 20, N, R, K)
-        weights, state = as_weights(make_weights(shape, compact)), make_state(shape, compact)
-        exact_weights = BlockWeights(*(None if w is None else w.double() for w in weights))  # type: ignore[arg-type]
-        exact_state = BlockState(*(s.double() for s in state))
-        for _ in range(3):
-            x_BD = torch.randn(B, 20)
-            actual = {"x": mamba_step(x_BD, weights, state), **state._asdict()}
-            expected = {"x": reference.mamba_step(x_BD.double(), exact_weights, exact_state), **exact_state._asdict()}
-            assert_close(actual, expected, "step", torch.float32)
 
 
 def test_a_wrong_precision_and_shapes_that_do_not_fit(level: str) -> None:

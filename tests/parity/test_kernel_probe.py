@@ -17,7 +17,10 @@ needs_native = pytest.mark.skipif(not native.available()[0], reason="no native k
 @needs_native
 def test_every_op_at_every_level_holds() -> None:
     report = run(seed=1, random_shapes=2)
-    assert report.ok and len(report.rows) == 2 * len(OPS) * len(native.levels())
+    without_gradient = {"product", "mamba_step"}
+    rows = {f"{level}: {name}" for level in native.levels() for name in OPS}
+    gradients = {f"{row}, gradients" for row in rows if row.partition(": ")[2] not in without_gradient}
+    assert report.ok and {row.name for row in report.rows} == rows | gradients
 
 
 @needs_native

@@ -8,10 +8,11 @@ from protomamba.kernels import matmul, native, reference
 from protomamba.kernels.allocator import keep_freed_memory
 from protomamba.kernels.conv import causal_conv
 from protomamba.kernels.mamba_block import mamba_block
-from protomamba.kernels.mamba_step import mamba_step
+from protomamba.kernels.mamba_step import DecodeStepper, MambaStepper, mamba_step
+from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
-from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights
+from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, Scoring
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separation import separated_prototype_loss
 from protomamba.kernels.softmax import softmax_loss
@@ -22,6 +23,9 @@ __all__ = [
     "BlockOutput",
     "BlockState",
     "BlockWeights",
+    "DecodeStepper",
+    "MambaStepper",
+    "Scoring",
     "add_rms_norm",
     "available",
     "causal_conv",
@@ -30,6 +34,7 @@ __all__ = [
     "keep_freed_memory",
     "mamba_block",
     "mamba_step",
+    "product",
     "prototype_loss",
     "reference",
     "rms_norm",

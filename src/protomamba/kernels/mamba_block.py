@@ -65,7 +65,7 @@ def check_block_shapes(op: str, w: BlockWeights, state: BlockState | None, **x: 
     if w.in_proj_WD is None and sizes["E"] != sizes["D"]:
         raise ValueError(f"{op}: without in_proj expected E = D, got E={sizes['E']} D={sizes['D']}")
     if state is not None:
-        check_shapes(op, sizes=sizes, state_ssm_BEN=state.ssm_BEN)
+        sizes = check_shapes(op, sizes=sizes, state_ssm_BEN=state.ssm_BEN)
         if sizes["H"] > 0:
             check_shapes(op, sizes=sizes, state_conv_BHE=state.conv_BKE)
     return sizes

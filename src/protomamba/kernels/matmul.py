@@ -1,4 +1,4 @@
-"""The three matrix products of a linear layer, on the faster of torch's two BLAS libraries.
+"""The matrix products of a linear layer, on the faster of torch's two BLAS libraries; of few rows, on a kernel of ours.
 
 torch's float32 product goes to MKL, which on CPUs of other vendors runs its AVX2 code even where AVX-512 is there;
 oneDNN, which torch also carries, does not. The choice is a rule on the CPU, never a timing: a resumed run must take the
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from protomamba.errors import ConfigError
-from protomamba.kernels import native
+from protomamba.kernels import native, reference
+from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.native import pointer
 
 BACKENDS = ("torch", "onednn")
+# Up to this many rows a product is bound by reading the matrix, which no BLAS does at the memory's speed.
+FEW_ROWS = 8
 
 
 @functools.cache
@@ -108,3 +111,23 @@ def transpose(x_RC: Tensor) -> Tensor:
     out_CR = torch.empty(n_column, n_row)
     library.call("transpose", n_row, n_column, x_RC.stride(0), n_row, pointer(x_RC), pointer(out_CR))
     return out_CR
+
+
+def product(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """x @ w.T: (T, I), (O, I) -> (T, O), at the speed of reading w once for up to FEW_ROWS rows: for decoding.
+
+    Differentiable; the kernel of few rows is not, and runs where nothing wants a gradient. Native for float32.
+    ValueError for shapes that do not fit.
+    """
+    check_shapes("product", x_TI=x_TI, w_OI=w_OI)
+    if native.needs_backward(x_TI, w_OI) or w_OI.dtype != x_TI.dtype:
+        return reference.product(x_TI, w_OI)
+    library = native.select("product", x_TI, (torch.float32,))
+    if library is None:
+        return reference.product(x_TI, w_OI)
+    x, w = x_TI.contiguous(), w_OI.contiguous()
+    if len(x) > FEW_ROWS:
+        return linear(x, w)
+    out_TO = torch.empty(len(x), len(w))
+    library.call("product", len(x), *w.shape, x.shape[1], pointer(x), pointer(w), pointer(out_TO))
+    return out_TO

@@ -54,10 +54,13 @@ class Library:
 
     def call(self, op: str, *fields: int) -> None:
         """Runs `op` on an argument struct of these 8-byte fields, after the two that describe torch's thread pool."""
-        count = len(fields) + 2
-        packed = struct.pack(f"{count}q", self._parallel_for, torch.get_num_threads(), *fields)
-        if getattr(self._dll, f"pm_{op}")(packed, ctypes.c_int64(8 * count)) != 0:
-            raise RuntimeError(f"pm_{op}: {count} fields do not make its argument struct")
+        packed = self.pack(*fields)
+        if getattr(self._dll, f"pm_{op}")(packed, ctypes.c_int64(len(packed))) != 0:
+            raise RuntimeError(f"pm_{op}: {len(packed) // 8} fields do not make its argument struct")
+
+    def pack(self, *fields: int) -> bytes:
+        """The argument struct of an op: torch's thread pool, then these fields."""
+        return struct.pack(f"{len(fields) + 2}q", self._parallel_for, torch.get_num_threads(), *fields)
 
     def map(self, which: str, x: Tensor) -> Tensor:
         """exp, exp2, sigmoid or softplus of a contiguous float32 tensor, as the kernels compute it."""

@@ -53,6 +53,14 @@ class BlockOutput(NamedTuple):
     u_BLE: Tensor | None
 
 
+class Scoring(NamedTuple):
+    """How a head's logits come from z: scale * (z, or z / |z| where `unit`) . every row of matrix_VD."""
+
+    matrix_VD: Tensor
+    unit: bool
+    scale: float
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -307,3 +315,27 @@ def mamba_step(x_BD: Tensor, weights: BlockWeights, state: BlockState, *, eps: f
     state.conv_BKE.copy_(out.state.conv_BKE)
     state.ssm_BEN.copy_(out.state.ssm_BEN)
     return out.x_BLD[:, 0]
+
+
+def product(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """x @ w.T, (T, O): the scores of T rows for O classes; wider than both where their dtypes differ."""
+    dtype = torch.promote_types(x_TI.dtype, w_OI.dtype)
+    return x_TI.to(dtype) @ w_OI.to(dtype).t()
+
+
+def decode_step(
+    tokens_B: Tensor,
+    embedding_ID: Tensor,
+    blocks: Sequence[tuple[BlockWeights, BlockState]],
+    norm_D: Tensor,
+    scoring: Scoring,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Logits (B, V) after one more token of each sequence: embedding, blocks, norm, head. Moves every block's state on
+    in place. No gradient."""
+    x_BD = embedding_ID[tokens_B]
+    for weights, state in blocks:
+        x_BD = mamba_step(x_BD, weights, state, eps=eps)
+    z_BD = rms_norm(x_BD[:, None], norm_D, eps)[:, 0]
+    return scoring.scale * product(F.normalize(z_BD, dim=-1) if scoring.unit else z_BD, scoring.matrix_VD)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
-from protomamba.kernels import prototype_loss, reference, separated_prototype_loss, softmax_loss
+from protomamba.kernels import Scoring, product, prototype_loss, reference, separated_prototype_loss, softmax_loss
 from protomamba.model import prototypes
 
 # Scores held at once in predict, evaluate and fit: 16 MiB of float32.
@@ -64,6 +64,15 @@ class Head(nn.Module, ABC):
     def logits(self, z_BLD: Tensor) -> Tensor | None:
         """(B, L, V) whose softmax is a calibrated probability, for sampling and perplexity; None if there is none."""
         return self.scores(z_BLD)
+
+    def next_logits(self, z_BD: Tensor) -> Tensor:
+        """(B, V) to choose the next token by: `logits`, or `scores` where there are none."""
+        logits_B1V = self.logits(z_BD[:, None])
+        return (self.scores(z_BD[:, None]) if logits_B1V is None else logits_B1V)[:, 0]
+
+    def scoring(self) -> Scoring | None:
+        """How `logits` come from z by one matrix, for decoding in one call; None where they come in another way."""
+        return None
 
     def tie(self, weight_VD: nn.Parameter) -> None:
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
@@ -162,7 +171,7 @@ class HyperspherePrototypes(Head):
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
         prototypes_VD = self._unit_prototypes()
-        return F.normalize(z_BLD.to(prototypes_VD.dtype), dim=-1) @ prototypes_VD.t()
+        return _inner_products(F.normalize(z_BLD, dim=-1), prototypes_VD)
 
     def _unit_prototypes(self) -> Tensor:
         """(V, D) of unit length; without gradient kept until the prototypes change, since decoding asks each token."""
@@ -178,6 +187,11 @@ class HyperspherePrototypes(Head):
     def logits(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): scale * cosine."""
         return self.scale * self.scores(z_BLD)
+
+    def scoring(self) -> Scoring | None:
+        # A class derived from this one may score in its own way.
+        own = type(self) is HyperspherePrototypes
+        return Scoring(self._unit_prototypes().detach(), unit=True, scale=float(self.scale)) if own else None
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -250,7 +264,10 @@ class SoftmaxHead(Head):
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the logits."""
-        return z_BLD.to(self.weight.dtype) @ self.weight.t()
+        return _inner_products(z_BLD, self.weight)
+
+    def scoring(self) -> Scoring | None:
+        return Scoring(self.weight.detach(), unit=False, scale=1.0) if type(self) is SoftmaxHead else None
 
     def tie(self, weight_VD: nn.Parameter) -> None:
         """Use `weight_VD` (V, D) instead of an own matrix. Raises ConfigError where the classes are not the tokens."""
@@ -263,6 +280,11 @@ class SoftmaxHead(Head):
 
 
 HEADS: dict[str, type[Head]] = {"hpn": HyperspherePrototypes, "softmax": SoftmaxHead}
+
+
+def _inner_products(z_BLD: Tensor, rows_VD: Tensor) -> Tensor:
+    """(B, L, V) in the dtype of the rows: z's with each."""
+    return product(z_BLD.reshape(-1, z_BLD.shape[-1]).to(rows_VD.dtype), rows_VD).view(*z_BLD.shape[:-1], -1)
 
 
 def _valid(z_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from protomamba.errors import ConfigError
 NORM_EPS = 1e-5
 State = tuple[Tensor, ...]
 Tap = Callable[[Tensor], None]
+Stepper = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class ResidualLayer(nn.Module, ABC):
     @abstractmethod
     def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
         """`residual` for one token (B, D), without gradient. Takes `state` over: it may be changed in place."""
+
+    def stepper(self, norm_weight_D: Tensor, state: State | None) -> Stepper:
+        """`residual_step` for one token after another, from `state`; the parameters stay as they are meanwhile."""
+        held = state
+
+        def step(x_BD: Tensor) -> Tensor:
+            nonlocal held
+            x_BD, held = self.residual_step(x_BD, norm_weight_D, held)
+            return x_BD
+
+        return step
 
     def output_parameters(self) -> list[nn.Parameter]:
         """The parameters that, all zero, make the output exactly zero: a new layer of a grown model starts so."""
@@ -101,6 +113,10 @@ class Block(nn.Module):
     def step(self, x_BD: Tensor, state: State | None) -> tuple[Tensor, State]:
         """`forward` for one token."""
         return self.mixer.residual_step(x_BD, self.norm.weight, state)
+
+    def stepper(self, state: State | None) -> Stepper:
+        """`step` for one token after another, from `state`."""
+        return self.mixer.stepper(self.norm.weight, state)
 
     def silence(self) -> None:
         """Zero what makes the layer's output, so that the block is the identity, to the bit."""

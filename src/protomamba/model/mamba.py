@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from protomamba import kernels
 from protomamba.config import ModelConfig
 from protomamba.kernels import BlockState, BlockWeights
-from protomamba.model.layer import NORM_EPS, Mode, ResidualLayer, State, Tap
+from protomamba.model.layer import NORM_EPS, Mode, ResidualLayer, State, Stepper, Tap
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
@@ -55,6 +55,11 @@ class ScanLayer(ResidualLayer):
     def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
         held = BlockState(*state) if state is not None else self._empty_state(x_BD)
         return kernels.mamba_step(x_BD, self._weights(norm_weight_D), held, eps=NORM_EPS), held
+
+    def stepper(self, norm_weight_D: Tensor, state: State | None) -> Stepper:
+        if state is None:
+            return super().stepper(norm_weight_D, state)
+        return kernels.MambaStepper(self._weights(norm_weight_D), BlockState(*state), eps=NORM_EPS)
 
     def local_weight(self) -> nn.Parameter:
         """D, the skip weight (E,)."""

@@ -10,10 +10,11 @@ from typing import cast, overload
 import torch
 from torch import Tensor, nn
 
+from protomamba import kernels
 from protomamba.config import ModelConfig
 from protomamba.model.depth import frozen_layers, new_positions
 from protomamba.model.heads import HEADS, Head
-from protomamba.model.layer import Block, Mode, Norm, ResidualLayer, State, scale_output_init
+from protomamba.model.layer import NORM_EPS, Block, Mode, Norm, ResidualLayer, State, scale_output_init
 from protomamba.model.mamba import LAYERS
 from protomamba.model.registry import resolve
 
@@ -127,6 +128,26 @@ class SequenceModel(nn.Module):
             x_BD, layer_state = block.step(x_BD, layer_state)
             states.append(layer_state)
         return self.norm_f(x_BD), states
+
+    def decoder(self, state: ModelState) -> Callable[[Tensor], Tensor]:
+        """A function from tokens (B,) to `head.next_logits` (B, classes), for one position after another from `state`,
+        which it takes over. What does not change is done once: the parameters must stay as they are meanwhile."""
+        steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
+        scoring = self.head.scoring()
+        if scoring is not None:
+            embedding, norm = self.embedding.weight.detach(), self.norm_f.weight.detach()
+            native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS)
+            if native is not None:
+                return native
+
+        @torch.no_grad()
+        def advance(tokens_B: Tensor) -> Tensor:
+            x_BD: Tensor = self.embedding(tokens_B)
+            for step in steps:
+                x_BD = step(x_BD)
+            return self.head.next_logits(self.norm_f(x_BD))
+
+        return advance
 
     def initial_state(self) -> ModelState:
         """The state before the first token, for any batch size."""

@@ -48,7 +48,8 @@ def run(seed: int, random_shapes: int = 0) -> Report:
                     values[where] = value
                     gradients |= {f"{input_} at {where}": error for input_, error in each.items()}
                 report.worst_of(f"{level}: {name}", values, VALUE)
-                report.worst_of(f"{level}: {name}, gradients", gradients, GRADIENT)
+                if gradients:
+                    report.worst_of(f"{level}: {name}, gradients", gradients, GRADIENT)
     return report
 
 
@@ -66,12 +67,14 @@ def _at(level: str) -> Iterator[None]:
 
 
 def _compare(op: Op, inputs: Inputs) -> tuple[float, dict[str, float]]:
-    """Errors of the value and of each gradient of a random projection of it."""
+    """Errors of the value and of each gradient of a random projection of it; none for an op without gradient."""
     narrow = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     wide = {
         n: (x.double() if x.is_floating_point() else x).requires_grad_(x.is_floating_point()) for n, x in inputs.items()
     }
     found, expected = op(kernels, narrow), op(reference, wide)
+    if not expected.requires_grad:
+        return _error(found, expected), {}
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     names = [name for name, x in inputs.items() if x.is_floating_point()]
     got = torch.autograd.grad((found.double() * weight).sum(), [narrow[n] for n in names])
@@ -157,6 +160,19 @@ def _heads(ops: Any, x: Inputs) -> Tensor:
     return torch.stack([prototype, ops.softmax_loss(x["z"], x["weight"], x["targets"])])
 
 
+def _separated_inputs(shape: tuple[int, int, int, int], g: torch.Generator) -> Inputs:
+    inputs = {key: x for key, x in _head_inputs(shape, g).items() if key != "weight"}
+    sample = torch.randperm(CLASSES, generator=g)[: CLASSES // 2].sort().values
+    return {**inputs, "sample": sample, "chance": -torch.rand(len(sample), generator=g)}
+
+
+def _separated(ops: Any, x: Inputs) -> Tensor:
+    found: Tensor = ops.separated_prototype_loss(
+        *(x["z"], x["prototypes"], x["targets"], x["sample"], x["chance"].detach()), sharpness=20.0, weight=3.0
+    )
+    return found + 0.0 * x["chance"].sum()
+
+
 def _block_inputs(shape: tuple[int, int, int, int], g: torch.Generator, compact: bool = False) -> Inputs:
     b, length, e, n = shape
     d = e if compact else max(1, e // 2)
@@ -193,11 +209,29 @@ def _block(ops: Any, x: Inputs) -> Tensor:
     return torch.cat([out.x_BLD.flatten(), out.state.conv_BKE.flatten(), out.state.ssm_BEN.flatten()])
 
 
+def _steps(ops: Any, x: Inputs) -> Tensor:
+    """Three positions, one after another; the states are the op's to change."""
+    weights = BlockWeights(**{name: x.get(name) for name in BlockWeights._fields})  # type: ignore[arg-type]
+    state = BlockState(x["state_conv"].detach().clone(), x["state_ssm"].detach().clone())
+    with torch.no_grad():
+        outs = [ops.mamba_step(x["x"][:, t % x["x"].shape[1]], weights, state) for t in range(3)]
+    return torch.cat([*(out.flatten() for out in outs), *(part.flatten() for part in state)])
+
+
+def _product(ops: Any, x: Inputs) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = ops.product(x["z"][:8], x["weight"])
+    return found
+
+
 OPS: dict[str, tuple[Callable[[tuple[int, int, int, int], torch.Generator], Inputs], Op]] = {
     "selective_scan": (_scan_inputs, _scan),
     "causal_conv": (_conv_inputs, _conv),
     "rms_norm": (_norm_inputs, _norm),
     "prototype_loss, softmax_loss": (_head_inputs, _heads),
+    "separated_prototype_loss": (_separated_inputs, _separated),
+    "product": (_head_inputs, _product),
     "mamba_block": (_block_inputs, _block),
     "mamba_block, compact": (_compact_inputs, _block),
+    "mamba_step": (_block_inputs, _steps),
 }

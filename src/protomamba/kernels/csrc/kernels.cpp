@@ -2,10 +2,11 @@
 // the caller wrote. Returns 0, or 1 if that is not the struct's size.
 #include "conv.h"
 #include "norm.h"
+#include "product.h"
 #include "scan.h"
 #include "sphere.h"
 #include "squares.h"
-#include "step.h"
+#include "stack.h"
 #include "transpose.h"
 
 using namespace pm;
@@ -94,9 +95,21 @@ PM_EXPORT int32_t pm_square_sums(const SquaresArgs* a, int64_t bytes) {
     return 0;
 }
 
+PM_EXPORT int32_t pm_product(const ProductArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    product(*a);
+    return 0;
+}
+
 PM_EXPORT int32_t pm_step(const StepArgs* a, int64_t bytes) {
     if (bytes != sizeof *a) return 1;
     step(*a);
+    return 0;
+}
+
+PM_EXPORT int32_t pm_stack_step(const StackArgs* a, int64_t bytes) {
+    if (bytes != sizeof *a) return 1;
+    stack_step(*a);
     return 0;
 }
 

@@ -13,7 +13,6 @@ constexpr int TILE = CHUNK * W;
 // States held in registers at once: of the 32 (AVX-512) or 16 registers, the rest is for temporaries.
 constexpr int FORWARD_GROUP = W >= 16 ? 16 : 8;
 constexpr int BACKWARD_GROUP = W / 2;
-constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 
 struct ScanArgs {
     Pool pool;

@@ -18,6 +18,7 @@
 namespace pm {
 
 constexpr int W = PM_WIDTH;
+constexpr float LOG2_E = 1.44269504088896f, LN_2 = 0.693147180559945f;
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
