@@ -3,7 +3,7 @@
 #include "conv.h"
 #include "norm.h"
 #include "product.h"
-#include "scan.h"
+#include "scan_backward.h"
 #include "sphere.h"
 #include "squares.h"
 #include "stack.h"
