@@ -23,7 +23,7 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-reference test-sanitize test-reliability test-slow lint types check bench \
-	parity digits study wheel sdist clean
+	parity decoding digits study wheel sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -100,6 +100,9 @@ $(READY_STUDIES): $(READY)
 	@$(PIP) $$($(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"] \
 		["optional-dependencies"]; print(*extras["examples"], *extras["plots"], *extras["tokenizers"])')
 	@touch $@
+
+decoding: $(READY_PARITY) ## time decoding beside transformers with the same weights (half a minute); ARGS='--threads 2'
+	@$(BIN)/python studies/decoding.py $(ARGS)
 
 digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-fold (a minute or two)
 	@$(BIN)/python examples/digits.py $(ARGS)
