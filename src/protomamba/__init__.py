@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
     from protomamba.decode import generate
     from protomamba.errors import ConfigError, UserError
-    from protomamba.model.heads import Head
+    from protomamba.model.head import Head
     from protomamba.model.layer import Layer
     from protomamba.model.sequence_model import SequenceModel
     from protomamba.train.loop import StepStats, Trainer, Validation
@@ -25,7 +25,7 @@ _HOMES = {
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.errors": ("ConfigError", "UserError"),
     "protomamba.decode": ("generate",),
-    "protomamba.model.heads": ("Head",),
+    "protomamba.model.head": ("Head",),
     "protomamba.model.layer": ("Layer",),
     "protomamba.model.sequence_model": ("SequenceModel",),
     "protomamba.train.loop": ("StepStats", "Trainer", "Validation"),

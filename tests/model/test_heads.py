@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.kernels import native
+from protomamba.model import head as head_module
 from protomamba.model import heads, prototypes
-from protomamba.model.heads import HEADS, Evaluation, Head, HyperspherePrototypes, SoftmaxHead
+from protomamba.model.head import Evaluation, Head
+from protomamba.model.heads import HEADS, HyperspherePrototypes, SoftmaxHead
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +142,7 @@ def test_a_sample_estimates_the_sum_over_all_wrong_classes_without_bias(monkeypa
 @pytest.mark.parametrize("name", sorted(HEADS))
 @pytest.mark.parametrize("block", [1, 2 * 37, 3 * 37 + 5, 10**6])
 def test_blocks_equal_the_whole(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "BLOCK_SCORES", block)
+    monkeypatch.setattr(head_module, "BLOCK_SCORES", block)
     head = HEADS[name](config(separation=0.0))
     z_BLD, targets_BL = batch()
     kept = targets_BL >= 0
@@ -262,7 +264,7 @@ def test_the_sample_depends_on_the_state_alone() -> None:
 
 @pytest.mark.parametrize("true_scale", [0.5, 4.0, 11.0, 60.0])
 def test_fit_finds_the_scale_that_made_the_targets(true_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "BLOCK_SCORES", 37 * 500)
+    monkeypatch.setattr(head_module, "BLOCK_SCORES", 37 * 500)
     monkeypatch.setattr(heads, "FIT_TARGETS", 40_000)
     head = HyperspherePrototypes(config())
     generator = torch.Generator().manual_seed(1)
@@ -307,7 +309,7 @@ def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() ->
 
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_validation_keeps_to_its_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "BLOCK_SCORES", 50_000)
+    monkeypatch.setattr(head_module, "BLOCK_SCORES", 50_000)
     head = HEADS[name](config(3_000)).eval()
     z_BLD, targets_BL = batch(3_000, 8, 6, 100)
     with Tensors() as seen:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from protomamba import kernels
 from protomamba.config import ModelConfig
 from protomamba.model.depth import frozen_layers, new_positions
-from protomamba.model.heads import HEADS, Head
+from protomamba.model.head import Head
+from protomamba.model.heads import HEADS
 from protomamba.model.layer import NORM_EPS, Block, Mode, Norm, ResidualLayer, State, scale_output_init
 from protomamba.model.mamba import LAYERS
 from protomamba.model.registry import resolve
