@@ -155,7 +155,9 @@ class DataFields(Schema):
     packed_sequences: bool = Field(
         True, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
     )
-    eos_token: int | None = Field(None, ge=0, description="token that ends a document")
+    eos_token: int | None = Field(
+        None, ge=0, description="token that ends a document; without it the prepared folder's own"
+    )
     reset_at_eos: bool = Field(False, description="the state does not cross a document's end")
     prefetch_workers: int = Field(0, ge=0, le=256, description="threads that decode batches ahead (0 = in line)")
     prefetch_buffer: int = Field(16, ge=1, le=100_000, description="batches decoded ahead at most")

@@ -245,3 +245,27 @@ def test_threads_and_seed_reach_torch(tmp_path: Path, tokens: Path) -> None:
     train(tmp_path / "b", tokens, "--steps", 3, "--seed", 2)
     assert torch.get_num_threads() == 1
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_prepared_folder_names_its_documents_end(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in "abc":
+        (text / f"{name}.txt").write_text(f"document {name}, " * 40)
+    assert main(["prepare", str(text), "--out-dir", str(tmp_path / "data")]) == 0
+    common = ["train", "--token-dir", str(tmp_path / "data"), "--shard-ext", "bin", "--d-model", "8", "--seq-len", "16"]
+    small = [
+        "--base-layers",
+        "1",
+        "--target-layers",
+        "1",
+        "--freeze",
+        "none",
+        "--bp-cadence-steps",
+        "1",
+        "--steps",
+        "2",
+    ]
+    assert main([*common, *small, "--reset-at-eos", "1", "--out-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["eos_token"] == 256
+    assert main(["eval", str(tmp_path / "run" / "latest.safetensors")]) == 0

@@ -47,7 +47,7 @@ def run(config: RunConfig, steps: int | None = None) -> Report:
     with tempfile.TemporaryDirectory(prefix="protomamba-parity-") as scratch:
         config = config.replace(out_dir=Path(scratch))
         inputs = open_inputs(config)
-        config = config.replace(vocab_size=inputs.vocab_size, n_class=inputs.n_class)
+        config = inputs.resolve(config)
         return _probe(config, weights, training_stream(inputs, config), inputs.vocab_size, steps)
 
 

@@ -31,11 +31,16 @@ class Inputs:
     vocab_size: int
     tokenizer: str | None = None  # as JSON, for data.tokenizer_from_json
     n_class: int | None = None  # with labels; None where the next token is the target
+    eos_token: int | None = None
 
     @property
     def notes(self) -> list[str]:
         """What the readers of the data want the user to know."""
         return [*self.training.notes, *(self.validation.notes if self.validation else ())]
+
+    def resolve(self, config: RunConfig) -> RunConfig:
+        """`config` with what the data decides."""
+        return config.replace(vocab_size=self.vocab_size, n_class=self.n_class, eos_token=self.eos_token)
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -53,7 +58,16 @@ def open_inputs(config: RunConfig) -> Inputs:
         shards.check_vocab(vocab_size)
     if config.eos_token is not None and config.eos_token >= vocab_size:
         raise ConfigError(f"--eos-token {config.eos_token}: expected a token below the vocabulary size {vocab_size}")
-    return Inputs(training, validation, vocab_size, tokenizer)
+    return Inputs(training, validation, vocab_size, tokenizer, eos_token=_eos_token(config, training))
+
+
+def _eos_token(config: RunConfig, shards: ShardSet) -> int | None:
+    """--eos-token, or, where the state is to stop at it, what `prepare` wrote into the folder's manifest."""
+    if config.eos_token is not None or not config.reset_at_eos:
+        return config.eos_token
+    if shards.manifest is None or shards.manifest.eos_token is None:
+        raise ConfigError("--reset-at-eos 1 needs --eos-token ID: the data has no manifest that names the token")
+    return shards.manifest.eos_token
 
 
 def _open_labelled(config: RunConfig) -> Inputs:
@@ -101,11 +115,9 @@ def _tokenizer_json(shards: ShardSet) -> str | None:
 
 
 def training_stream(inputs: Inputs, config: RunConfig) -> SeekableStream:
-    """The order of training windows or sequences; raises ConfigError for --reset-at-eos without --eos-token."""
+    """The order of training windows or sequences."""
     if isinstance(inputs.training, LabelledSequences):
         return LabelledStream(inputs.training, batch_size=config.batch_size, seed=config.seed)
-    if config.reset_at_eos and config.eos_token is None:
-        raise ConfigError("--reset-at-eos 1 needs --eos-token ID")
     return TokenStream(
         inputs.training,
         batch_size=config.batch_size,

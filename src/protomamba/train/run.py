@@ -96,7 +96,7 @@ class Run:
         weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
         config = adapt_to_weights(config, weights) if weights else config
         self.inputs: Inputs = open_inputs(config)
-        self.config = config.replace(vocab_size=self.inputs.vocab_size, n_class=self.inputs.n_class)
+        self.config = self.inputs.resolve(config)
         self.stream = training_stream(self.inputs, self.config)
         self.progress = Progress()
         if resumed:
