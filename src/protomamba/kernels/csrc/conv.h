@@ -94,7 +94,7 @@ void store_last(const ConvArgs& a, int64_t b, Range blocks, float* window) {
 }
 
 template <class T, int TAPS>
-void conv_forward(const ConvArgs& a) {
+void conv_forward_taps(const ConvArgs& a) {
     Grid grid(a.B, a.blocks());
     run(a.pool, grid.tasks(), [&](int64_t i) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
@@ -169,7 +169,7 @@ inline void reduce_weights(const ConvArgs& a, float* sums, int64_t batch_parts, 
 }
 
 template <class T, int TAPS>
-void conv_backward(const ConvArgs& a) {
+void conv_backward_taps(const ConvArgs& a) {
     Grid grid(a.B, a.blocks());
     int64_t sums_size = a.blocks() * (a.K + 1) * W;
     Buffer partials(grid.batch_parts * sums_size);
@@ -190,6 +190,16 @@ void conv_backward(const ConvArgs& a) {
         }
     });
     run(a.pool, a.blocks(), [&](int64_t k) { reduce_weights(a, partials.data, grid.batch_parts, k); });
+}
+
+template <class T>
+void conv_forward(const ConvArgs& a) {
+    a.K == 4 ? conv_forward_taps<T, 4>(a) : conv_forward_taps<T, 0>(a);
+}
+
+template <class T>
+void conv_backward(const ConvArgs& a) {
+    a.K == 4 ? conv_backward_taps<T, 4>(a) : conv_backward_taps<T, 0>(a);
 }
 
 }  // namespace pm

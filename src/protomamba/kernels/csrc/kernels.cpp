@@ -35,89 +35,27 @@ PM_EXPORT int64_t pm_cpu_level() {
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
 
-PM_EXPORT int32_t pm_scan_forward(const ScanArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    PM_BY_DTYPE(a->is_bf16, scan_forward, *a);
-    return 0;
-}
+// Defines the export of an op: checks the size of its argument struct `a`, then runs CALL.
+#define PM_OP(NAME, ARGS, CALL)                                    \
+    PM_EXPORT int32_t pm_##NAME(const ARGS* a, int64_t bytes) {     \
+        if (bytes != sizeof *a) return 1;                          \
+        CALL;                                                      \
+        return 0;                                                  \
+    }
 
-PM_EXPORT int32_t pm_scan_backward(const ScanArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    PM_BY_DTYPE(a->is_bf16, scan_backward, *a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_conv_forward(const ConvArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    if (a->K == 4)
-        a->is_bf16 ? conv_forward<bf16, 4>(*a) : conv_forward<float, 4>(*a);
-    else
-        a->is_bf16 ? conv_forward<bf16, 0>(*a) : conv_forward<float, 0>(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_conv_backward(const ConvArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    if (a->K == 4)
-        a->is_bf16 ? conv_backward<bf16, 4>(*a) : conv_backward<float, 4>(*a);
-    else
-        a->is_bf16 ? conv_backward<bf16, 0>(*a) : conv_backward<float, 0>(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_norm_forward(const NormArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    PM_BY_DTYPE(a->out_is_bf16, norm_forward, *a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_norm_backward(const NormArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    PM_BY_DTYPE(a->out_is_bf16, norm_backward, *a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_sphere_forward(const SphereArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    sphere_forward(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_sphere_backward(const SphereArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    sphere_backward(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_square_sums(const SquaresArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    square_sums(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_product(const ProductArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    product(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_step(const StepArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    step(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_stack_step(const StackArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    stack_step(*a);
-    return 0;
-}
-
-PM_EXPORT int32_t pm_transpose(const TransposeArgs* a, int64_t bytes) {
-    if (bytes != sizeof *a) return 1;
-    transpose(*a);
-    return 0;
-}
+PM_OP(scan_forward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_forward, *a))
+PM_OP(scan_backward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_backward, *a))
+PM_OP(conv_forward, ConvArgs, PM_BY_DTYPE(a->is_bf16, conv_forward, *a))
+PM_OP(conv_backward, ConvArgs, PM_BY_DTYPE(a->is_bf16, conv_backward, *a))
+PM_OP(norm_forward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_forward, *a))
+PM_OP(norm_backward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_backward, *a))
+PM_OP(sphere_forward, SphereArgs, sphere_forward(*a))
+PM_OP(sphere_backward, SphereArgs, sphere_backward(*a))
+PM_OP(square_sums, SquaresArgs, square_sums(*a))
+PM_OP(product, ProductArgs, product(*a))
+PM_OP(step, StepArgs, step(*a))
+PM_OP(stack_step, StackArgs, stack_step(*a))
+PM_OP(transpose, TransposeArgs, transpose(*a))
 
 // For the tests of the functions themselves: 0 exp, 1 exp2, 2 sigmoid, 3 softplus.
 PM_EXPORT int32_t pm_map(int64_t which, const float* in, float* out, int64_t count) {
