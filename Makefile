@@ -107,7 +107,7 @@ decoding: $(READY_PARITY) ## time decoding beside transformers with the same wei
 digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-fold (a minute or two)
 	@$(BIN)/python examples/digits.py $(ARGS)
 
-study: $(READY_STUDIES) ## make a study of docs/ again: NAME=growing, local_updates or prototypes (long)
+study: $(READY_STUDIES) ## make a study of docs/ again: NAME=growing, local_updates, precision or prototypes (long)
 	@$(BIN)/python studies/$(NAME).py $(ARGS)
 
 wheel: $(READY) ## dist/*.whl for this platform, for every Python

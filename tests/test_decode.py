@@ -76,3 +76,25 @@ def test_frequencies_are_the_probabilities() -> None:
 def test_a_prompt_the_model_cannot_read_is_an_error(prompt: list[int], model: SequenceModel) -> None:
     with pytest.raises(ConfigError, match="expected tokens from 0 to 18"):
         generate(model, [prompt])
+
+
+def test_no_prompt_gives_nothing(model: SequenceModel) -> None:
+    assert generate(model, []) == []
+
+
+def test_a_temperature_of_almost_nothing_is_greedy(model: SequenceModel) -> None:
+    cold = Sampling(max_tokens=12, temperature=1e-40, top_p=1.0)
+    assert generate(model, [[3, 1, 4]], cold) == generate(model, [[3, 1, 4]], GREEDY)
+
+
+def test_a_model_of_labels_has_no_next_token() -> None:
+    model = SequenceModel(ModelConfig(vocab_size=19, d_model=8, d_state=4, n_layer=1, n_class=3), seed=2)
+    with pytest.raises(ConfigError, match="tells 3 labels apart"):
+        generate(model, [[1]])
+
+
+def test_a_prompt_runs_in_the_precision_of_the_steps() -> None:
+    model = SequenceModel(ModelConfig(vocab_size=19, d_model=16, d_state=4, n_layer=2), seed=2)
+    expected, _ = prefill(model, [[1, 2, 3]])
+    model.precision = "bf16"
+    assert torch.equal(prefill(model, [[1, 2, 3]])[0], expected)

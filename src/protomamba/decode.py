@@ -30,6 +30,8 @@ def generate(
     """
     sampling = sampling or Sampling()
     check_prompts(model, prompts)
+    if not prompts:
+        return []
     generator = torch.Generator().manual_seed(sampling.seed)
     z_BD, state = prefill(model, prompts)
     logits_BV, advance = model.head.next_logits(z_BD), model.decoder(state)
@@ -51,8 +53,10 @@ def generate(
 
 
 def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> None:
-    """Raises ConfigError for a prompt that is empty or has a token outside the vocabulary."""
+    """Raises ConfigError for a prompt that is empty or has a token outside the vocabulary, and for labels."""
     vocab_size = model.config.vocab_size
+    if model.config.classes != vocab_size:
+        raise ConfigError(f"generate: the model tells {model.config.classes} labels apart, it does not predict tokens")
     for number, prompt in enumerate(prompts):
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if not prompt or wrong:
@@ -61,13 +65,16 @@ def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> Non
 
 
 def prefill(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
-    """z (B, D) after the last token of each prompt and the states there, stacked; long prompts run in chunks."""
+    """z (B, D) after the last token of each prompt and the states there, stacked; long prompts run in chunks.
+
+    In float32 like the steps after it, also where the model was trained with products in bf16.
+    """
     ends, states = [], []
     for prompt in prompts:
         state: ModelState | None = None
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens_1L = torch.tensor([list(prompt[start : start + PREFILL_CHUNK])])
-            z_1LD, state = model.features(tokens_1L, state=state, return_state=True)
+            z_1LD, state = model.features(tokens_1L, state=state, return_state=True, precision="fp32")
         ends.append(z_1LD[:, -1])
         assert state is not None
         states.append(state)
@@ -84,7 +91,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """int64 (B,): the next token of each row, by temperature, then top-k, then top-p."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / sampling.temperature
+    logits_BV = logits_BV.float()
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)

@@ -376,3 +376,12 @@ def test_scores_follow_prototypes_that_change() -> None:
     head.load_state_dict({**head.state_dict(), "prototypes": -head.prototypes.detach()})
     with torch.no_grad():
         torch.testing.assert_close(head.scores(z_BLD), -changed)
+
+
+def test_scores_follow_prototypes_that_change_unnoticed() -> None:
+    head = HyperspherePrototypes(config())
+    z_BLD, _ = batch()
+    with torch.no_grad():
+        before = head.scores(z_BLD)
+        head.prototypes.data.copy_(torch.randn_like(head.prototypes))  # does not count as a change for autograd
+        assert not torch.equal(head.scores(z_BLD), before)

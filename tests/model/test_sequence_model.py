@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.errors import ConfigError
+from protomamba.model.mamba import MambaLayer
 
 LAYERS = ("mamba", "compact", "examples.lstm_layer:LSTMLayer")
 
@@ -155,3 +158,50 @@ def test_a_tied_softmax_head_shares_the_embedding() -> None:
     assert model.head.weight is model.embedding.weight
     with pytest.raises(ConfigError, match="tie-embedding"):
         make(head="hpn", tie_embedding=True)
+
+
+class DoubledLayer(MambaLayer):
+    """Half of the input and twice the layer: what a class derived from ours may do in both of its entry points."""
+
+    def residual(self, x_BLD, norm_weight_D, state, mode, tap):  # type: ignore[no-untyped-def]
+        y_BLD, state = super().residual(x_BLD, norm_weight_D, state, mode, tap)
+        return 2 * y_BLD - 1.5 * x_BLD, state
+
+    def residual_step(self, x_BD, norm_weight_D, state):  # type: ignore[no-untyped-def]
+        y_BD, state = super().residual_step(x_BD, norm_weight_D, state)
+        return 2 * y_BD - 1.5 * x_BD, state
+
+
+class OwnNorm(torch.nn.LayerNorm):
+    """In place of ours."""
+
+
+def changed_models() -> dict[str, SequenceModel]:
+    models = {name: make() for name in ("norm", "hook")}
+    models["layer"] = make(f"{__name__}:DoubledLayer")
+    models["norm"].norm_f = OwnNorm(12)  # type: ignore[assignment]
+    models["hook"].embedding.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return models
+
+
+@pytest.mark.parametrize("what", ["layer", "norm", "hook"])
+def test_a_decoder_of_a_changed_model_is_that_model(what: str) -> None:
+    model, (tokens_BL, _) = changed_models()[what], batch()
+    with torch.no_grad():
+        _, state = model.features(tokens_BL[:, :4], return_state=True)
+        decode = model.decoder(state)
+        for position in range(4, 9):
+            whole_BLD, _ = model.features(tokens_BL[:, : position + 1])
+            expected_BV = model.head.next_logits(whole_BLD[:, -1])
+            torch.testing.assert_close(decode(tokens_BL[:, position]), expected_BV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("placement", "frozen"), [("append", {0}), ("prepend", {1}), ("insert:1", {0})])
+def test_what_is_frozen_stays_so_where_growing_puts_it(placement: str, frozen: set[int], tmp_path: Path) -> None:
+    trainer = Trainer(make(), TrainConfig(bp_cadence_steps=1))
+    trainer.freeze("first:1")
+    trainer.expand(3, placement)
+    trainer.save_checkpoint(tmp_path / "grown.safetensors")
+    for model in (trainer.model, Trainer.load_checkpoint(tmp_path / "grown.safetensors").model):
+        still = {i for i, layer in enumerate(model.layers) if not any(p.requires_grad for p in layer.parameters())}
+        assert still == frozen

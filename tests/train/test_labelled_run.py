@@ -100,3 +100,9 @@ def test_flags_and_files_that_do_not_fit_are_one_line(
     assert train(tmp_path / "run", *write_task(tmp_path)[keep], *more) == code
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and error.startswith("protomamba: ")
+
+
+def test_an_end_of_document_that_labels_do_not_need_still_resumes(tmp_path: Path) -> None:
+    more = [*write_task(tmp_path), "--eos-token", 5, "--val-ratio", 0.2]
+    assert train(tmp_path / "run", *more, "--steps", 4) == 0
+    assert train(tmp_path / "run", *more, "--resume", "auto") == 0

@@ -108,3 +108,11 @@ def test_a_step_without_backpropagation_records_no_graph() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t):
         trainer.train_step(tokens_BL, tokens_BL)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "cagradstep"])
+def test_a_satisfied_margin_without_epsilon_adds_nothing(method: str) -> None:
+    config = TrainConfig(gradient_surgery_method=method, gradient_surgery_epsilon=0.0)
+    global_E = torch.randn(4)
+    assert torch.equal(combine(torch.zeros(4), global_E, config)[0], global_E)
+    assert combine(torch.ones(4), torch.zeros(4), config)[0].isfinite().all()

@@ -174,3 +174,46 @@ def test_the_library_example_of_the_readme() -> None:
     trainer = Trainer(model, TrainConfig(lr=1e-4))
     ids, targets = batch_from_tokens(list(range(64)), cursor=0, batch_size=8, seq_len=64)
     assert math.isfinite(trainer.train_step(ids, targets).loss)
+
+
+def test_a_batch_without_a_target_moves_nothing() -> None:
+    trainer = make()
+    trainer.train_step(*batch())
+    before = weights(trainer)
+    tokens_BL, targets_BL, _ = batch(1)
+    stats = trainer.train_step(tokens_BL, torch.full_like(targets_BL, -100))
+    assert stats.loss == 0 and stats.step == 2
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_what_was_frozen_by_hand_stays_so(tmp_path: Path) -> None:
+    trainer = make()
+    trainer.model.head.requires_grad_(False)
+    trainer.model.layers[1].norm.weight.requires_grad_(False)
+    trainer.save_checkpoint(tmp_path / "c.safetensors")
+    again = Trainer.load_checkpoint(tmp_path / "c.safetensors")
+    moving = [{n for n, p in t.model.named_parameters() if p.requires_grad} for t in (trainer, again)]
+    assert moving[0] == moving[1] and "head.prototypes" not in moving[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_of_another_dtype_trains_and_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.model.to(dtype)
+    straight = Trainer(trainer.model, TrainConfig(**{**PLAIN, "ff_lr": 1e-3}))
+    straight.train_step(*batch())
+    straight.save_checkpoint(tmp_path / "c.safetensors")
+    again = Trainer.load_checkpoint(tmp_path / "c.safetensors")
+    for each in (straight, again):
+        each.train_step(*batch(1))
+    for (name, a), b in zip(straight.model.named_parameters(), again.model.parameters(), strict=True):
+        assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
+
+
+def test_batches_without_a_target_say_nothing_of_perplexity() -> None:
+    tokens_BL, targets_BL, _ = batch()
+    nothing = tokens_BL, torch.full_like(targets_BL, -100), None
+    trainer = make("softmax")
+    whole = trainer.evaluate([(tokens_BL, targets_BL, None)])
+    assert trainer.evaluate([nothing]).perplexity is None
+    assert trainer.evaluate([nothing, (tokens_BL, targets_BL, None)]).perplexity == whole.perplexity

@@ -78,3 +78,26 @@ def test_the_first_non_finite_tensor_is_named(bad: float) -> None:
 
 def test_large_finite_values_are_not_mistaken_for_infinity() -> None:
     assert first_non_finite({"a": torch.full((1000,), 3e38)}) is None
+
+
+def test_moments_of_another_shape_are_refused() -> None:
+    small, large = (
+        Optimizer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=0, n_class=n)), TrainConfig(), {})
+        for n in (3, 40)
+    )
+    for optimizer in (small, large):
+        for parameter in optimizer.named.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.update(1e-3)
+    with pytest.raises(ValueError, match=r"head.prototypes: moments of shape \(3, 8\) for a parameter of \(40, 8\)"):
+        large.load_moments(small.moments())
+
+
+def test_it_knows_how_much_its_state_will_grow() -> None:
+    optimizer = Optimizer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1)), TrainConfig(), {})
+    to_come = optimizer.bytes_to_come()
+    for parameter in optimizer.named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.update(1e-3)
+    held = sum(x.numel() * x.element_size() for state in optimizer.moments().values() for x in state.values())
+    assert held == to_come and optimizer.bytes_to_come() == 0

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.runs import assert_equal, flags, losses, metrics, same_state, start, token_file, train
 
+from protomamba import Trainer, Validation
 from protomamba.cli import main
 from protomamba.train import checkpoint
+from protomamba.train.rundir import RunDir
 
 
 @pytest.fixture
@@ -269,3 +273,47 @@ def test_a_prepared_folder_names_its_documents_end(tmp_path: Path) -> None:
     assert main([*common, *small, "--reset-at-eos", "1", "--out-dir", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["eos_token"] == 256
     assert main(["eval", str(tmp_path / "run" / "latest.safetensors")]) == 0
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path, tokens: Path) -> None:
+    out = tmp_path / "run"
+    more = ["--lr", 1e-30, "--early-stopping-patience", 2, "--ff-lr", 0, "--resume", "auto"]
+    assert train(out, tokens, "--steps", 400, *more) == 0
+    ended = metrics(out, "end")[-1]["step"]
+    assert main(flags(out, tokens, *more)) == 0
+    again = metrics(out, "end")[-1]
+    assert (again["step"], again["reason"]) == (ended, "early_stopping")
+    assert main(flags(out, tokens, *more, "--steps", 4)) == 0
+    assert metrics(out, "end")[-1]["step"] > ended
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = Trainer.evaluate, []
+
+    def first_is_nan(trainer: Trainer, *args: Any, **kwargs: Any) -> Validation:
+        found = whole(trainer, *args, **kwargs)
+        seen.append(found)
+        return replace(found, loss=float("nan")) if len(seen) == 1 else found
+
+    monkeypatch.setattr(Trainer, "evaluate", first_is_nan)
+    assert train(tmp_path / "run", tokens, "--steps", 8) == 0
+    assert [line["best"] for line in metrics(tmp_path / "run", "validation")] == [False, True]
+
+
+def test_moments_do_not_follow_into_another_head(tmp_path: Path, tokens: Path) -> None:
+    assert train(tmp_path / "hpn", tokens, "--steps", 4) == 0
+    more = ["--init-from", tmp_path / "hpn" / "latest.safetensors", "--target-layers", 2, "--placement", "append"]
+    assert train(tmp_path / "softmax", tokens, "--steps", 1, "--head", "softmax", *more) == 0
+    moments = checkpoint.load(tmp_path / "softmax" / "latest.safetensors").parts["optimizer"]["moments"]
+    assert moments["head.weight"]["step"] == 1 and moments["embedding.weight"]["step"] == 5
+
+
+def test_the_space_asked_for_is_what_the_checkpoints_take(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(RunDir, "require_space", lambda folder, size: asked.append(size))
+    assert train(tmp_path / "run", tokens, "--steps", 4, "--d-model", 64) == 0
+    assert (tmp_path / "run" / "latest.safetensors").stat().st_size == pytest.approx(asked[0], rel=0.05)

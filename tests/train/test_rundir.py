@@ -198,6 +198,9 @@ def test_a_fresh_run_does_not_overwrite_another(tmp_path: Path) -> None:
     save(run, 10)
     with pytest.raises(UserError, match=r"holds a run already \(latest.safetensors\): .*--resume auto"):
         RunDir(tmp_path).refuse_if_occupied()
+    run.latest.rename(run.numbered(10))
+    with pytest.raises(UserError, match=r"holds a run already \(step-00000010.safetensors\)"):
+        RunDir(tmp_path).refuse_if_occupied()
 
 
 def test_what_killed_saves_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ __all__ = [
 
 def describe() -> dict[str, str]:
     """The path the ops take, for a run's header: kernels, cpu_level, matmul (float32 products), threads, torch."""
-    library = native.select("describe", torch.empty(0))
+    library = native.select("describe", native.floats(0))
     found, why = native.available()
     path = "native" if library else "reference" if found else f"reference ({why})"
     return {

@@ -82,7 +82,7 @@ def conv_forward(
     n_batch, length, width = u.shape
     taps = weight.shape[-1]
     y = torch.empty(u.shape, dtype=u.dtype)
-    last = torch.empty(n_batch, taps - 1, width) if want_last else None
+    last = native.floats(n_batch, taps - 1, width) if want_last else None
     library.call(
         "conv_forward",
         n_batch, length, width, taps, u.dtype == torch.bfloat16,

@@ -60,7 +60,7 @@ class MambaStepper:
             return reference.mamba_step(x_BD, self._weights, self._state, eps=self._eps)
         if not self.native or x_BD.dtype != torch.float32:
             return self._by_block(x_BD)
-        x, result_BD = x_BD.contiguous(), torch.empty(x_BD.shape)
+        x, result_BD = x_BD.contiguous(), native.floats(*x_BD.shape)
         self._library.call("step", *self.arguments(x, result_BD))
         return result_BD
 
@@ -104,7 +104,7 @@ class DecodeStepper:
     ) -> None:
         sizes = check_shapes("decode_step", embedding_ID=embedding_ID, norm_D=norm_D, matrix_VD=scoring.matrix_VD)
         self._library, self._batch, self._tokens, self._classes = library, steppers[0].batch, sizes["I"], sizes["V"]
-        x_BD, z_BD = torch.empty(2, self._batch, sizes["D"])
+        x_BD, z_BD = native.floats(2, self._batch, sizes["D"])
         blocks = torch.frombuffer(
             bytearray(b"".join(library.pack(*stepper.arguments(x_BD, x_BD)) for stepper in steppers)), dtype=torch.uint8
         )
@@ -119,6 +119,6 @@ class DecodeStepper:
         tokens, values = tokens_B.long().contiguous(), tokens_B.tolist()
         if len(values) != self._batch or not all(0 <= token < self._tokens for token in values):
             raise ValueError(f"decode_step: expected {self._batch} tokens from 0 to {self._tokens - 1}, got {values}")
-        logits_BV = torch.empty(self._batch, self._classes)
+        logits_BV = native.floats(self._batch, self._classes)
         self._library.call("stack_step", *self._before, pointer(tokens), *self._after, pointer(logits_BV))
         return logits_BV

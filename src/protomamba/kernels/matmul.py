@@ -108,8 +108,8 @@ def transpose(x_RC: Tensor) -> Tensor:
     if library is None:
         return x_RC.t().contiguous()
     n_row, n_column = x_RC.shape
-    out_CR = torch.empty(n_column, n_row)
-    library.call("transpose", n_row, n_column, x_RC.stride(0), n_row, pointer(x_RC), pointer(out_CR))
+    out_CR = native.floats(n_column, n_row)
+    library.call("transpose", n_row, n_column, x_RC.stride(0), pointer(x_RC), pointer(out_CR))
     return out_CR
 
 
@@ -128,6 +128,6 @@ def product(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     x, w = x_TI.contiguous(), w_OI.contiguous()
     if len(x) > FEW_ROWS:
         return linear(x, w)
-    out_TO = torch.empty(len(x), len(w))
+    out_TO = native.floats(len(x), len(w))
     library.call("product", len(x), *w.shape, x.shape[1], pointer(x), pointer(w), pointer(out_TO))
     return out_TO

@@ -43,7 +43,6 @@ class Library:
         if self._dll.pm_abi() != ABI:
             raise UserError(f"{path}: expected ABI {ABI}, found {self._dll.pm_abi()}; rebuild it: pip install -e .")
         self.level = level
-        self.width = int(self._dll.pm_width())
         self.cpu_level = int(self._dll.pm_cpu_level())
         self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
         self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
@@ -185,8 +184,16 @@ def needs_backward(*tensors: Tensor | None) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *inputs: object) -> Any:
-    """function.apply(*inputs), which torch leaves untyped."""
+    """function.apply(*inputs), which torch leaves untyped. Outside of autocast: the nodes choose their own dtypes."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return function.apply(*inputs)  # type: ignore[no-untyped-call]
     return function.apply(*inputs)  # type: ignore[no-untyped-call]
+
+
+def floats(*shape: int) -> Tensor:
+    """An uninitialised float32 tensor, whatever torch's default dtype is: what the kernels write."""
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def pointer(x: Tensor | None) -> int:

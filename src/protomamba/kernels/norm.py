@@ -56,7 +56,7 @@ class _Norm(torch.autograd.Function):
         dy = torch.zeros_like(total) if dy is None else dy.contiguous()
         dtotal = None if dtotal is None else dtotal.contiguous()
         dx, dweight = norm_backward(ctx.library, total, weight, scale, dy, dtotal, needs_weight)
-        return None, None, dx, dx if needs_residual else None, dweight
+        return None, None, dx, dx.clone() if needs_residual else None, dweight
 
 
 def norm_forward(
@@ -64,7 +64,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Of contiguous float32 (T, D): the norm in `dtype`, x + residual if there is one, and 1 / rms (T,)."""
     n_token, width = x.shape
-    y, scale = torch.empty(n_token, width, dtype=dtype), torch.empty(n_token)
+    y, scale = torch.empty(n_token, width, dtype=dtype), native.floats(n_token)
     total = None if residual is None else torch.empty_like(x)
     library.call(
         "norm_forward",

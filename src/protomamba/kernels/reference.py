@@ -338,4 +338,4 @@ def decode_step(
     for weights, state in blocks:
         x_BD = mamba_step(x_BD, weights, state, eps=eps)
     z_BD = rms_norm(x_BD[:, None], norm_D, eps)[:, 0]
-    return scoring.scale * product(F.normalize(z_BD, dim=-1) if scoring.unit else z_BD, scoring.matrix_VD)
+    return scoring.scale * product(unit(z_BD) if scoring.unit else z_BD, scoring.matrix_VD)

@@ -43,8 +43,11 @@ def selective_scan(
             u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, skip_E, z_BLE, delta_bias_E, delta_softplus, initial_state_BEN,
             return_last_state, reset_BL,
         )  # fmt: skip
-    u, delta, B, C = (native.rows(x.to(u_BLE.dtype)) for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
-    z = None if z_BLE is None else native.rows(z_BLE.to(u_BLE.dtype))
+    # Inputs wider than u stay so: with u alone in bfloat16, everything is float32 but the result.
+    alike = all(x is None or x.dtype == u_BLE.dtype for x in (delta_BLE, B_BLN, C_BLN, z_BLE))
+    dtype = u_BLE.dtype if alike else torch.float32
+    u, delta, B, C = (native.rows(x.to(dtype)) for x in (u_BLE, delta_BLE, B_BLN, C_BLN))
+    z = None if z_BLE is None else native.rows(z_BLE.to(dtype))
     skip, bias, initial = (
         None if x is None else x.float().contiguous() for x in (skip_E, delta_bias_E, initial_state_BEN)
     )
@@ -52,6 +55,7 @@ def selective_scan(
     reset = None if reset_BL is None else reset_BL.bool().contiguous()
     keep = native.needs_backward(*inputs)
     y_BLE, last_BEN = native.apply(_Scan, library, keep, delta_softplus, return_last_state, reset, *inputs)
+    y_BLE = y_BLE.to(u_BLE.dtype)
     return (y_BLE, last_BEN) if return_last_state else y_BLE
 
 
@@ -113,8 +117,8 @@ def scan_forward(
     n_batch, length, width = u.shape
     n_state = A.shape[1]
     y = torch.empty(u.shape, dtype=u.dtype)
-    last = torch.empty(n_batch, width, n_state) if want_last else None
-    chunks = torch.empty(library.scan_chunk_floats(n_batch, length, width, n_state)) if keep else None
+    last = native.floats(n_batch, width, n_state) if want_last else None
+    chunks = native.floats(library.scan_chunk_floats(n_batch, length, width, n_state)) if keep else None
     library.call(
         "scan_forward",
         n_batch, length, width, n_state, u.dtype == torch.bfloat16, softplus,

@@ -99,7 +99,7 @@ def _crowding_backward(
     """
     count = len(sample.classes_S)
     valid_T = targets >= 0
-    rate_T = valid_T * (sample.weight * dloss / max(int(valid_T.sum()), 1))
+    rate_T = valid_T.to(z.dtype) * (sample.weight * dloss / max(int(valid_T.sum()), 1))
     # A row of zeros after the sampled ones makes room for the own class, whose score comes from elsewhere.
     rows = prototypes[sample.classes_S]
     norm_S1 = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

@@ -34,6 +34,8 @@ def softmax_loss(z_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, block: int 
         raise ValueError(f"softmax_loss: block: expected at least 1, got {block}")
     if native.get_kernels() == "reference":
         return reference.softmax_loss(z_TD, weight_VD, targets_T)
+    dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
+    z_TD, weight_VD = z_TD.to(dtype), weight_VD.to(dtype)
     rows = block or max(BLOCK_LOGITS // sizes["V"], MIN_BLOCK)
     keep = native.needs_backward(z_TD, weight_VD)
     loss: Tensor = native.apply(_SoftmaxLoss, keep, rows, z_TD.contiguous(), weight_VD.contiguous(), targets_T.long())

@@ -66,7 +66,7 @@ class Angles(NamedTuple):
 def sphere_forward(library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> tuple[Tensor, Angles]:
     """The loss of contiguous float32 (T, D), (V, D) and int64 (T,), and what its backward pass needs."""
     n_token, width = z.shape
-    loss, angles = torch.empty(()), Angles(*torch.empty(3, n_token))
+    loss, angles = native.floats(), Angles(*native.floats(3, n_token))
     library.call(
         "sphere_forward",
         n_token, width, prototypes.shape[0],

@@ -10,8 +10,6 @@ from torch import Tensor
 from protomamba.kernels import native, reference
 from protomamba.kernels.native import pointer
 
-_PARTS = 8  # SQUARE_PARTS of csrc/squares.h
-
 
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     """The sum of the squares of each tensor, in float64: see `reference.square_sums`, which this equals.
@@ -24,7 +22,7 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
         return reference.square_sums(tensors)
     sizes = torch.tensor([x.numel() for x in tensors])
     addresses = torch.tensor([x.data_ptr() for x in tensors])
-    sums, partial = (torch.empty(len(tensors), parts, dtype=torch.float64) for parts in (1, _PARTS))
-    library.call("square_sums", len(tensors), *(pointer(x) for x in (sizes, addresses, partial, sums)))
-    found: list[float] = sums[:, 0].tolist()
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    library.call("square_sums", len(tensors), pointer(sizes), pointer(addresses), pointer(sums))
+    found: list[float] = sums.tolist()
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from protomamba.errors import ConfigError
 
 PLACEMENTS = "append, prepend, insert:N or specific:i,j,..."
@@ -49,6 +51,13 @@ def frozen_layers(policy: str, n_layer: int) -> set[int]:
     if max(numbers) >= n_layer:
         raise ConfigError(f"--freeze {policy}: there is no layer {max(numbers)} among {n_layer} (they count from 0)")
     return set(numbers)
+
+
+def moved_freeze(policy: str, origins: Sequence[int | None]) -> str:
+    """The policy that freezes the same layers after a growth whose layer i was layer origins[i] (None = new) before."""
+    frozen = frozen_layers(policy, 1 + max((old for old in origins if old is not None), default=-1))
+    kept = [str(index) for index, old in enumerate(origins) if old in frozen]
+    return f"indices:{','.join(kept)}" if kept else "none"
 
 
 def _specific(placement: str, positions: list[int], count: int, target: int) -> list[int]:

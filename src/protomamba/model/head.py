@@ -101,8 +101,7 @@ class Head(nn.Module, ABC):
         """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept."""
         z_TD, targets_T = valid_positions(z_BLD, targets_BL)
         loss = float(self(z_TD, targets_T)) if len(targets_T) else 0.0
-        correct, likelihood = 0, 0.0
-        probabilistic = True
+        correct, likelihood, probabilistic = 0, 0.0, True
         for z_RD, targets_R in zip(self.blocks(z_TD), self.blocks(targets_T), strict=True):
             correct += int((self.scores(z_RD).argmax(-1) == targets_R).sum())
             logits_RV = self.logits(z_RD)

@@ -41,7 +41,6 @@ class HyperspherePrototypes(Head):
         super().__init__(config)
         placed_VD = prototypes.place(self.classes, self.d_model)
         self.learned = config.prototypes == "learned"
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.separation = config.separation if self.learned and self.classes > 1 else 0.0
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
@@ -72,15 +71,8 @@ class HyperspherePrototypes(Head):
         return _inner_products(F.normalize(z_BLD, dim=-1), prototypes_VD)
 
     def _unit_prototypes(self) -> Tensor:
-        """(V, D) of unit length; without gradient kept until the prototypes change, since decoding asks each token."""
-        if not self.learned:
-            return self.prototypes
-        if torch.is_grad_enabled() and self.prototypes.requires_grad:
-            return F.normalize(self.prototypes, dim=-1)
-        mark = (self.prototypes.data_ptr(), self.prototypes._version)
-        if self._kept is None or self._kept[0] != mark:
-            self._kept = (mark, F.normalize(self.prototypes.detach(), dim=-1))
-        return self._kept[1]
+        """(V, D) of unit length."""
+        return F.normalize(self.prototypes, dim=-1) if self.learned else self.prototypes
 
     def logits(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): scale * cosine."""

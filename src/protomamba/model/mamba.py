@@ -57,7 +57,7 @@ class ScanLayer(ResidualLayer):
         return kernels.mamba_step(x_BD, self._weights(norm_weight_D), held, eps=NORM_EPS), held
 
     def stepper(self, norm_weight_D: Tensor, state: State | None) -> Stepper:
-        if state is None:
+        if state is None or type(self) not in LAYERS.values():  # a class derived from ours may step in its own way
             return super().stepper(norm_weight_D, state)
         return kernels.MambaStepper(self._weights(norm_weight_D), BlockState(*state), eps=NORM_EPS)
 
@@ -71,7 +71,9 @@ class ScanLayer(ResidualLayer):
 
     def _empty_state(self, x_BD: Tensor) -> BlockState:
         (d_inner, _, taps), n_state = self.conv1d.weight.shape, self.A_log.shape[1]
-        return BlockState(x_BD.new_zeros(len(x_BD), taps - 1, d_inner), x_BD.new_zeros(len(x_BD), d_inner, n_state))
+        dtype = kernels.reference.compute_dtype(x_BD)
+        sizes = (len(x_BD), taps - 1, d_inner), (len(x_BD), d_inner, n_state)
+        return BlockState(*(x_BD.new_zeros(size, dtype=dtype) for size in sizes))
 
     def _weights(self, norm_weight_D: Tensor) -> BlockWeights:
         assert self.conv1d.bias is not None

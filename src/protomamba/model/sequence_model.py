@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.config import ModelConfig
-from protomamba.model.depth import frozen_layers, new_positions
+from protomamba.model.depth import frozen_layers, moved_freeze, new_positions
 from protomamba.model.head import Head
 from protomamba.model.heads import HEADS
 from protomamba.model.layer import NORM_EPS, Block, Mode, Norm, ResidualLayer, State, scale_output_init
@@ -53,12 +53,14 @@ class SequenceModel(nn.Module):
         reset_BL: Tensor | None = None,
         return_state: bool = False,
         tap: LayerTap | None = None,
+        precision: str | None = None,
     ) -> tuple[Tensor, ModelState]:
         """z (B, L, D), what the head sees, and the state after the last position (empty unless asked for).
 
+        precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
         tap: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
-        mode = Mode(reset_BL, return_state, self.precision)
+        mode = Mode(reset_BL, return_state, precision or self.precision)
         x_BLD: Tensor = self.embedding(tokens_BL)
         states: ModelState = []
         for index, block in enumerate(self.blocks()):
@@ -122,7 +124,7 @@ class SequenceModel(nn.Module):
     @torch.no_grad()
     def step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """z (B, D) after one more token, and the state after it: the same numbers as `features` gives position by
-        position, at constant cost. Takes the state over: do not use the one passed in again."""
+        position (in fp32), at constant cost. Takes the state over: do not use the one passed in again."""
         x_BD: Tensor = self.embedding(tokens_B)
         states: ModelState = []
         for block, layer_state in zip(self.blocks(), state, strict=True):
@@ -135,7 +137,7 @@ class SequenceModel(nn.Module):
         which it takes over. What does not change is done once: the parameters must stay as they are meanwhile."""
         steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
         scoring = self.head.scoring()
-        if scoring is not None:
+        if scoring is not None and _is_plain(self.embedding, nn.Embedding) and _is_plain(self.norm_f, Norm):
             embedding, norm = self.embedding.weight.detach(), self.norm_f.weight.detach()
             native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS)
             if native is not None:
@@ -158,7 +160,7 @@ class SequenceModel(nn.Module):
         """Grow to `target` layers; the outputs stay the same to the bit (new layers start with out_proj = 0).
 
         Returns for each final layer the index it had before, None for a new one. Raises ConfigError for a placement
-        that does not fit. The freeze policy is not re-applied: call `freeze` after growing.
+        that does not fit. What is frozen stays so, at its new place; new layers train until `freeze` says otherwise.
         """
         base = len(self.layers)
         positions = set(new_positions(placement, base, target))
@@ -174,6 +176,7 @@ class SequenceModel(nn.Module):
             origins.append(origin)
             blocks.append(placed)
         self.layers = nn.ModuleList(blocks)
+        self.frozen = (moved_freeze(self.frozen[0], origins), self.frozen[1])
         self.config = self.config.replace(n_layer=target)
         return origins
 
@@ -202,6 +205,11 @@ class SequenceModel(nn.Module):
         if self.config.layer in LAYERS:
             scale_output_init(layer, n_layer)
         return Block(layer, self.config.d_model)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is one of ours that nobody has replaced, derived from or hooked into."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def trainable(parameter: nn.Parameter | None) -> bool:

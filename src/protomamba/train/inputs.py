@@ -92,7 +92,7 @@ def _open_labelled(config: RunConfig) -> Inputs:
     n_class = config.n_class or 1 + max(each.max_label for each in sets)
     for each in sets:
         each.check(vocab_size=vocab_size, classes=n_class, seq_len=config.seq_len)
-    return Inputs(training, validation, vocab_size, n_class=n_class)
+    return Inputs(training, validation, vocab_size, n_class=n_class, eos_token=config.eos_token)
 
 
 def _open(file: Path | None, folder: Path | None, prefix: str, ext: str) -> ShardSet | None:

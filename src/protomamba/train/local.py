@@ -69,6 +69,7 @@ def activation_sums(u_BLE: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def local_gradient(positive_E: Tensor, negative_E: Tensor, weight_E: Tensor) -> tuple[Tensor, float]:
     """d loss / d weight (E,), exact including the derivative of 1/|weight|, and the loss."""
+    weight_E = weight_E.to(torch.promote_types(weight_E.dtype, positive_E.dtype))
     length = torch.linalg.vector_norm(weight_E).clamp_min(1e-12)
     direction_E = weight_E / length
     contrast_E = _standardised(positive_E) - _standardised(negative_E)
@@ -90,7 +91,9 @@ def combine(local_E: Tensor, global_E: Tensor, config: TrainFields) -> tuple[Ten
     pcgrad and cagradstep take (a part of) the conflicting component out of the local gradient; gradnorm scales it up
     with the disagreement of the directions.
     """
-    eps = config.gradient_surgery_epsilon
+    eps, dtype = config.gradient_surgery_epsilon, global_E.dtype
+    wide = torch.promote_types(local_E.dtype, dtype)
+    local_E, global_E = local_E.to(wide), global_E.to(wide)
     dot = torch.dot(local_E, global_E)
     conflict = bool(dot < 0)
     if config.gradient_surgery_method == "gradnorm":
@@ -100,9 +103,9 @@ def combine(local_E: Tensor, global_E: Tensor, config: TrainFields) -> tuple[Ten
     elif conflict:
         strength = config.cagrad_lambda if config.gradient_surgery_method == "cagradstep" else 1.0
         local_E = local_E - strength * dot / (torch.dot(global_E, global_E) + eps) * global_E
-    return global_E + (config.ff_lr / config.lr) * local_E, conflict
+    return (global_E + (config.ff_lr / config.lr) * local_E).to(dtype), conflict
 
 
 def _unit(x_E: Tensor, eps: float) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x_E)
-    return x_E / (length + eps)
+    length: Tensor = torch.linalg.vector_norm(x_E) + eps
+    return x_E / length.clamp_min(torch.finfo(x_E.dtype).tiny)  # a zero without an epsilon has no direction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,15 +95,15 @@ class Trainer:
         signals = LocalSignals()
         self.optimizer.zero_grad()
         with torch.set_grad_enabled(backpropagate):
-            loss = self._forward(batches, signals, backpropagate)
+            loss, targets = self._forward(batches, signals, backpropagate)
         ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
         grad_norm = total_norm(self.optimizer.gradients().values()) if backpropagate else None
         culprit = self._non_finite(loss, grad_norm, local)
         clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
         if culprit is None:
-            self._apply(
-                lr, local, self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0, backpropagate
-            )
+            shrink = self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0
+            # Without a target there is nothing to follow, not even the moments.
+            self._apply(lr, local, shrink, backpropagate and targets > 0)
         tokens = sum(tokens_BL.numel() for tokens_BL, _, _ in batches)
         self.tokens_seen += tokens
         self.step += 1
@@ -120,8 +121,8 @@ class Trainer:
             skipped_update=culprit is not None,
         )
 
-    def _forward(self, batches: Sequence[MicroBatch], signals: LocalSignals, backpropagate: bool) -> float:
-        """The mean loss over all targets; with `backpropagate` its gradients are left in the parameters."""
+    def _forward(self, batches: Sequence[MicroBatch], signals: LocalSignals, backpropagate: bool) -> tuple[float, int]:
+        """The mean loss over all targets, and how many; with `backpropagate` gradients are left in the parameters."""
         counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in batches]
         total, mean = max(1, sum(counts)), 0.0
         tap = signals if self.config.ff_lr > 0 else None
@@ -130,7 +131,7 @@ class Trainer:
             if backpropagate and loss.requires_grad:
                 (loss if count == total else loss * (count / total)).backward()
             mean += float(loss.detach()) * count / total
-        return mean
+        return mean, sum(counts)
 
     def _local_gradients(
         self, signals: LocalSignals, backpropagate: bool
@@ -216,7 +217,8 @@ class Trainer:
         finally:
             self.model.train(was_training)
         count = max(1, sum(part.count for part in parts))
-        likelihoods = [part.log_likelihood_sum for part in parts if part.log_likelihood_sum is not None]
+        told = [part for part in parts if part.count]
+        likelihoods = [part.log_likelihood_sum for part in told if part.log_likelihood_sum is not None]
         return Validation(
             loss=sum(part.loss_sum for part in parts) / count,
             accuracy=sum(part.correct for part in parts) / count,
@@ -260,8 +262,11 @@ class Trainer:
         return {
             "model": self.model.config.model_dump(mode="json"),
             "train": {name: getattr(self.config, name) for name in TrainFields.model_fields},
-            "frozen": {"layers": policy, "embedding": embedding},
+            "frozen": {"layers": policy, "embedding": embedding, "parameters": self._frozen_names()},
         }
+
+    def _frozen_names(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
 
     def save_checkpoint(self, path: str | Path) -> checkpoint.SaveReport:
         """Write everything needed to go on, to the bit, to one file, atomically. Raises CheckpointError."""
@@ -291,13 +296,18 @@ TRAINER_STATE = ("step", "schedule_start", "schedule_steps", "skipped_in_row", "
 
 
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
-    """The model of a checkpoint with its weights and its freeze policy."""
+    """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
     config = ModelConfig(**loaded.config["model"])
     refuse_unnamed(config.layer, "layer")
     refuse_unnamed(config.head, "head")
     model = SequenceModel(config)
-    model.load_state_dict(loaded.parts["model"])
-    model.freeze(loaded.config["frozen"]["layers"], loaded.config["frozen"]["embedding"])
+    state, frozen = loaded.parts["model"], loaded.config["frozen"]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
+    model.load_state_dict(state)
+    model.freeze(frozen["layers"], frozen["embedding"])
+    for name in frozen.get("parameters", ()):  # what was frozen by hand; checkpoints before 0.1.0 lack it
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 

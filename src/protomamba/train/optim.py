@@ -78,7 +78,7 @@ class Optimizer:
         divisor = None
         if shrink != 1.0 and all(p.dtype == torch.float32 for p in self.named.values()):
             # The fused step divides the gradients by this on its way: a pass over them less than scaling them before.
-            divisor = torch.tensor(1.0 / shrink)
+            divisor = torch.tensor(1.0 / shrink, dtype=torch.float32)
         elif shrink != 1.0:
             torch._foreach_mul_(list(self.gradients().values()), shrink)  # the fused divisor is a float32
         self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
@@ -91,10 +91,21 @@ class Optimizer:
         state = self._adamw.state
         return {name: {k: state[p][k] for k in MOMENTS} for name, p in self.named.items() if p in state}
 
+    def bytes_to_come(self) -> int:
+        """How much larger the state gets once every parameter has been updated."""
+        fresh = [p for p in self.named.values() if self._adamw is not None and p not in self._adamw.state]
+        return sum(2 * p.numel() * p.element_size() + torch.float32.itemsize for p in fresh)
+
     def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over moments by name; names that are not trained here are left out."""
+        """Take over moments by name; names that are not trained here are left out. ValueError for another shape."""
         for name, parameter in self.named.items():
             if self._adamw is not None and name in moments:
+                shape = moments[name]["exp_avg"].shape
+                if shape != parameter.shape:
+                    # torch's fused update would read and write beyond the smaller of the two.
+                    raise ValueError(
+                        f"{name}: moments of shape {tuple(shape)} for a parameter of {tuple(parameter.shape)}"
+                    )
                 self._adamw.state[parameter] = {k: moments[name][k].clone() for k in MOMENTS}
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -115,6 +116,8 @@ class Run:
         trainer = resume_trainer(resumed)
         self.stream.load_state_dict(resumed.checkpoint.parts["stream"])
         self.progress.load_state_dict(resumed.checkpoint.parts["progress"])
+        if trainer.step == trainer.schedule_start:
+            self.progress.stale_validations = 0  # --steps N: further steps, with patience of their own
         self.folder.adopt(resumed.path, resumed.checkpoint)
         if self.progress.best_step == trainer.step:
             self.folder.keep_as_best(resumed.path)  # a kill between the two names of one save left best behind
@@ -122,7 +125,8 @@ class Run:
 
     def execute(self) -> int:
         """Train to the end, or to a signal; the exit code."""
-        self.folder.require_space(estimate_bytes(self.parts(), config=self.configs()))
+        size = estimate_bytes(self.parts(), config=self.configs()) + self.trainer.optimizer.bytes_to_come()
+        self.folder.require_space(size)
         self.folder.write_config(self.config.to_json())
         start = self.trainer.step if self.resumed else None
         with MetricsLog(self.folder.metrics, resumed_step=start, warn=self.console.warn) as self.metrics:
@@ -140,6 +144,9 @@ class Run:
         """The loop. Returns why it ended: done, early_stopping or signal."""
         if self.trainer.step >= self.trainer.target_step:
             self.console.line("nothing to do: the run has reached its target; give --steps N to train on")
+        elif self._out_of_patience():
+            self.console.line("nothing to do: the run has stopped early; give --steps N to train on")
+            return "early_stopping"
         while self.trainer.step < self.trainer.target_step:
             stats = self.trainer.update([self._next_batch() for _ in range(self.config.grad_accum)])
             self._report(stats)
@@ -148,11 +155,14 @@ class Run:
                 self._save(best)
             if self.stop.requested:
                 return "signal"
-            patience = self.config.early_stopping_patience
-            if patience and self.progress.stale_validations >= patience:
+            if self._out_of_patience():
                 self._save(best=False)
                 return "early_stopping"
         return "done"
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.progress.stale_validations >= patience
 
     def _next_batch(self) -> MicroBatch:
         batch = next(self.batches)
@@ -186,13 +196,14 @@ class Run:
             self._majority = majority_share([targets for _, targets, _ in windows])
         found = self.trainer.evaluate(windows, calibrate=True)
         progress, step = self.progress, self.trainer.step
-        best = progress.best_val_loss is None or found.loss < progress.best_val_loss
+        finite = math.isfinite(found.loss)
+        best = finite and (progress.best_val_loss is None or found.loss < progress.best_val_loss)
         self._former_best = progress.best_val_loss, progress.best_step
         if best:
             progress.best_val_loss, progress.best_step, progress.stale_validations = found.loss, step, 0
         else:
             progress.stale_validations += 1
-        if progress.first_val_loss is None:
+        if finite and progress.first_val_loss is None:
             progress.first_val_loss = found.loss
         self.metrics.log(
             "validation",
@@ -235,7 +246,7 @@ class Run:
         except SaveError as error:
             if self.config.on_save_error == "stop":
                 raise
-            if best:  # best.safetensors is still the former one, and a later validation has that to beat
+            if best and not self.folder.holds_best(step):  # a later validation has the former one to beat
                 self.progress.best_val_loss, self.progress.best_step = self._former_best
             self.console.warn(f"{error}; training goes on (--on-save-error continue)")
             self.metrics.log("checkpoint_failed", step=step, error=str(error))

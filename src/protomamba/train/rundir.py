@@ -78,7 +78,7 @@ class RunDir:
 
     def refuse_if_occupied(self) -> None:
         """For a run that starts fresh: UserError if another run's checkpoints would be overwritten."""
-        found = [path for path in (self.latest, self.best) if path.exists()]
+        found = sorted(_checkpoints(self.folder))
         if found:
             raise UserError(
                 f"{self.folder}: holds a run already ({found[0].name}): go on with it by --resume auto,"
@@ -123,6 +123,11 @@ class RunDir:
     def keep_as_best(self, source: Path) -> None:
         """Make `best` the checkpoint `source`; nothing happens where it is already. SaveError as for a checkpoint."""
         commit_link(source, self.best, self._disk)
+
+    def holds_best(self, step: int) -> bool:
+        """Whether `best` is this run's checkpoint of that step."""
+        info = _info_or_none(self.best)
+        return info is not None and (info.get("run_id"), info.get("step")) == (self.run_id, step)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         write_json(self.folder / "config.json", config, self._disk)

@@ -138,23 +138,27 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
     """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
     shape = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers)
     model = SequenceModel(shape, seed=config.seed)
-    notes = _load_weights(model, weights) if weights else []
+    notes, moments = _load_weights(model, weights) if weights else ([], {})
     origins: list[int | None] = list(range(config.base_layers))
     if config.target_layers != config.base_layers:
         origins = model.expand(config.target_layers, config.placement, seed=config.seed + 1)
     model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig))
-    if weights and weights.moments and config.target_layers != config.base_layers:
-        trainer.optimizer.load_moments(renamed_layers(weights.moments, origins))
+    if moments and config.target_layers != config.base_layers:
+        trainer.optimizer.load_moments(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")
     return trainer, notes
 
 
-def _load_weights(model: SequenceModel, weights: InitialWeights) -> list[str]:
+def _load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
+    """Loads what fits; what the user should know about it, and the moments of what was loaded."""
     same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
     if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
         raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
-    state = {k: v for k, v in weights.state.items() if same_head or not k.startswith("head.")}
+    state, moments = (
+        {k: v for k, v in each.items() if same_head or not k.startswith("head.")}
+        for each in (weights.state, weights.moments)
+    )
     missing, unexpected = model.load_state_dict(state, strict=False)
     lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
     if lost:
@@ -162,4 +166,4 @@ def _load_weights(model: SequenceModel, weights: InitialWeights) -> list[str]:
     notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
     if not same_head:
         notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts fresh")
-    return notes
+    return notes, moments

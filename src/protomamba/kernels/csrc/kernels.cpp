@@ -17,8 +17,6 @@ using namespace pm;
 #define PM_BY_DTYPE(is_bf16, OP, args) ((is_bf16) ? OP<bf16>(args) : OP<float>(args))
 
 PM_EXPORT int64_t pm_abi() { return 1; }
-PM_EXPORT int64_t pm_width() { return W; }
-PM_EXPORT const char* pm_level() { return PM_LEVEL; }
 
 // The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512.
 PM_EXPORT int64_t pm_cpu_level() {

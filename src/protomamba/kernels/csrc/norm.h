@@ -10,7 +10,7 @@ struct NormArgs {
     double eps;
     const float *x, *residual, *weight;  // (T, D), (T, D) or null, (D,)
     char* y;                             // (T, D), float or bf16
-    float *total, *scale;                // (T, D) = x + residual, unless that is null; (T,) = 1 / rms
+    float *total, *scale;                // (T, D) = x + residual, unless that is null; (T,) = 1 / rms, or null in the forward pass
     // Backward only; x is the sum.
     const char* dy;
     const float* dtotal;  // (T, D) or null: the gradient that reaches the sum by another way
@@ -49,7 +49,7 @@ void norm_forward_row(const NormArgs& a, int64_t t) {
         return v * v;
     });
     float scale = 1.0f / std::sqrt(squares / float(a.D) + float(a.eps));
-    a.scale[t] = scale;
+    if (a.scale) a.scale[t] = scale;
     for_row(a.D, [&](int64_t d, int n) { store(y + d, load(x + d, n) * scale * load(a.weight + d, n), n); });
 }
 

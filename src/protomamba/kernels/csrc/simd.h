@@ -86,7 +86,7 @@ PM_INLINE float sum(vf v) {
     return lanes[0];
 }
 
-// p * 2^i for integral |i| <= 128 and p in [0.7, 1.5): adds i to the exponent of p.
+// p * 2^i for integral |i| <= 128 and p in [0.7, 1.5): adds i to the exponent of p. Of a NaN it makes anything.
 PM_INLINE vf scale_by_bits(vf p, vi i) { return (vf)(bits_of(p) + (i << 23)); }
 
 // Adding this rounds a float of at most 2^22 to an integer that then stands in its low bits. Only without
@@ -99,6 +99,7 @@ constexpr __mmask16 ALL_LANES = 0xffff;  // GCC 12 warns about the undefined sou
 
 // 2^x, relative error below 2.5 ulp. Above 128 infinity; below -126 it stays 2^-126 where the hardware has no scalef.
 PM_INLINE vf exp2(vf x) {
+    [[maybe_unused]] vf given = x;
 #if defined(__AVX512DQ__)
     vf n = (vf)_mm512_maskz_roundscale_ps(ALL_LANES, (__m512)x, 8);
     vf f = x - n;
@@ -117,12 +118,13 @@ PM_INLINE vf exp2(vf x) {
 #if defined(__AVX512DQ__)
     return (vf)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, (__m512)n);
 #else
-    return scale_by_bits(p, bits_of(shifted) - 0x4B400000);
+    return given == given ? scale_by_bits(p, bits_of(shifted) - 0x4B400000) : given;
 #endif
 }
 
 // e^x, relative error below 2 ulp on [-87, 88]; infinity above, at least 2^-126 or 0 below.
 PM_INLINE vf exp(vf x) {
+    [[maybe_unused]] vf given = x;
     x = x < -88.0f ? splat(-88.0f) : x;
     x = x > 89.0f ? splat(89.0f) : x;
     vf shifted = x * 1.44269504f + ROUND;
@@ -141,7 +143,7 @@ PM_INLINE vf exp(vf x) {
 #else
     // Two steps: 2^n alone would overflow for x above 88.37, and underflow below -87.3.
     vi i = bits_of(shifted) - 0x4B400000, half = i >> 1;
-    return scale_by_bits(p, half) * scale_by_bits(splat(1.0f), i - half);
+    return given == given ? scale_by_bits(p, half) * scale_by_bits(splat(1.0f), i - half) : given;
 #endif
 }
 

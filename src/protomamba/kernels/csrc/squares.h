@@ -9,7 +9,6 @@ struct SquaresArgs {
     int64_t count;
     const int64_t* sizes;      // (count,)
     const float* const* data;  // (count,)
-    double* partial;           // (count, SQUARE_PARTS): working memory
     double* sums;              // (count,)
 };
 
@@ -45,15 +44,17 @@ inline double sum_squares(const float* x, int64_t count) {
 }
 
 inline void square_sums(const SquaresArgs& a) {
+    Buffer memory(2 * a.count * SQUARE_PARTS);
+    double* partial = reinterpret_cast<double*>(memory.data);
     run(a.pool, SQUARE_PARTS, [&](int64_t i) {
         for (int64_t k = 0; k < a.count; k++) {
             Range range = a.sizes[k] > SQUARE_WHOLE ? part(a.sizes[k], SQUARE_PARTS, i) : Range{0, i ? 0 : a.sizes[k]};
-            a.partial[k * SQUARE_PARTS + i] = sum_squares(a.data[k] + range.begin, range.end - range.begin);
+            partial[k * SQUARE_PARTS + i] = sum_squares(a.data[k] + range.begin, range.end - range.begin);
         }
     });
     for (int64_t k = 0; k < a.count; k++) {
         a.sums[k] = 0.0;
-        for (int64_t i = 0; i < SQUARE_PARTS; i++) a.sums[k] += a.partial[k * SQUARE_PARTS + i];
+        for (int64_t i = 0; i < SQUARE_PARTS; i++) a.sums[k] += partial[k * SQUARE_PARTS + i];
     }
 }
 

@@ -1,6 +1,7 @@
 // One token of a whole model in one call: embedding, blocks, norm, the head's scores (definition: decode_step in
 // reference.py). Between two tokens all weights pass through the caches, so that every visit to the caller costs a cold start.
 #pragma once
+#include "sphere.h"
 #include "step.h"
 
 namespace pm {
@@ -22,17 +23,12 @@ inline void stack_step(const StackArgs& a) {
         block.pool = a.pool;
         step(block);
     }
-    Buffer rms(a.B);
     NormArgs norm{};
     norm.T = a.B, norm.D = a.D, norm.eps = a.eps, norm.x = a.x, norm.weight = a.norm;
-    norm.y = reinterpret_cast<char*>(a.z), norm.scale = rms.data;
+    norm.y = reinterpret_cast<char*>(a.z);
     norm_forward<float>(norm);
     for (int64_t b = 0; b < a.B; b++) {
-        float *z = a.z + b * a.D, factor = float(a.scale);
-        if (a.unit) {
-            float length = std::sqrt(sum_row(a.D, [&](int64_t d, int n) { return load(z + d, n) * load(z + d, n); }));
-            factor /= std::max(length, 1e-12f);
-        }
+        float *z = a.z + b * a.D, factor = float(a.scale) * (a.unit ? inverse_norm(z, a.D) : 1.0f);
         for_row(a.D, [&](int64_t d, int n) { store(z + d, load(z + d, n) * factor, n); });
     }
     product({a.pool, a.B, a.V, a.D, a.D, a.z, a.head, a.scores});

@@ -87,12 +87,11 @@ inline void step_core(const StepArgs& a, const float* uz, const float* p, float*
 }
 
 inline void step(const StepArgs& a) {
-    Buffer memory(a.B * (a.D + a.width() + a.projected() + a.E + 1));
+    Buffer memory(a.B * (a.D + a.width() + a.projected() + a.E));
     float *normed = memory.data, *uz = normed + a.B * a.D, *p = uz + a.B * a.width(), *y = p + a.B * a.projected();
     NormArgs norm{};
     norm.T = a.B, norm.D = a.D, norm.eps = a.eps, norm.x = a.x, norm.weight = a.norm;
     norm.y = reinterpret_cast<char*>(a.in_proj ? normed : uz);
-    norm.scale = y + a.B * a.E;
     norm_forward<float>(norm);
     step_input(a, normed, uz);
     product({a.pool, a.B, a.projected(), a.E, a.width(), uz, a.x_proj, p});

@@ -6,7 +6,7 @@ namespace pm {
 
 struct TransposeArgs {
     Pool pool;
-    int64_t rows, columns, in_row, out_row;  // the last two: row strides in elements
+    int64_t rows, columns, in_row;  // the last: stride of the rows of `in`, in elements
     const float* in;
     float* out;
 };
@@ -24,9 +24,9 @@ PM_INLINE void transpose_square(const float* in, int64_t in_row, float* out, int
 inline void transpose_strip(const TransposeArgs& a, int64_t c) {
     int64_t r = 0;
     if (c + W <= a.columns)
-        for (; r + W <= a.rows; r += W) transpose_square(a.in + r * a.in_row + c, a.in_row, a.out + c * a.out_row + r, a.out_row);
+        for (; r + W <= a.rows; r += W) transpose_square(a.in + r * a.in_row + c, a.in_row, a.out + c * a.rows + r, a.rows);
     for (; r < a.rows; r++)
-        for (int64_t j = c; j < std::min(a.columns, c + W); j++) a.out[j * a.out_row + r] = a.in[r * a.in_row + j];
+        for (int64_t j = c; j < std::min(a.columns, c + W); j++) a.out[j * a.rows + r] = a.in[r * a.in_row + j];
 }
 
 inline void transpose(const TransposeArgs& a) {
