@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -102,6 +103,7 @@ def settings(vocabulary: int, variant: str, out: Path) -> dict[str, Any]:
 
 def step_costs(vocabulary: int, out: Path) -> dict[str, float]:
     """Milliseconds of one thread a step of each head, the heads taking turns; kept beside the runs."""
+    torch.set_num_threads(1)
     kept = out / f"costs-{vocabulary}.json"
     if not kept.is_file():
         sessions = {name: Session.start(RunConfig(**settings(vocabulary, name, out))) for name in VARIANTS}
@@ -159,7 +161,9 @@ def read_result(metrics: Path, vocabulary: int, variant: str, step_ms: float, pe
 
 def study(vocabulary: int, steps: int, out: Path) -> list[Result]:
     """All variants at one vocabulary."""
-    ms = step_costs(vocabulary, out)
+    # In a process of its own: the peak memory of a run includes that of the process that starts it.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        ms = pool.apply(step_costs, (vocabulary, out))
     results = [run(vocabulary, name, name, steps, ms[name], out) for name in VARIANTS]
     longer = round(steps * ms["softmax"] / ms["learned"])
     if longer > 1.02 * steps:
@@ -201,7 +205,6 @@ def main() -> None:
     parser.add_argument("--vocabularies", default="257,4096,16384", help="classes, comma-separated")
     parser.add_argument("--steps", type=int, default=3_000)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     vocabularies = [int(v) for v in given.vocabularies.split(",")]
     results = [r for v in vocabularies for r in study(v, given.steps, given.out_dir)]
     given.docs_dir.mkdir(parents=True, exist_ok=True)

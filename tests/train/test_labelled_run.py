@@ -102,6 +102,17 @@ def test_flags_and_files_that_do_not_fit_are_one_line(
     assert says in error and error.count("\n") == 1 and error.startswith("protomamba: ")
 
 
+def test_moments_of_its_head_do_not_follow_into_one_of_other_classes(tmp_path: Path) -> None:
+    assert train(tmp_path / "labels", *write_task(tmp_path), "--steps", 4, "--val-ratio", 0.2) == 0
+    text = tmp_path / "plain.txt"
+    start = ["--init-from", tmp_path / "labels" / "latest.safetensors"]
+    text.write_text(" ".join(str(i % 6) for i in range(400)))
+    grow = ["--target-layers", 2, "--placement", "append", "--steps", 2]
+    assert train(tmp_path / "tokens", "--token-file", text, *start, *grow) == 0
+    moments = checkpoint.load(tmp_path / "tokens" / "latest.safetensors").parts["optimizer"]["moments"]
+    assert moments["head.prototypes"]["step"] == 2 and moments["embedding.weight"]["step"] == 6
+
+
 def test_an_end_of_document_that_labels_do_not_need_still_resumes(tmp_path: Path) -> None:
     more = [*write_task(tmp_path), "--eos-token", 5, "--val-ratio", 0.2]
     assert train(tmp_path / "run", *more, "--steps", 4) == 0
