@@ -46,10 +46,10 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard $(KERNELS)/cs
 
 setup: $(READY) ## make .venv and install protomamba into it
 
-demo: $(READY) ## train on the standard library's sources and show what was learned (about 5 minutes)
+demo: $(READY) ## train on the standard library's sources and show what was learned (about 3 minutes)
 	@$(BIN)/python -m protomamba.demo $(ARGS)
 
-demo-heads: $(READY) ## the same with the softmax head beside it (about 10 minutes)
+demo-heads: $(READY) ## the same with the softmax head beside it (about 5 minutes)
 	@$(BIN)/python -m protomamba.demo --heads hpn,softmax $(ARGS)
 
 test: $(READY) ## the default tests (a few minutes); ARGS='tests/model -x' chooses

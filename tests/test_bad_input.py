@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protomamba import ModelConfig, SequenceModel, Trainer
 from protomamba.cli import main
-from tests.runs import TINY, token_file
+from tests.runs import TINY, flags, token_file
 
 Maker = Callable[[Path], Path]
 
@@ -172,3 +173,79 @@ def test_generate_refuses_what_it_cannot_do(
     assert main(["generate", str(tmp_path / "run" / "latest.safetensors"), *arguments]) == code
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
+
+
+def train_small(folder: Path, *more: object) -> int:
+    return main(flags(folder / "run", token_file(folder), *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--val-ratio", 0.005], 1, r"held out by --val-ratio 0.005: .*shorter than one window.*0 holds nothing out"),
+        (["--base-layers", 1, "--freeze", "first:2"], 2, r"from 0 to 1 .*it is the default: give --freeze none"),
+        (["--target-layers", 2, "--placement", "specific:1,3,4,5"], 2, r"it is the default: give --placement append"),
+        (["--init-from", "nowhere"], 1, r"--init-from nowhere: there is no such checkpoint or folder"),
+    ],
+)
+def test_an_error_names_what_the_user_can_change(
+    tmp_path: Path, more: list[object], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_small(tmp_path, *more) == code
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_run_folder_is_not_a_checkpoint_but_holds_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_small(tmp_path, "--steps", 2) == 0
+    run = tmp_path / "run"
+    for arguments in (["eval", str(run)], ["train", "--resume", str(run)], ["inspect", str(run)]):
+        assert main(arguments) == 1
+        shown = capsys.readouterr()
+        assert f"give {run}/latest.safetensors" in shown.err + shown.out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("d-model = true", r"--d-model True: expected an integer >= 1"),
+        ("d-model = 8\nd_model = 9", r"d-model stands there twice"),
+        ('threads = "auto"\nsteps = 0', r"--steps 0: expected an integer >= 1"),
+    ],
+)
+def test_a_config_file_is_held_to_the_same_bounds(
+    tmp_path: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_text(text + "\n")
+    assert main(["train", "--config", str(tmp_path / "run.toml"), "--out-dir", str(tmp_path / "run")]) == 2
+    assert re.search(says, capsys.readouterr().err)
+
+
+def test_prompts_are_named_by_flag_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_small(tmp_path, "--steps", 2) == 0
+    latest, prompts = str(tmp_path / "run" / "latest.safetensors"), tmp_path / "prompts.txt"
+    for text, flags_given, code, says in (
+        ("1,2\nx,3\n", ["--prompt-file", str(prompts)], 1, r"prompts.txt, line 2: expected tokens as N,N"),
+        (
+            "1,2\n\n3\n",
+            ["--prompt-file", str(prompts)],
+            1,
+            r"prompts.txt: expected a prompt a line, found none in line 2",
+        ),
+        ("", ["--prompt-tokens", "1,x"], 2, r"--prompt-tokens: expected tokens as N,N"),
+        ("", ["--prompt-tokens", "1", "--head", "softmax"], 2, r"--head softmax: the checkpoint's head is hpn"),
+    ):
+        prompts.write_text(text)
+        assert main(["generate", latest, *flags_given]) == code
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_eval_of_what_a_model_was_not_made_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = SequenceModel(ModelConfig(vocab_size=13, d_model=8, d_state=4, n_layer=1), seed=0)
+    Trainer(model).save_checkpoint(tmp_path / "alone.safetensors")
+    assert main(["eval", str(tmp_path / "alone.safetensors")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    labels = tmp_path / "labels.txt"
+    labels.write_text("0\n")
+    given = ["--token-file", str(token_file(tmp_path)), "--label-file", str(labels)]
+    assert main(["eval", str(tmp_path / "alone.safetensors"), *given]) == 2
+    assert "predicts the next token" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_the_command_prints_a_table_json_and_markdown(tmp_path: Path, capsys: py
     [
         (("--precision", "fp8"), "--precision 'fp8': expected some of fp32, bf16"),
         (("--sections", "all"), "--sections 'all': expected some of steps, threads, lengths"),
-        (("--rounds", "0"), "--rounds and --threads: expected an integer >= 1"),
+        (("--rounds", "0"), "--rounds 0: expected an integer >= 1"),
         (("--clock", "cpu"), "--clock cpu counts waiting threads as work: it needs --threads 1"),
         (("--op", "fft", "--threads", "1"), "--op 'fft'"),
     ],

@@ -75,7 +75,7 @@ def test_a_file_gives_values_and_flags_win(tmp_path: Path, suffix: str) -> None:
     ("arguments", "says"),
     [
         (["--d-modle", "8"], r"unknown flag --d-modle \(did you mean --d-model\?\)"),
-        (["--lr", "-1"], r"--lr '-1': expected a finite number > 0 <= 10"),
+        (["--lr", "-1"], r"--lr '-1': expected a finite number > 0 and <= 10"),
         (["--lr", "nan"], r"--lr 'nan': expected a finite number"),
         (["--steps", "0"], r"--steps '0': expected an integer >= 1"),
         (["--steps", "2.5"], r"--steps '2.5': expected an integer"),

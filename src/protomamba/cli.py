@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from protomamba import __version__
-from protomamba.config import RunConfig, Sampling, Schema, describe_bounds, flag, nearest, read_config_file, value_type
+from protomamba.config import (
+    RunConfig,
+    Sampling,
+    Schema,
+    describe_bounds,
+    flag,
+    is_unset,
+    nearest,
+    read_config_file,
+    value_type,
+)
 from protomamba.errors import ConfigError, UserError
 
 
@@ -35,8 +45,13 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
 
-def add_fields(parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig) -> None:
-    """One flag for each named field of the run's schema, documented with its default; given ones land in `field:*`."""
+def add_fields(
+    parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig, of_checkpoint: str | None = None
+) -> None:
+    """One flag for each named field of the run's schema, documented with its default; given ones land in `field:*`.
+
+    of_checkpoint: shown as the default instead, where a checkpoint's own value is used.
+    """
     for name in names:
         field = schema.model_fields[name]
         kind = value_type(field.annotation)
@@ -48,7 +63,7 @@ def add_fields(parser: Parser, names: Sequence[str], schema: type[Schema] = RunC
             dest=f"field:{name}",
             default=argparse.SUPPRESS,
             metavar="|".join(choices) if choices else metavar,
-            help=f"{description} [{_shown_default(field.default, description)}]",
+            help=f"{description} [{of_checkpoint or _shown_default(field.default, description)}]",
         )
 
 
@@ -75,7 +90,7 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 def _from_text(name: str, text: str) -> Any:
     """A flag's text for the schema, which is more lenient about booleans than the contract."""
     annotation = RunConfig.model_fields[name].annotation
-    if type(None) in get_args(annotation) and text in ("auto", "none") and name != "resume":
+    if is_unset(name, text):
         return None
     if value_type(annotation) is bool:
         if text.lower() not in ("1", "0", "true", "false"):
@@ -97,14 +112,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 # The layer and the head have to be named where the checkpoint's are not ours: see model/registry.py.
 CODE_FLAGS = ("layer", "head")
-DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len", "threads", "kernels")
+DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len")
+MACHINE_FLAGS = ("threads", "kernels")
+THE_CHECKPOINTS = "the checkpoint's"
 
 
 def _configure_eval(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS))
+    add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS), of_checkpoint=THE_CHECKPOINTS)
+    add_fields(parser, MACHINE_FLAGS)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -117,12 +135,15 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _configure_generate(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer)")
+    source.add_argument(
+        "--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer) [end of document, or token 0]"
+    )
     source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_fields(parser, list(Sampling.model_fields), Sampling)
-    add_fields(parser, ("threads", "kernels", *CODE_FLAGS))
+    add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
+    add_fields(parser, MACHINE_FLAGS)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -150,7 +171,7 @@ def _configure_prepare(parser: Parser) -> None:
     parser.add_argument(
         "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; the bytes do not depend on it [1]")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="threads; the bytes do not depend on it [1]")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -29,9 +29,9 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     if batches is not None and batches < 1:
         raise ConfigError(f"--batches {batches}: expected an integer >= 1")
     loaded = checkpoint.load(path)
-    load_named_code(RunConfig(**given))
+    _refuse_other_code(loaded, RunConfig(**given))
     trainer = Trainer.from_checkpoint(loaded)
-    config = _data_config(loaded, given, trainer.model.config)
+    config = _data_config(path, loaded, given, trainer.model.config)
     use_machine(config)
     inputs = open_inputs(config)
     tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
@@ -39,7 +39,8 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
         raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
     windows = [(b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(tokens, config, batches)]
     found = trainer.evaluate(windows)
-    figures = {
+    figures: dict[str, str | int | float | None] = {
+        "data": str(config.token_file or config.token_dir) if tokens is inputs.training else "held out by the run",
         "loss": found.loss,
         "accuracy": found.accuracy,
         "majority_accuracy": majority_share([targets for _, targets, _ in windows]),
@@ -54,10 +55,28 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     return 0
 
 
-def _data_config(loaded: Checkpoint, given: Mapping[str, Any], model: ModelConfig) -> RunConfig:
+def _refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
+    """Import the layer and head that the user named; ConfigError unless they are the checkpoint's own."""
+    load_named_code(config)
+    for what in {"layer", "head"} & config.model_fields_set:
+        own = loaded.config["model"][what]
+        if getattr(config, what) != own:
+            raise ConfigError(f"--{what} {getattr(config, what)}: the checkpoint's {what} is {own}")
+
+
+def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model: ModelConfig) -> RunConfig:
     """The run's configuration with other tokens to read, all of them, where some are given."""
     base = dict(loaded.config.get("run") or {})
-    if given.keys() & {"token_file", "token_dir"}:
+    given_tokens = given.keys() & {"token_file", "token_dir"}
+    if not base and not given_tokens:
+        raise ConfigError(f"{path}: holds no run (the library saved it): give --token-file or --token-dir")
+    labelled = bool(base.get("label_file")) or model.n_class is not None
+    if given.get("label_file") and not labelled:
+        raise ConfigError(
+            "--label-file: the model predicts the next token, it was trained without labels; leave it out"
+        )
+    base["out_dir"] = path.parent  # where the default corpus lies, also if the run's folder was moved
+    if given_tokens:
         base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
         base |= {"label_file": None, "val_label_file": None, "val_ratio": 0.0}
     config = RunConfig(**{**base, **given, "vocab_size": model.vocab_size})
@@ -66,7 +85,9 @@ def _data_config(loaded: Checkpoint, given: Mapping[str, Any], model: ModelConfi
     return config.replace(n_class=model.classes if config.label_file else None)
 
 
-def _shown(value: float | int) -> str:
+def _shown(value: float | int | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
@@ -74,7 +95,7 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
     """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
     loaded = checkpoint.load(arguments.checkpoint)
     use_machine(machine)
-    load_named_code(machine)
+    _refuse_other_code(loaded, machine)
     model = build_model(loaded).eval()
     if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):
         raise UserError(
@@ -105,16 +126,16 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
 def _prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
     """The prompts as they are shown and as tokens; without any, the end of a document, or token 0."""
     if arguments.prompt_file:
-        try:
-            lines = arguments.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {arguments.prompt_file}: cannot be read: {error}") from None
-        if not lines:
-            raise UserError(f"--prompt-file {arguments.prompt_file}: expected a prompt a line, found none")
-        return lines, [tokenizer.encode(line) if tokenizer else _token_list(line) for line in lines]
+        lines = _prompt_lines(arguments.prompt_file)
+        if tokenizer:
+            return lines, [tokenizer.encode(line) for line in lines]
+        return lines, [_token_list(line, f"{arguments.prompt_file}, line {n}") for n, line in enumerate(lines, 1)]
     if arguments.prompt_tokens is not None:
-        tokens = _token_list(arguments.prompt_tokens)
-        return [tokenizer.decode(tokens) if tokenizer else arguments.prompt_tokens], [tokens]
+        try:
+            tokens = _token_list(arguments.prompt_tokens, "--prompt-tokens")
+        except UserError as error:
+            raise ConfigError(str(error)) from None
+        return [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens))], [tokens]
     if arguments.prompt is not None:
         if tokenizer is None:
             raise ConfigError("--prompt: this run has no tokenizer; give --prompt-tokens N,N,...")
@@ -123,10 +144,24 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> tupl
     return ["" if tokenizer else str(start)], [[start]]
 
 
-def _token_list(text: str) -> list[int]:
+def _prompt_lines(path: Path) -> list[str]:
+    """A prompt a line. UserError for a file that cannot be read, has no line or an empty one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: expected UTF-8 text, found other bytes at {error.start}") from None
+    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if not lines or empty is not None:
+        raise UserError(f"--prompt-file {path}: expected a prompt a line, found none in line {empty or 1}")
+    return lines
+
+
+def _token_list(text: str, where: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"expected tokens as N,N,..., found {text!r}")
+        raise UserError(f"{where}: expected tokens as N,N,..., found {text!r}")
     return [int(part) for part in parts]
 
 

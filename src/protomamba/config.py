@@ -243,7 +243,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ConfigError(f"--config {path}: expected names and values, found {type(values).__name__}")
-    return {_known_field(str(key), path): _yaml_number(value) for key, value in values.items()}
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        name = _known_field(str(key), path)
+        if name in fields:
+            raise ConfigError(f"--config {path}: {name.replace('_', '-')} stands there twice")
+        fields[name] = _from_file(name, value)
+    return fields
+
+
+def _from_file(name: str, value: Any) -> Any:
+    """A value of a file for the schema, which would take a boolean for a number and knows no auto."""
+    annotation = RunConfig.model_fields[name].annotation
+    if isinstance(value, bool) and value_type(annotation) in (int, float):
+        raise ConfigError(f"{flag(name)} {value!r}: expected {describe_bounds(RunConfig, name)}")
+    return None if is_unset(name, value) else _yaml_number(value)
+
+
+def is_unset(name: str, value: Any) -> bool:
+    """Whether a value of a file or flag stands for the field's None."""
+    optional = type(None) in get_args(RunConfig.model_fields[name].annotation)
+    return optional and value in ("auto", "none") and name != "resume"
 
 
 def _yaml_number(value: Any) -> Any:
@@ -275,7 +295,7 @@ def _explain(schema: type[Schema], error: ErrorDetails) -> str:
 
 
 def describe_bounds(schema: type[Schema], name: str) -> str:
-    """What a field takes, in words: 'an integer from 1 to 64', 'one of a, b'."""
+    """What a field takes, in words: 'an integer >= 1 and <= 64', 'one of a, b'."""
     field = schema.model_fields[name]
     kind = value_type(field.annotation)
     if choices := get_args(kind):
@@ -283,7 +303,8 @@ def describe_bounds(schema: type[Schema], name: str) -> str:
     words = {int: "an integer", float: "a finite number", bool: "1, 0, true or false", Path: "a path", str: "text"}[
         kind
     ]
-    return words + "".join(_bound_words(constraint) for constraint in field.metadata)
+    bounds = [bound for constraint in field.metadata for bound in _bound_words(constraint)]
+    return " ".join([words, " and ".join(bounds)]).rstrip()
 
 
 def value_type(annotation: Any) -> Any:
@@ -292,10 +313,6 @@ def value_type(annotation: Any) -> Any:
     return options[0] if options and type(None) in get_args(annotation) else annotation
 
 
-def _bound_words(constraint: Any) -> str:
+def _bound_words(constraint: Any) -> list[str]:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "like"}
-    return "".join(
-        f" {sign} {getattr(constraint, key)}"
-        for key, sign in signs.items()
-        if getattr(constraint, key, None) is not None
-    )
+    return [f"{sign} {getattr(constraint, k)}" for k, sign in signs.items() if getattr(constraint, k, None) is not None]

@@ -21,6 +21,8 @@ def export_transformers(source: Path, out_dir: Path) -> list[Path]:
     Raises UserError for a file that is no sound checkpoint, and as `write_transformers_folder` does.
     """
     loaded = checkpoint.load(source)
+    if (layer := loaded.config["model"]["layer"]) != "mamba":
+        raise UserError(f"{source}: its layers are {layer}; transformers knows the mamba layer only")
     model = build_model(loaded)
     description = loaded.config.get("tokenizer")
     return write_transformers_folder(

@@ -204,7 +204,10 @@ def test_bounds_name_file_line_and_the_flag_that_helps(tmp_path: Path) -> None:
     assert (data.max_token, data.max_label) == (9, 7)
     data.check(vocab_size=10, classes=8, seq_len=3)
     for bounds, says in (
-        ({"vocab_size": 9}, r"tokens\.txt, line 2: .* vocabulary size 9, found 9; use --vocab-size 10"),
+        (
+            {"vocab_size": 9},
+            r"tokens\.txt, line 2: .* vocabulary size 9, found 9; correct the file, or train with --vocab-size 10",
+        ),
         ({"classes": 7}, r"labels\.txt, line 3: .* number of classes 7, found 7; use --n-class 8"),
         ({"seq_len": 2}, r"tokens\.txt, line 2: .*--seq-len 2 tokens, found 3; .* use --seq-len 3"),
     ):

@@ -280,3 +280,10 @@ def test_damaged_tokenizer_descriptions_are_refused() -> None:
         with pytest.raises(UserError):
             tokenizer_from_json(text)
     assert tokenizer_from_json(load_tokenizer("bytes", "none").to_json()).eos_token is None
+
+
+def test_a_call_that_failed_before_its_first_shard_is_in_nobodys_way(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="--eos foo"):
+        prepare([texts], out, eos="foo")
+    assert prepare([texts], out).tokens > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,29 @@ def test_the_space_asked_for_is_what_the_checkpoints_take(
     monkeypatch.setattr(RunDir, "require_space", lambda folder, size: asked.append(size))
     assert train(tmp_path / "run", tokens, "--steps", 4, "--d-model", 64) == 0
     assert (tmp_path / "run" / "latest.safetensors").stat().st_size == pytest.approx(asked[0], rel=0.05)
+
+
+def test_going_back_says_what_it_abandons(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert train(out, tokens, "--steps", 12, "--keep-last", 3) == 0
+    assert main(["train", "--resume", str(out / "step-00000004.safetensors"), "--steps", "2"]) == 0
+    assert "steps 5 to 12" in capsys.readouterr().out and (out / "metrics.superseded.jsonl").is_file()
+
+
+def test_a_run_that_fails_says_so_in_its_metrics(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from protomamba.train import loop
+
+    monkeypatch.setattr(loop, "total_norm", lambda gradients: float("nan"))
+    assert train(tmp_path / "run", tokens, "--steps", 40, "--log-every", 40) == 1
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["event"] == "end" and lines[-1]["reason"] == "failed" and "--lr" in lines[-1]["error"]
+    assert sum(line.get("skipped_update", False) for line in lines) == loop.MAX_SKIPPED_IN_A_ROW - 1
+
+
+def test_a_layer_in_the_current_folder_is_found_by_name(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_own_layer.py").write_text("from protomamba.model.mamba import MambaLayer as Mine\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert train(tmp_path / "run", tokens, "--steps", 1, "--layer", "my_own_layer:Mine") == 0

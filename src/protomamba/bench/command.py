@@ -60,8 +60,10 @@ def _prepare(arguments: Namespace) -> None:
     found, why = available()
     if not found:
         raise UserError(f"bench: there is nothing to measure: {why}")
-    if arguments.rounds < 1 or (arguments.threads is not None and arguments.threads < 1):
-        raise ConfigError("--rounds and --threads: expected an integer >= 1")
+    for name in ("rounds", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: expected an integer >= 1")
     if arguments.clock == "cpu" and arguments.threads != 1:
         raise ConfigError("--clock cpu counts waiting threads as work: it needs --threads 1")
     if arguments.threads is not None:

@@ -135,7 +135,7 @@ class LabelledSequences:
             row, token = self._first(self.source.values >= vocab_size, self.source.values)
             raise UserError(
                 f"{self.source.where(row)}: expected tokens below the vocabulary size {vocab_size}, found {token}; "
-                f"use --vocab-size {self.max_token + 1} or more, or correct the file"
+                f"correct the file, or train with --vocab-size {self.max_token + 1} or more"
             )
         if self.max_label >= classes:
             row, label = self._first(self.labels >= classes, self.labels)

@@ -52,8 +52,9 @@ def prepare(
     called with bytes read and bytes in all. A stopped call with the same arguments goes on where it was; a finished one
     returns at once. UserError for inputs that cannot be read as told, and for a folder that holds something else.
     """
-    if shard_tokens < 2 or jobs < 1:
-        raise ConfigError(f"--shard-tokens {shard_tokens}, --jobs {jobs}: expected at least 2 and 1")
+    for name, value, least in (("--shard-tokens", shard_tokens, 2), ("--jobs", jobs, 1)):
+        if value < least:
+            raise ConfigError(f"{name} {value}: expected an integer >= {least}")
     sources = find_sources([Path(each) for each in inputs], format)
     folder = Path(out_dir)
     if format == "bytes" and (train_bpe or tokenizer != "bytes"):
@@ -132,9 +133,11 @@ def _open_folder(folder: Path, plan: str) -> _State | Manifest:
 
 def _load_state(folder: Path, plan: str, other: str) -> _State:
     body = read_json(folder / PROGRESS_FILE)
-    if body.get("plan") != plan:
-        raise UserError(other)
     state = _State(plan)
+    if body.get("plan") != plan:
+        if body.get("shards"):
+            raise UserError(other)
+        return state  # a call that failed before its first shard: nothing of it is worth keeping
     for entry, place in zip(body["shards"], body["next_places"], strict=True):
         shard = ShardEntry(**entry)
         path = folder / shard.name

@@ -129,7 +129,7 @@ class ShardSet:
                 position, token = self._first_at_least(shard, vocab_size)
                 raise UserError(
                     f"{shard.where}, token {position:,}: expected a token below the vocabulary size {vocab_size}, "
-                    f"found {token}; use --vocab-size {shard.indexed.max_token + 1} or more, or correct the file"
+                    f"found {token}; correct the file, or train with --vocab-size {shard.indexed.max_token + 1} or more"
                 )
 
     def _first_at_least(self, shard: Shard, bound: int) -> tuple[int, int]:

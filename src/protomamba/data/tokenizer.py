@@ -176,7 +176,7 @@ def load_tokenizer(name: str, eos: str = "auto") -> Tokenizer:
 
 def _bytes_with_eos(eos: str) -> Tokenizer:
     if eos not in ("auto", "none", str(BYTES_EOS)):
-        raise UserError(f"--eos {eos}: bytes end a document with {BYTES_EOS}; expected auto, none or {BYTES_EOS}")
+        raise ConfigError(f"--eos {eos}: bytes end a document with {BYTES_EOS}; expected auto, none or {BYTES_EOS}")
     return ByteTokenizer(None if eos == "none" else BYTES_EOS)
 
 

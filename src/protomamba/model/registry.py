@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -39,9 +40,14 @@ def resolve(
 
 
 def load_named(name: str, what: str) -> None:
-    """Import the module of `package.module:Class` because the user named it. ConfigError where that fails."""
+    """Import the module of `package.module:Class` because the user named it, from the current folder too.
+
+    ConfigError where that fails.
+    """
     module_name, colon, _ = name.partition(":")
     if colon:
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.append(os.getcwd())  # as `python -m` has it; a console script does not
         try:
             importlib.import_module(module_name)
         except ImportError as error:

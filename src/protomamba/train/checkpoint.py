@@ -155,7 +155,9 @@ class _open:
         try:
             self.file: BinaryIO = open(self.path, "rb", buffering=0)
         except OSError as error:
-            raise CheckpointError(self.path, "file", f"cannot be opened: {error.strerror}") from error
+            inside = self.path / "latest.safetensors"
+            hint = f"; it is a run's folder, give {inside}" if inside.is_file() else ""
+            raise CheckpointError(self.path, "file", f"cannot be opened: {error.strerror}{hint}") from error
         try:
             header = layout.read_header(self.path, self.file, os.fstat(self.file.fileno()).st_size)
             _check_version(self.path, header.version)

@@ -11,11 +11,13 @@ from protomamba import __version__, kernels
 
 def describe_environment() -> dict[str, Any]:
     """Versions, commit where the sources are a checkout; kernel path, CPU level, matrix products, threads."""
+    path = kernels.describe()
     return {
         "protomamba": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        **kernels.describe(),
+        **path,
+        "threads": int(path["threads"]),
     }
 
 

@@ -196,7 +196,8 @@ class Trainer:
         if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"step {self.step}: NaN or Inf in {culprit}, {self.skipped_in_row} updates in a row skipped; "
-                f"lower --lr (now {self.config.lr:g}) or set --grad-clip-norm, and resume from the last checkpoint"
+                f"lower --lr (now {self.config.lr:g}) or set --grad-clip-norm in a new run, "
+                "which --init-from starts from the last checkpoint's weights"
             )
 
     @torch.no_grad()

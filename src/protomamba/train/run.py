@@ -45,7 +45,7 @@ def train(config: RunConfig, console: Console | None = None) -> int:
     Raises UserError (exit 1) and ConfigError (exit 2).
     """
     folder = run_folder(config)
-    if config.resume not in (None, "auto") and not Path(config.resume).is_file():
+    if config.resume not in (None, "auto") and not Path(config.resume).exists():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
     make_folder(folder)
     load_named_code(config)
@@ -105,12 +105,24 @@ class Run:
         else:
             self.trainer, built = fresh_trainer(self.config, self.inputs.vocab_size, weights)
             notes = [*notes, *built]
-        if self.inputs.validation is not None:
-            next(validation_windows(self.inputs.validation, self.config, 1))  # too short is told before any training
+        self._require_validation()
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
         self._majority: float | None = None
         self._former_best: tuple[float | None, int | None] = None, None
         self.notes = [*notes, *self.inputs.notes, *default_notes(self.config)]
+
+    def _require_validation(self) -> None:
+        """UserError, before any training, if what is held out is too short for a window."""
+        try:
+            if self.inputs.validation is not None:
+                next(validation_windows(self.inputs.validation, self.config, 1))
+        except UserError as error:
+            if self.config.val_token_file or self.config.val_token_dir:
+                raise
+            ratio = f"--val-ratio {self.config.val_ratio:g}"
+            raise UserError(
+                f"held out by {ratio}: {error}; or another --val-ratio (0 holds nothing out), or --val-token-file"
+            ) from None
 
     def _restore(self, resumed: Resumed) -> Trainer:
         trainer = resume_trainer(resumed)
@@ -118,7 +130,12 @@ class Run:
         self.progress.load_state_dict(resumed.checkpoint.parts["progress"])
         if trainer.step == trainer.schedule_start:
             self.progress.stale_validations = 0  # --steps N: further steps, with patience of their own
-        self.folder.adopt(resumed.path, resumed.checkpoint)
+        newest = self.folder.adopt(resumed.path, resumed.checkpoint)
+        if newest > trainer.step:
+            resumed.warnings.append(
+                f"steps {trainer.step + 1:,} to {newest:,} in {self.folder.folder} are abandoned: the run replaces "
+                "their checkpoints, their metrics go to metrics.superseded.jsonl; another --out-dir keeps them"
+            )
         if self.progress.best_step == trainer.step:
             self.folder.keep_as_best(resumed.path)  # a kill between the two names of one save left best behind
         return trainer
@@ -134,18 +151,33 @@ class Run:
             self.batches = Prefetcher(self.stream, self.config.prefetch_workers, self.config.prefetch_buffer)
             with self.batches:
                 self.console.start(self.trainer.target_step, self.trainer.step)
-                reason = self.fit()
+                reason = self._fit_or_say_why_not()
                 self.console.stop()
             self.metrics.log("end", step=self.trainer.step, reason=reason, skipped_updates=self.trainer.skipped_total)
-        self.console.line(f"{reason}: step {self.trainer.step:,}; checkpoints and metrics are in {self.folder.folder}")
+        self._say_goodbye(reason)
         return STOPPED_EXIT_CODE if reason == "signal" else 0
+
+    def _fit_or_say_why_not(self) -> str:
+        try:
+            return self.fit()
+        except UserError as error:
+            skipped = self.trainer.skipped_total
+            self.metrics.log("end", step=self.trainer.step, reason="failed", error=str(error), skipped_updates=skipped)
+            raise
+
+    def _say_goodbye(self, reason: str) -> None:
+        step, folder = f"step {self.trainer.step:,}", self.folder.folder
+        if reason == "signal":
+            self.console.line(f"stopped by a signal: {step}; go on: protomamba train --resume auto --out-dir {folder}")
+        else:
+            self.console.line(f"{reason.replace('_', ' ')}: {step}; checkpoints and metrics are in {folder}")
 
     def fit(self) -> str:
         """The loop. Returns why it ended: done, early_stopping or signal."""
         if self.trainer.step >= self.trainer.target_step:
-            self.console.line("nothing to do: the run has reached its target; give --steps N to train on")
+            self.console.line(f"nothing to do: the run has reached its target; to train on: {self._further()}")
         elif self._out_of_patience():
-            self.console.line("nothing to do: the run has stopped early; give --steps N to train on")
+            self.console.line(f"nothing to do: the run has stopped early; to train on: {self._further()}")
             return "early_stopping"
         while self.trainer.step < self.trainer.target_step:
             stats = self.trainer.update([self._next_batch() for _ in range(self.config.grad_accum)])
@@ -160,6 +192,9 @@ class Run:
                 return "early_stopping"
         return "done"
 
+    def _further(self) -> str:
+        return f"protomamba train --resume {self.folder.latest} --steps N (N further steps)"
+
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience
         return bool(patience) and self.progress.stale_validations >= patience
@@ -173,7 +208,7 @@ class Run:
 
     def _report(self, stats: StepStats) -> None:
         """Write and show a step that is due; a terminal's bar moves at each."""
-        logged = self._due(self.config.log_every)
+        logged = self._due(self.config.log_every) or stats.skipped_update
         elapsed, steps = time.perf_counter() - self._clock, stats.step - self._clock_step
         speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
         fields = {**asdict(stats), **speed, "epoch": int(self.stream.cursor(self.stream.position)["epoch"])}
@@ -312,7 +347,7 @@ def default_notes(config: RunConfig) -> list[str]:
     notes = []
     if config.bp_cadence_steps > 1:
         notes.append(
-            f"backpropagation on every {config.bp_cadence_steps}th step only, local updates of D between: "
+            f"backpropagation on one step in {config.bp_cadence_steps} only, local updates of D on the others: "
             "--bp-cadence-steps 1 backpropagates on each"
         )
     if config.target_layers > config.base_layers:

@@ -85,12 +85,17 @@ class RunDir:
                 " or choose another --out-dir"
             )
 
-    def adopt(self, source: Path, resumed: Checkpoint) -> None:
-        """Go on with the run of a checkpoint of this folder; one from elsewhere starts a run of its own here."""
+    def adopt(self, source: Path, resumed: Checkpoint) -> int:
+        """Go on with the run of a checkpoint of this folder; one from elsewhere starts a run of its own here.
+
+        Returns the newest step that the folder holds of the run.
+        """
         if source.resolve().parent == self.folder.resolve() and "run_id" in resumed.info:
             self.run_id = resumed.info["run_id"]
             if source.name == LATEST:
                 self._latest_step = resumed.info["step"]
+        infos = (_info_or_none(path) or {} for path in _checkpoints(self.folder))
+        return max((info["step"] for info in infos if info.get("run_id") == self.run_id), default=0)
 
     def save(
         self,
@@ -237,7 +242,9 @@ def find_resumable(folder: str | os.PathLike[str]) -> Resumable | None:
             warnings.append(f"resuming from {path} (step {found.info.get('step', 'unknown')})")
         return Resumable(path, found, warnings)
     if warnings:
-        raise CheckpointError(folder, "run", "no checkpoint is whole: " + "; ".join(warnings))
+        raise CheckpointError(
+            folder, "run", "no checkpoint is whole: " + "; ".join(warnings) + "; to start afresh: another --out-dir"
+        )
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import checkpoint
 from protomamba.train.checkpoint import Checkpoint
 from protomamba.train.loop import Trainer, renamed_layers
-from protomamba.train.rundir import find_resumable
+from protomamba.train.rundir import LATEST, find_resumable
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class InitialWeights:
 
 def read_initial_weights(path: Path) -> InitialWeights:
     """A protomamba checkpoint, or a folder of transformers' MambaForCausalLM. Raises UserError."""
-    if path.is_dir():
+    if not path.exists():
+        raise UserError(f"--init-from {path}: there is no such checkpoint or folder")
+    if path.is_dir() and not (path / LATEST).is_file():
         fields, state = read_transformers_folder(path)
         return InitialWeights(path, ModelConfig(**{"head": "softmax", **fields}), state, {})
     loaded = checkpoint.load(path)
@@ -141,13 +145,26 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
     notes, moments = _load_weights(model, weights) if weights else ([], {})
     origins: list[int | None] = list(range(config.base_layers))
     if config.target_layers != config.base_layers:
-        origins = model.expand(config.target_layers, config.placement, seed=config.seed + 1)
-    model.freeze(config.freeze, config.freeze_embedding)
+        with _naming_the_default(config, "placement", "append"):
+            origins = model.expand(config.target_layers, config.placement, seed=config.seed + 1)
+    with _naming_the_default(config, "freeze", "none"):
+        model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig))
     if moments and config.target_layers != config.base_layers:
         trainer.optimizer.load_moments(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")
     return trainer, notes
+
+
+@contextmanager
+def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[None]:
+    """An error about a value that is the documented default, which the user need not have given, says so."""
+    try:
+        yield
+    except ConfigError as error:
+        if getattr(config, name) != RunConfig.model_fields[name].default:
+            raise
+        raise ConfigError(f"{error}; it is the default: give {flag(name)} {instead}, or what you want") from None
 
 
 def _load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
