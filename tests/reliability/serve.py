@@ -53,6 +53,9 @@ def become(request: dict[str, Any]) -> int:
         os.dup2(source, target)
     os.close(output)
     os.close(null)
+    # A shell's background job inherits that SIGINT is ignored; a run in the foreground does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     install(Plan(**request["plan"]))
     return main(request["argv"])
