@@ -25,7 +25,7 @@ ROWS = (
     ("export", "decode"),
     ("train",),
     ("model", "data"),
-    ("kernels",),
+    ("kernels", "config_file"),
     ("config",),
     ("errors",),
 )

@@ -17,9 +17,9 @@ from protomamba.config import (
     flag,
     is_unset,
     nearest,
-    read_config_file,
     value_type,
 )
+from protomamba.config_file import read_config_file
 from protomamba.errors import ConfigError, UserError
 
 

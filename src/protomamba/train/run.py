@@ -15,6 +15,7 @@ from protomamba import kernels
 from protomamba.config import RunConfig
 from protomamba.data.prefetch import Prefetcher
 from protomamba.errors import UserError
+from protomamba.train.announce import default_notes, goodbye, header
 from protomamba.train.checkpoint import estimate_bytes
 from protomamba.train.console import Console
 from protomamba.train.durable import SaveError
@@ -154,7 +155,7 @@ class Run:
                 reason = self._fit_or_say_why_not()
                 self.console.stop()
             self.metrics.log("end", step=self.trainer.step, reason=reason, skipped_updates=self.trainer.skipped_total)
-        self._say_goodbye(reason)
+        self.console.line(goodbye(reason, self.trainer.step, self.folder.folder))
         return STOPPED_EXIT_CODE if reason == "signal" else 0
 
     def _fit_or_say_why_not(self) -> str:
@@ -164,13 +165,6 @@ class Run:
             skipped = self.trainer.skipped_total
             self.metrics.log("end", step=self.trainer.step, reason="failed", error=str(error), skipped_updates=skipped)
             raise
-
-    def _say_goodbye(self, reason: str) -> None:
-        step, folder = f"step {self.trainer.step:,}", self.folder.folder
-        if reason == "signal":
-            self.console.line(f"stopped by a signal: {step}; go on: protomamba train --resume auto --out-dir {folder}")
-        else:
-            self.console.line(f"{reason.replace('_', ' ')}: {step}; checkpoints and metrics are in {folder}")
 
     def fit(self) -> str:
         """The loop. Returns why it ended: done, early_stopping or signal."""
@@ -310,51 +304,19 @@ class Run:
 
     def _announce(self) -> None:
         """The header on the console, and the run event."""
-        environment, model, config = describe_environment(), self.trainer.model, self.config
-        parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
+        environment, model = describe_environment(), self.trainer.model
         resumed_from = str(self.resumed.path) if self.resumed else None
         self.metrics.log(
             "run",
             step=self.trainer.step,
             **environment,
-            parameters=parameters,
-            trainable_parameters=moving,
-            precision=config.precision,
-            seed=config.seed,
+            parameters=model.parameter_count(),
+            trainable_parameters=model.parameter_count(trainable_only=True),
+            precision=self.config.precision,
+            seed=self.config.seed,
             resumed_from=resumed_from,
             target_step=self.trainer.target_step,
         )
-        layers = f"{len(model.layers)} x {config.layer}, d_model {config.d_model}, d_state {config.d_state}"
-        self.console.header(
-            {
-                "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
-                f"torch {environment['torch']}, python {environment['python']}",
-                "kernels": f"{environment['kernels']} ({environment['cpu_level']}), {config.precision} products by "
-                f"{environment['matmul']}, {environment['threads']} threads",
-                "model": f"{layers}, {config.head} head over {model.config.classes:,} classes; "
-                f"{parameters:,} parameters, {moving:,} trainable",
-                "data": self.stream.describe(),
-                "run": f"steps {self.trainer.step:,} to {self.trainer.target_step:,}, seed {config.seed}, "
-                f"in {config.out_dir}" + (f", resumed from {resumed_from}" if resumed_from else ""),
-            }
-        )
+        self.console.header(header(environment, self.trainer, self.config, self.stream.describe(), resumed_from))
         for note in self.notes:
             self.console.line(f"note: {note}")
-
-
-def default_notes(config: RunConfig) -> list[str]:
-    """What a run that keeps two surprising documented defaults should know, and how to turn them off."""
-    notes = []
-    if config.bp_cadence_steps > 1:
-        notes.append(
-            f"backpropagation on one step in {config.bp_cadence_steps} only, local updates of D on the others: "
-            "--bp-cadence-steps 1 backpropagates on each"
-        )
-    if config.target_layers > config.base_layers:
-        notes.append(
-            f"grown from {config.base_layers} to {config.target_layers} layers ({config.placement}): "
-            "--target-layers equal to --base-layers does not grow"
-        )
-    if config.freeze != "none":
-        notes.append(f"frozen layers {config.freeze}: they never change; --freeze none trains all")
-    return notes
