@@ -182,6 +182,10 @@ def prepare_command(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     kind = manifest.tokenizer["kind"]
+    if arguments.train_bpe and manifest.vocab_size < arguments.train_bpe:
+        console.line(
+            f"note: the inputs hold no more pairs: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
+        )
     console.header(
         {
             "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",

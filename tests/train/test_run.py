@@ -344,3 +344,11 @@ def test_a_layer_in_the_current_folder_is_found_by_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     assert train(tmp_path / "run", tokens, "--steps", 1, "--layer", "my_own_layer:Mine") == 0
+
+
+def test_flags_that_change_nothing_are_told(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--head", "softmax", "--separation", 3, "--layer", "compact", "--expand", 3]
+    assert train(tmp_path / "run", tokens, "--steps", 1, *more) == 0
+    shown = capsys.readouterr().out
+    assert "--separation changes nothing" in shown and "--expand changes nothing" in shown
+    assert "--prototypes" not in shown

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from protomamba.config import RunConfig
+from protomamba.config import RunConfig, flag
 from protomamba.train.loop import Trainer
 
 
@@ -35,6 +35,21 @@ def goodbye(reason: str, step: int, folder: Path) -> str:
     if reason == "signal":
         return f"stopped by a signal: step {step:,}; go on: protomamba train --resume auto --out-dir {folder}"
     return f"{reason.replace('_', ' ')}: step {step:,}; checkpoints and metrics are in {folder}"
+
+
+# Fields that only one layer or head reads, and which.
+_READ_BY = {"prototypes": ("head", "hpn"), "separation": ("head", "hpn"), "tie_embedding": ("head", "softmax")}
+_READ_BY |= {"expand": ("layer", "mamba"), "dt_rank": ("layer", "mamba")}
+
+
+def idle_flags(config: RunConfig) -> list[str]:
+    """Notes on flags that were given and change nothing. A user's own layer or head may read all."""
+    notes = []
+    for name, (what, reader) in _READ_BY.items():
+        chosen = getattr(config, what)
+        if ":" not in chosen and chosen != reader and getattr(config, name) != RunConfig.model_fields[name].default:
+            notes.append(f"{flag(name)} changes nothing: the {what} is {chosen}, {reader} reads it")
+    return notes
 
 
 def default_notes(config: RunConfig) -> list[str]:

@@ -36,7 +36,7 @@ class Inputs:
     @property
     def notes(self) -> list[str]:
         """What the readers of the data want the user to know."""
-        return [*self.training.notes, *(self.validation.notes if self.validation else ())]
+        return list(dict.fromkeys([*self.training.notes, *(self.validation.notes if self.validation else ())]))
 
     def resolve(self, config: RunConfig) -> RunConfig:
         """`config` with what the data decides."""

@@ -15,7 +15,7 @@ from protomamba import kernels
 from protomamba.config import RunConfig
 from protomamba.data.prefetch import Prefetcher
 from protomamba.errors import UserError
-from protomamba.train.announce import default_notes, goodbye, header
+from protomamba.train.announce import default_notes, goodbye, header, idle_flags
 from protomamba.train.checkpoint import estimate_bytes
 from protomamba.train.console import Console
 from protomamba.train.durable import SaveError
@@ -110,7 +110,7 @@ class Run:
         self._clock, self._clock_step = time.perf_counter(), self.trainer.step
         self._majority: float | None = None
         self._former_best: tuple[float | None, int | None] = None, None
-        self.notes = [*notes, *self.inputs.notes, *default_notes(self.config)]
+        self.notes = [*notes, *self.inputs.notes, *default_notes(self.config), *idle_flags(self.config)]
 
     def _require_validation(self) -> None:
         """UserError, before any training, if what is held out is too short for a window."""
