@@ -193,7 +193,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         axis.set(title=f"{vocabulary:,} classes", xlabel="seconds of training")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("held-out accuracy")
-    axes[0][0].legend(fontsize="small")
+    axes[0][-1].legend(fontsize="small", loc="lower right")  # the panel that has every line
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
