@@ -87,7 +87,7 @@ PM_INLINE float sum(vf v) {
 }
 
 // p * 2^i for integral |i| <= 128 and p in [0.7, 1.5): adds i to the exponent of p. Of a NaN it makes anything.
-PM_INLINE vf scale_by_bits(vf p, vi i) { return (vf)(bits_of(p) + (i << 23)); }
+PM_INLINE vf scale_by_bits(vf p, vi i) { return (vf)((vu)p + ((vu)i << 23)); }
 
 // Adding this rounds a float of at most 2^22 to an integer that then stands in its low bits. Only without
 // associative-math, which would cancel it.
