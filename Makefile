@@ -68,7 +68,7 @@ test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and Undefined
 	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
 
-test-reliability: $(READY) ## all reliability promises at full figures, and one table (half an hour)
+test-reliability: $(READY) ## all reliability promises at full figures, and one table (a quarter of an hour)
 	@$(BIN)/python -m tests.reliability $(ARGS)
 
 test-slow: $(READY) ## every test that `make test` leaves out (long)
