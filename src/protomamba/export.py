@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from protomamba.config import ModelConfig
 from protomamba.data.tokenizer import TOKENIZER_FILE, tokenizer_from_json
 from protomamba.errors import UserError
-from protomamba.model.interop import write_transformers_folder
+from protomamba.model.interop import refuse_inexpressible, write_transformers_folder
 from protomamba.train import checkpoint
 from protomamba.train.loop import build_model
 
@@ -21,8 +22,7 @@ def export_transformers(source: Path, out_dir: Path) -> list[Path]:
     Raises UserError for a file that is no sound checkpoint, and as `write_transformers_folder` does.
     """
     loaded = checkpoint.load(source)
-    if (layer := loaded.config["model"]["layer"]) != "mamba":
-        raise UserError(f"{source}: its layers are {layer}; transformers knows the mamba layer only")
+    refuse_inexpressible(ModelConfig(**loaded.config["model"]))
     model = build_model(loaded)
     description = loaded.config.get("tokenizer")
     return write_transformers_folder(

@@ -83,10 +83,12 @@ def test_an_exported_hpn_head_keeps_its_probabilities(tmp_path):
     assert divergence_BL.mean() < 0.01  # nats; with z at its own length it is several
 
 
-def test_the_compact_layer_is_refused(tmp_path):
-    trainer = Trainer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, layer="compact")))
+@pytest.mark.parametrize("layer", ["compact", "examples.lstm_layer:LSTMLayer"])
+def test_another_layer_is_refused_and_none_of_its_code_asked_for(layer, tmp_path, monkeypatch):
+    trainer = Trainer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, layer=layer)))
     trainer.save_checkpoint(tmp_path / "c.safetensors")
-    with pytest.raises(UserError, match="mamba layers, and this model's are compact"):
+    monkeypatch.delitem(sys.modules, "examples.lstm_layer", raising=False)
+    with pytest.raises(UserError, match=f"mamba layers, and this model's are {layer}"):
         export_transformers(tmp_path / "c.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

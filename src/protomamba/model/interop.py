@@ -89,7 +89,7 @@ def write_transformers_folder(
     config.json is written last, so that a folder that loads is whole. Raises UserError for a model that the layout
     cannot hold.
     """
-    _refuse_inexpressible(config)
+    refuse_inexpressible(config)
     settings = _their_config(config, eos_token)
     tensors = _their_tensors(config, state)
     out_dir = Path(out_dir)
@@ -217,7 +217,8 @@ def _take(path: Path, found: dict[str, Tensor], name: str, shape: tuple[int, ...
     return tensor
 
 
-def _refuse_inexpressible(config: ModelConfig) -> None:
+def refuse_inexpressible(config: ModelConfig) -> None:
+    """UserError for a model that is no MambaForCausalLM."""
     if config.layer != "mamba":
         raise UserError(
             f"export to transformers: a MambaForCausalLM is made of mamba layers, and this model's are {config.layer}"
