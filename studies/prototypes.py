@@ -121,9 +121,8 @@ def run(vocabulary: int, name: str, variant: str, steps: int, step_ms: float, ou
     every = max(1, steps // VALIDATIONS)
     fields = {**settings(vocabulary, variant, out), **CADENCE, "val_every": every, "save_every": every}
     if (folder / "latest.safetensors").is_file():
-        fields["resume"] = (
-            "auto"  # The run's own target stands in its checkpoint: --steps would ask for that many more.
-        )
+        # Its own target stands in the checkpoint: --steps would ask for that many more.
+        fields["resume"] = "auto"
     else:
         fields["steps"] = steps
     flags = [part for key, value in fields.items() for part in (f"--{key.replace('_', '-')}", str(value))]
