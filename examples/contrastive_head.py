@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
-from protomamba.model.head import Head
+from protomamba.model.heads.base import Head
 
 
 class ContrastiveHead(Head):

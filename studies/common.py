@@ -18,8 +18,8 @@ from typing import Any
 from protomamba.config import RunConfig
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.train.inputs import open_inputs, training_stream, validation_windows
-from protomamba.train.loop import MicroBatch, StepStats, Trainer
 from protomamba.train.start import fresh_trainer
+from protomamba.train.trainer import MicroBatch, StepStats, Trainer
 
 # Two Mamba layers of width 64 on 8 x 128 bytes a step: what two minutes of one core can bring to its limits.
 SHAPE = {"d_model": 64, "base_layers": 2, "target_layers": 2, "freeze": "none", "batch_size": 8, "seq_len": 128}

@@ -19,7 +19,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from protomamba import ModelConfig, Sampling, SequenceModel, generate
-from protomamba.model.interop import read_transformers_folder
+from protomamba.checkpoint.transformers_folder import read_transformers_folder
 
 SHAPE = {
     "hidden_size": 512,

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from common import Session, corpus_config, costs, new_figure, write_between_marks
 
-from protomamba.train.loop import Trainer
 from protomamba.train.start import fresh_trainer
+from protomamba.train.trainer import Trainer
 
 COMMAND = "python studies/growing.py"
 STAY, FROZEN, ALL = "2 layers, trained on", "grown to 4, old ones frozen", "grown to 4, all trained"

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from protomamba.cli import main
-from protomamba.train import checkpoint
+from protomamba.bits import differences
+from protomamba.checkpoint import file as checkpoint
+from protomamba.cli.main import main
 
 TINY_FLAGS = {
     **{"--d-model": 8, "--d-state": 4, "--base-layers": 1, "--target-layers": 1, "--freeze": "none"},
@@ -61,21 +62,10 @@ def losses(out_dir: Path) -> dict[int, float]:
 
 def same_state(one: Path, other: Path) -> None:
     """Assert that two checkpoints hold the same parts, bit for bit."""
-    a, b = checkpoint.load(one).parts, checkpoint.load(other).parts
-    assert a.keys() == b.keys()
-    for name in a:
-        assert_equal(a[name], b[name], name)
+    assert_equal(checkpoint.load(one).parts, checkpoint.load(other).parts, "parts")
 
 
 def assert_equal(a: Any, b: Any, where: str) -> None:
-    """Assert that nested states of tensors and plain values are equal, naming the first place where they are not."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert bool((a == b).all() if hasattr(a, "all") else a == b), where
+    """Assert that nested states of tensors and plain values are the same to the bit, naming where they are not."""
+    found = [f"{where}: {difference}" for difference in differences(a, b)]
+    assert not found, found[:5]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from protomamba import ModelConfig, SequenceModel, Trainer
-from protomamba.cli import main
+from protomamba.cli.main import main
 from tests.runs import TINY, flags, token_file
 
 Maker = Callable[[Path], Path]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from protomamba import cli, kernels
+from protomamba import kernels
 from protomamba.bench import checks, floor, memory, ops, report, shapes, step, sweeps, timing
 from protomamba.bench.shapes import Shape, parse_shapes
+from protomamba.cli import main as cli
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import matmul, native
 from protomamba.model.sequence_model import SequenceModel
@@ -264,7 +265,7 @@ def test_wrong_flags_are_one_line(arguments: tuple[str, ...], message: str, caps
 def test_without_native_kernels_there_is_nothing_to_measure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("protomamba.bench.command.available", lambda: (False, "no compiler was found"))
+    monkeypatch.setattr("protomamba.cli.bench.available", lambda: (False, "no compiler was found"))
     code, _, err = run(capsys)
     assert code == 1 and "nothing to measure: no compiler was found" in err
 

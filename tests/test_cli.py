@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.cli import COMMANDS, Parser, add_fields, main, run_config
+from protomamba.cli.main import COMMANDS, Parser, add_fields, main, run_config
 from protomamba.config import RunConfig, flag
 from tests.runs import token_file, train
 

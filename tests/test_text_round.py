@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.cli import main
+from protomamba.cli.main import main
 from tests.runs import TINY
 
 

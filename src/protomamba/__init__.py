@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
     from protomamba.decode import generate
     from protomamba.errors import ConfigError, UserError
-    from protomamba.model.head import Head
-    from protomamba.model.layer import Layer
+    from protomamba.model.heads.base import Head
+    from protomamba.model.mixers.base import Layer
     from protomamba.model.sequence_model import SequenceModel
-    from protomamba.train.loop import StepStats, Trainer, Validation
+    from protomamba.train.trainer import StepStats, Trainer, Validation
 
 _HOMES = {
     "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.errors": ("ConfigError", "UserError"),
     "protomamba.decode": ("generate",),
-    "protomamba.model.head": ("Head",),
-    "protomamba.model.layer": ("Layer",),
+    "protomamba.model.heads.base": ("Head",),
+    "protomamba.model.mixers.base": ("Layer",),
     "protomamba.model.sequence_model": ("SequenceModel",),
-    "protomamba.train.loop": ("StepStats", "Trainer", "Validation"),
+    "protomamba.train.trainer": ("StepStats", "Trainer", "Validation"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from protomamba.cli import main
+from protomamba.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,8 +17,8 @@ from pydantic_core import ErrorDetails
 
 from protomamba.errors import ConfigError
 
-NAMED_LAYERS = ("mamba", "compact")
-NAMED_HEADS = ("hpn", "softmax")
+# The epsilon of every RMSNorm of a model; published Mamba checkpoints have the same.
+NORM_EPS = 1e-5
 
 
 class Schema(BaseModel):

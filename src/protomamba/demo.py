@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from protomamba.checkpoint import file as checkpoint
 from protomamba.config import RunConfig, Sampling
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.decode import generate
 from protomamba.errors import UserError
-from protomamba.train import checkpoint
-from protomamba.train.console import Console
+from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.metrics import read_metrics
 from protomamba.train.inputs import majority_share, open_inputs, validation_windows
-from protomamba.train.loop import Trainer
-from protomamba.train.metrics import read_metrics
 from protomamba.train.run import train
+from protomamba.train.trainer import Trainer
 
 HEADS = ("hpn", "softmax")
 EVALUATION_BATCHES = 256

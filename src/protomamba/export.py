@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.transformers_folder import refuse_inexpressible, write_transformers_folder
 from protomamba.config import ModelConfig
 from protomamba.data.tokenizer import TOKENIZER_FILE, tokenizer_from_json
 from protomamba.errors import UserError
-from protomamba.model.interop import refuse_inexpressible, write_transformers_folder
-from protomamba.train import checkpoint
-from protomamba.train.loop import build_model
+from protomamba.train.trainer import build_model
 
 BYTES_EOS_NAME = "<|endoftext|>"
 

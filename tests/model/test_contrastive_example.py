@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from protomamba.config import ModelConfig
-from protomamba.model.head import Head
 from protomamba.model.heads import HEADS
+from protomamba.model.heads.base import Head
 from protomamba.model.registry import resolve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

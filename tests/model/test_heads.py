@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.kernels import native
-from protomamba.model import head as head_module
-from protomamba.model import heads, prototypes
-from protomamba.model.head import Evaluation, Head
-from protomamba.model.heads import HEADS, HyperspherePrototypes, SoftmaxHead
+from protomamba.model.heads import HEADS, HyperspherePrototypes, SoftmaxHead, prototypes
+from protomamba.model.heads import base as head_module
+from protomamba.model.heads import hypersphere as heads
+from protomamba.model.heads.base import Evaluation, Head
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from protomamba.model import prototypes
-from protomamba.model.prototypes import code_prime, nearest_cosines, place
+from protomamba.model.heads import prototypes
+from protomamba.model.heads.prototypes import code_prime, nearest_cosines, place
 
 
 def cosines(points_VD: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.errors import ConfigError
-from protomamba.model.mamba import MambaLayer
+from protomamba.model.mixers.mamba import MambaLayer
 
 LAYERS = ("mamba", "compact", "examples.lstm_layer:LSTMLayer")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tests.runs import token_file, train
 
-from protomamba.cli import main
+from protomamba.cli.main import main
 from protomamba.config import RunConfig
-from protomamba.model.layer import Block
+from protomamba.model.mixers.base import Block
 from protomamba.parity import growth
 from protomamba.parity.report import Report
-from protomamba.train.loop import Trainer
+from protomamba.train.trainer import Trainer
 
 FIELDS = {"d_model": 8, "d_state": 4, "batch_size": 2, "seq_len": 8, "threads": 1, "lr": 1e-2, "base_layers": 2}
 PROBE = {**FIELDS, "target_layers": 4, "placement": "append", "freeze": "first:2", "bp_cadence_steps": 1}

@@ -10,7 +10,7 @@ import torch
 from protomamba.errors import UserError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity import jax_check
-from protomamba.train.loop import Trainer
+from protomamba.train.trainer import Trainer
 
 
 def test_without_jax_the_command_says_what_to_install(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from tests.runs import TINY, token_file, train
 from torch import Tensor
 
-from protomamba.cli import main
+from protomamba.cli.main import main
 from protomamba.config import ModelConfig
 from protomamba.model.heads import SoftmaxHead
 from protomamba.parity.report import Report
@@ -101,8 +101,8 @@ def test_what_cannot_be_probed_is_one_line(
 def test_all_goes_on_after_a_probe_that_could_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from protomamba.cli import parity as command
     from protomamba.errors import UserError
-    from protomamba.parity import command
 
     def fails(config: object, steps: object) -> Report:
         raise UserError("needs something")

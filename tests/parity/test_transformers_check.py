@@ -6,17 +6,17 @@ import sys
 import pytest
 import torch
 
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.transformers_folder import read_transformers_folder, transformers_names
 from protomamba.config import ModelConfig, Sampling, TrainConfig
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.decode import generate
 from protomamba.errors import UserError
 from protomamba.export import export_transformers
-from protomamba.model.interop import read_transformers_folder, transformers_names
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity import transformers_check
 from protomamba.parity.report import Report
-from protomamba.train import checkpoint
-from protomamba.train.loop import Trainer
+from protomamba.train.trainer import Trainer
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from protomamba import storage as durable
 from protomamba.data.prefetch import Prefetcher
-from protomamba.train import durable, run
-from protomamba.train.durable import Disk
-from protomamba.train.loop import StepStats
+from protomamba.storage import Disk
+from protomamba.train import run
+from protomamba.train.trainer import StepStats
 from tests.reliability.forked import Plan
 
 DISK_CALLS = ("free_bytes", "open", "write", "fsync", "close", "replace", "fsync_dir", "link", "unlink")
@@ -105,7 +106,7 @@ def _stall_after_stop(marker: Path) -> None:
         real_commit(*arguments, **options)
 
     run.StopRequest.__enter__ = entered  # type: ignore[method-assign]
-    from protomamba.train import checkpoint
+    from protomamba.checkpoint import file as checkpoint
 
     checkpoint.commit = commit  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
 from tests.runs import assert_equal
 
 CLOCKS = {"tokens_per_s", "step_ms", "save_ms", "time"}

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-from protomamba.cli import main
+from protomamba.cli.main import main
 from tests.reliability.forked import Plan
 from tests.reliability.hooks import install
 from tests.runs import token_file, train

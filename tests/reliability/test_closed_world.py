@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.runs import TINY, flags, token_file

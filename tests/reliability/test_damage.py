@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protomamba.checkpoint.folder import find_resumable
 from protomamba.data.files import reference
 from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import Manifest, ShardEntry
 from protomamba.data.shards import open_token_dir
 from protomamba.errors import UserError
-from protomamba.train.rundir import find_resumable
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.runs import flags, token_file

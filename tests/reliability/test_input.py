@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protomamba.cli import main
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
+from protomamba.cli.main import main
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from protomamba.checkpoint.folder import find_resumable
 from protomamba.errors import UserError
-from protomamba.train.rundir import find_resumable
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged, broken_lines, difference

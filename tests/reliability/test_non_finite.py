@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
-from protomamba.train.loop import NonFiniteError
+from protomamba.train.trainer import NonFiniteError
 from tests.reliability.conftest import Trials
 
 PLACES = ("weight", "sample", "gradient", "exp_avg", "exp_avg_sq")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import difference, same_training

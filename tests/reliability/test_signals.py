@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
 from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import acknowledged, broken_lines

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tests.runs import TINY, losses, metrics, same_state
 
-from protomamba.cli import main
-from protomamba.train import checkpoint
+from protomamba.checkpoint import file as checkpoint
+from protomamba.cli.main import main
 
 CLASSES = 3
 

@@ -14,9 +14,9 @@ import torch
 from tests.runs import assert_equal, flags, losses, metrics, same_state, start, token_file, train
 
 from protomamba import Trainer, Validation
-from protomamba.cli import main
-from protomamba.train import checkpoint
-from protomamba.train.rundir import RunDir
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.folder import RunDir
+from protomamba.cli.main import main
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_early_stopping_counts_validations_without_improvement(tmp_path: Path, t
 def test_a_full_disk_stops_the_run_or_not_as_asked(
     tmp_path: Path, tokens: Path, policy: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from protomamba.train import rundir
-    from protomamba.train.durable import NotCommittedError
+    from protomamba.checkpoint import folder as rundir
+    from protomamba.storage import NotCommittedError
 
     whole = checkpoint.save
 
@@ -328,7 +328,7 @@ def test_going_back_says_what_it_abandons(tmp_path: Path, tokens: Path, capsys: 
 
 
 def test_a_run_that_fails_says_so_in_its_metrics(tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from protomamba.train import loop
+    from protomamba.train import trainer as loop
 
     monkeypatch.setattr(loop, "total_norm", lambda gradients: float("nan"))
     assert train(tmp_path / "run", tokens, "--steps", 40, "--log-every", 40) == 1
@@ -340,7 +340,7 @@ def test_a_run_that_fails_says_so_in_its_metrics(tmp_path: Path, tokens: Path, m
 def test_a_layer_in_the_current_folder_is_found_by_name(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_own_layer.py").write_text("from protomamba.model.mamba import MambaLayer as Mine\n")
+    (tmp_path / "my_own_layer.py").write_text("from protomamba.model.mixers.mamba import MambaLayer as Mine\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     assert train(tmp_path / "run", tokens, "--steps", 1, "--layer", "my_own_layer:Mine") == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from protomamba.config import ModelConfig, TrainConfig, nearest
 from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import SequenceModel
-from protomamba.train.loop import Trainer
+from protomamba.train.trainer import Trainer
 
 VOCABULARY = 8_192
 NEVER = 1_000_000_000

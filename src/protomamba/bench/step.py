@@ -18,7 +18,7 @@ from protomamba.bench.memory import peak_rss_mib
 from protomamba.bench.shapes import Shape, build
 from protomamba.bench.timing import Samples, interleave
 from protomamba.kernels import native
-from protomamba.train.loop import Trainer
+from protomamba.train.trainer import Trainer
 
 PARTS = ("matrix products", "scan", "conv", "norm", "head", "optimizer", "other")
 PROFILED_STEPS = 3

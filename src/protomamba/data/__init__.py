@@ -3,7 +3,7 @@
 from protomamba.data.corpus import default_corpus
 from protomamba.data.prefetch import Prefetcher
 from protomamba.data.shards import ShardSet, in_memory, infer_vocab, open_token_dir, open_token_file
-from protomamba.data.stream import TokenStream
+from protomamba.data.token_stream import TokenStream
 from protomamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
 from protomamba.data.windows import Batch, Cursor, batch_from_tokens, eval_batches
 

@@ -9,7 +9,7 @@ import torch
 
 from protomamba.data.labels import Integers, LabelledSequences
 from protomamba.data.order import derive_key, permute
-from protomamba.data.seekable import STATE_VERSION, Identity, SeekableStream
+from protomamba.data.stream import STATE_VERSION, Identity, SeekableStream
 from protomamba.data.windows import Batch, Cursor
 
 # Key of this order; it only has to differ from those of the other shuffles.

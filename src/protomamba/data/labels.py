@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from protomamba.data.files import FileRef, os_message, reference
 from protomamba.data.order import derive_key, shuffled
-from protomamba.data.seekable import Identity
+from protomamba.data.stream import Identity
 from protomamba.data.text import MAX_TOKEN, parse_block
 from protomamba.errors import ConfigError, UserError
 

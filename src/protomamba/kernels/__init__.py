@@ -12,12 +12,12 @@ from protomamba.kernels.mamba_step import DecodeStepper, MambaStepper, mamba_ste
 from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
+from protomamba.kernels.prototype_loss import prototype_loss
 from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, Scoring
 from protomamba.kernels.scan import selective_scan
-from protomamba.kernels.separation import separated_prototype_loss
-from protomamba.kernels.softmax import softmax_loss
-from protomamba.kernels.sphere import prototype_loss
-from protomamba.kernels.squares import square_sums
+from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
+from protomamba.kernels.softmax_loss import softmax_loss
+from protomamba.kernels.square_sums import square_sums
 
 __all__ = [
     "BlockOutput",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from protomamba import kernels
-from protomamba.config import ModelConfig
-from protomamba.model.depth import frozen_layers, moved_freeze, new_positions
-from protomamba.model.head import Head
+from protomamba.config import NORM_EPS, ModelConfig
+from protomamba.model.growth import frozen_layers, moved_freeze, new_positions
 from protomamba.model.heads import HEADS
-from protomamba.model.layer import NORM_EPS, Block, Mode, Norm, ResidualLayer, State, scale_output_init
-from protomamba.model.mamba import LAYERS
+from protomamba.model.heads.base import Head
+from protomamba.model.mixers.base import Block, Mode, Norm, ResidualLayer, State, scale_output_init
+from protomamba.model.mixers.mamba import LAYERS
 from protomamba.model.registry import resolve
 
 ModelState = list[State | None]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from protomamba.config import RunConfig
-from protomamba.data.seekable import SeekableStream
+from protomamba.data.stream import SeekableStream
 from protomamba.errors import ConfigError
-from protomamba.model.depth import new_positions
+from protomamba.model.growth import new_positions
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, versions
 from protomamba.train.inputs import open_inputs, training_stream
-from protomamba.train.loop import MicroBatch, Trainer, renamed_layers
 from protomamba.train.run import use_machine
 from protomamba.train.start import InitialWeights, adapt_to_weights, fresh_trainer, read_initial_weights
+from protomamba.train.trainer import MicroBatch, Trainer, renamed_layers
 
 # New parameters move from the second update on; one more shows that they go on.
 UPDATES = 3

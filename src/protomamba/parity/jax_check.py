@@ -21,8 +21,8 @@ from protomamba.config import ModelConfig, TrainConfig
 from protomamba.errors import UserError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, max_abs, merge, missing, rms_ratio, versions
-from protomamba.train.loop import Trainer
 from protomamba.train.optim import decays
+from protomamba.train.trainer import Trainer
 
 Arrays = dict[str, np.ndarray]
 STEPS, BATCH, LENGTH = 3, 3, 70  # a length that is no multiple of any chunk

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protomamba.bits import same
+from protomamba.checkpoint import file as checkpoint
 from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.parity.report import Report, versions
-from protomamba.train import checkpoint
-from protomamba.train.console import Console
-from protomamba.train.metrics import read_metrics
+from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.metrics import read_metrics
 from protomamba.train.run import Run, use_machine
 from protomamba.train.signals import StopRequest
 from protomamba.train.start import Resumed, find_resume, load_named_code
@@ -66,7 +67,7 @@ def _probe(config: RunConfig, steps: int) -> Report:
     compare_steps(report, uncut_lines, _train_lines(folder, after=steps))
     compare_parts(report, uncut, resumed)
     check_frozen(report, frozen, initial, {"uncut": uncut["model"], "resumed": resumed["model"]})
-    moved = sum(not _same(initial[name], uncut["model"][name]) for name in initial)
+    moved = sum(not same(initial[name], uncut["model"][name]) for name in initial)
     report.facts["moved"] = f"{moved} of {len(initial)} parameters"
     return report
 
@@ -134,7 +135,7 @@ def compare_parts(report: Report, uncut: Mapping[str, Any], resumed: Mapping[str
         different = [
             name
             for name in {**one, **other}
-            if name not in one or name not in other or not _same(one[name], other[name])
+            if name not in one or name not in other or not same(one[name], other[name])
         ]
         kind = "tensors" if any(isinstance(value, Tensor) for value in one.values()) else "values"
         note = f"{len(one)} {kind}" + (f"; first different: {different[0]}" if different else "")
@@ -146,7 +147,7 @@ def check_frozen(
 ) -> None:
     """One row, where anything is frozen: how many frozen parameters are not what they were before the first step."""
     moved = [
-        f"{name} ({run})" for run, model in ends.items() for name in frozen if not _same(initial[name], model[name])
+        f"{name} ({run})" for run, model in ends.items() for name in frozen if not same(initial[name], model[name])
     ]
     if frozen:
         note = f"{len(frozen)} parameters" + (f"; first moved: {moved[0]}" if moved else "")
@@ -163,18 +164,6 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{name}.{number}")
     else:
         yield name, value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal to the bit: 0.0 is not -0.0, and a NaN is itself."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-        return alike and torch.equal(_bytes(one), _bytes(other))
-    return type(one) is type(other) and repr(one) == repr(other)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 if __name__ == "__main__":

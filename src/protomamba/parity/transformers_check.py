@@ -13,9 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from protomamba.checkpoint.transformers_folder import (
+    read_transformers_folder,
+    transformers_names,
+    write_transformers_folder,
+)
 from protomamba.config import ModelConfig, Sampling
 from protomamba.decode import generate
-from protomamba.model.interop import read_transformers_folder, transformers_names, write_transformers_folder
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, max_abs, missing, rms_ratio, versions
 

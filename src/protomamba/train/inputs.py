@@ -14,9 +14,9 @@ from protomamba.config import RunConfig
 from protomamba.data.corpus import default_corpus
 from protomamba.data.labelled_stream import LabelledStream, labelled_eval_batches
 from protomamba.data.labels import LabelledSequences, open_labelled
-from protomamba.data.seekable import SeekableStream
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
-from protomamba.data.stream import TokenStream
+from protomamba.data.stream import SeekableStream
+from protomamba.data.token_stream import TokenStream
 from protomamba.data.tokenizer import TOKENIZER_FILE
 from protomamba.data.windows import Batch, eval_batches
 from protomamba.errors import ConfigError, UserError

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from protomamba import kernels
+from protomamba.checkpoint.file import estimate_bytes
+from protomamba.checkpoint.folder import RunDir, make_folder
+from protomamba.checkpoint.lock import RunLock
 from protomamba.config import RunConfig
 from protomamba.data.prefetch import Prefetcher
 from protomamba.errors import UserError
-from protomamba.train.announce import default_notes, goodbye, header, idle_flags
-from protomamba.train.checkpoint import estimate_bytes
-from protomamba.train.console import Console
-from protomamba.train.durable import SaveError
+from protomamba.storage import SaveError
+from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.metrics import MetricsLog
 from protomamba.train.environment import describe_environment
 from protomamba.train.inputs import Inputs, majority_share, open_inputs, training_stream, validation_windows
-from protomamba.train.loop import MicroBatch, StepStats, Trainer
-from protomamba.train.metrics import MetricsLog
-from protomamba.train.run_lock import RunLock
-from protomamba.train.rundir import RunDir, make_folder
+from protomamba.train.run_header import default_notes, goodbye, header, idle_flags
 from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
 from protomamba.train.start import (
     Resumed,
@@ -36,6 +35,7 @@ from protomamba.train.start import (
     resume_trainer,
     run_folder,
 )
+from protomamba.train.trainer import MicroBatch, StepStats, Trainer
 
 COLLAPSE_COSINE = 0.9
 

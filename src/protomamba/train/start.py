@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.file import Checkpoint
+from protomamba.checkpoint.folder import LATEST, find_resumable
+from protomamba.checkpoint.transformers_folder import read_transformers_folder
 from protomamba.config import MAY_CHANGE, ArchitectureFields, ModelConfig, RunConfig, TrainConfig, flag
 from protomamba.errors import ConfigError, UserError
-from protomamba.model.interop import read_transformers_folder
 from protomamba.model.registry import load_named, refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
-from protomamba.train import checkpoint
-from protomamba.train.checkpoint import Checkpoint
-from protomamba.train.loop import Trainer, renamed_layers
-from protomamba.train.rundir import LATEST, find_resumable
+from protomamba.train.trainer import Trainer, renamed_layers
 
 
 @dataclass(frozen=True)

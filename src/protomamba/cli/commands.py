@@ -1,0 +1,220 @@
+"""The work of the commands that use a finished checkpoint: eval, generate, inspect, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.file import Checkpoint
+from protomamba.config import ModelConfig, RunConfig, Sampling
+from protomamba.data.prepare import prepare
+from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.decode import generate
+from protomamba.errors import ConfigError, UserError
+from protomamba.train.callbacks.console import Console
+from protomamba.train.inputs import majority_share, open_inputs, validation_windows
+from protomamba.train.run import use_machine
+from protomamba.train.start import load_named_code
+from protomamba.train.trainer import Trainer, build_model
+
+
+def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:
+    """Print loss, accuracy and perplexity on the given tokens, or on the run's own validation tokens."""
+    if batches is not None and batches < 1:
+        raise ConfigError(f"--batches {batches}: expected an integer >= 1")
+    loaded = checkpoint.load(path)
+    _refuse_other_code(loaded, RunConfig(**given))
+    trainer = Trainer.from_checkpoint(loaded)
+    config = _data_config(path, loaded, given, trainer.model.config)
+    use_machine(config)
+    inputs = open_inputs(config)
+    tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
+    if tokens is None:
+        raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
+    windows = [(b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(tokens, config, batches)]
+    found = trainer.evaluate(windows)
+    figures: dict[str, str | int | float | None] = {
+        "data": str(config.token_file or config.token_dir) if tokens is inputs.training else "held out by the run",
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "majority_accuracy": majority_share([targets for _, targets, _ in windows]),
+        "perplexity": found.perplexity,
+        "targets": found.targets,
+        "step": trainer.step,
+    }
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        Console().header({name: _shown(value) for name, value in figures.items() if value is not None})
+    return 0
+
+
+def _refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
+    """Import the layer and head that the user named; ConfigError unless they are the checkpoint's own."""
+    load_named_code(config)
+    for what in {"layer", "head"} & config.model_fields_set:
+        own = loaded.config["model"][what]
+        if getattr(config, what) != own:
+            raise ConfigError(f"--{what} {getattr(config, what)}: the checkpoint's {what} is {own}")
+
+
+def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model: ModelConfig) -> RunConfig:
+    """The run's configuration with other tokens to read, all of them, where some are given."""
+    base = dict(loaded.config.get("run") or {})
+    given_tokens = given.keys() & {"token_file", "token_dir"}
+    if not base and not given_tokens:
+        raise ConfigError(f"{path}: holds no run (the library saved it): give --token-file or --token-dir")
+    labelled = bool(base.get("label_file")) or model.n_class is not None
+    if given.get("label_file") and not labelled:
+        raise ConfigError(
+            "--label-file: the model predicts the next token, it was trained without labels; leave it out"
+        )
+    base["out_dir"] = path.parent  # where the default corpus lies, also if the run's folder was moved
+    if given_tokens:
+        base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
+        base |= {"label_file": None, "val_label_file": None, "val_ratio": 0.0}
+    config = RunConfig(**{**base, **given, "vocab_size": model.vocab_size})
+    if model.n_class is not None and not config.label_file:
+        raise ConfigError(f"the model tells {model.classes} classes apart: give their labels with --label-file")
+    return config.replace(n_class=model.classes if config.label_file else None)
+
+
+def _shown(value: float | int | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine: RunConfig) -> int:
+    """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
+    loaded = checkpoint.load(arguments.checkpoint)
+    use_machine(machine)
+    _refuse_other_code(loaded, machine)
+    model = build_model(loaded).eval()
+    if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):
+        raise UserError(
+            f"{arguments.checkpoint}: tells {model.config.classes} classes apart, so it has no next token to generate; "
+            "use eval"
+        )
+    description = loaded.config.get("tokenizer")
+    tokenizer = tokenizer_from_json(description) if description else None
+    texts, prompts = _prompts(arguments, tokenizer)
+    started = time.perf_counter()
+    stop = tokenizer.eos_token if tokenizer else None
+    outputs = generate(model, prompts, sampling, stop_token=stop)
+    seconds = time.perf_counter() - started
+    answers = [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens)) for tokens in outputs]
+    if arguments.json:
+        rows = [
+            {"prompt": text, "tokens": tokens, "text": answer if tokenizer else None}
+            for text, tokens, answer in zip(texts, outputs, answers, strict=True)
+        ]
+        print(json.dumps({"outputs": rows, "tokens_per_s": sum(map(len, outputs)) / seconds}))
+        return 0
+    for text, answer in zip(texts, answers, strict=True):
+        print(f"{text}{'' if tokenizer else ','}{answer}")
+    print(f"({sum(map(len, outputs)) / seconds:,.0f} tokens/s)", file=sys.stderr)
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[list[str], list[list[int]]]:
+    """The prompts as they are shown and as tokens; without any, the end of a document, or token 0."""
+    if arguments.prompt_file:
+        lines = _prompt_lines(arguments.prompt_file)
+        if tokenizer:
+            return lines, [tokenizer.encode(line) for line in lines]
+        return lines, [_token_list(line, f"{arguments.prompt_file}, line {n}") for n, line in enumerate(lines, 1)]
+    if arguments.prompt_tokens is not None:
+        try:
+            tokens = _token_list(arguments.prompt_tokens, "--prompt-tokens")
+        except UserError as error:
+            raise ConfigError(str(error)) from None
+        return [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens))], [tokens]
+    if arguments.prompt is not None:
+        if tokenizer is None:
+            raise ConfigError("--prompt: this run has no tokenizer; give --prompt-tokens N,N,...")
+        return [arguments.prompt], [tokenizer.encode(arguments.prompt)]
+    start = tokenizer.eos_token if tokenizer and tokenizer.eos_token is not None else 0
+    return ["" if tokenizer else str(start)], [[start]]
+
+
+def _prompt_lines(path: Path) -> list[str]:
+    """A prompt a line. UserError for a file that cannot be read, has no line or an empty one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--prompt-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: expected UTF-8 text, found other bytes at {error.start}") from None
+    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if not lines or empty is not None:
+        raise UserError(f"--prompt-file {path}: expected a prompt a line, found none in line {empty or 1}")
+    return lines
+
+
+def _token_list(text: str, where: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"{where}: expected tokens as N,N,..., found {text!r}")
+    return [int(part) for part in parts]
+
+
+def prepare_command(arguments: argparse.Namespace) -> int:
+    """Make token shards, with a bar on a terminal; print where they are and how to train on them."""
+    console = Console()
+    with console.bar("preparing") as progress:
+        manifest = prepare(
+            arguments.inputs,
+            arguments.out_dir,
+            format=arguments.format,
+            field=arguments.field,
+            tokenizer=arguments.tokenizer,
+            train_bpe=arguments.train_bpe,
+            shard_tokens=arguments.shard_tokens,
+            jobs=arguments.jobs,
+            eos=arguments.eos,
+            progress=progress,
+        )
+    kind = manifest.tokenizer["kind"]
+    if arguments.train_bpe and manifest.vocab_size < arguments.train_bpe:
+        console.line(
+            f"note: the inputs hold no more pairs: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
+        )
+    console.header(
+        {
+            "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",
+            "vocabulary": f"{manifest.vocab_size:,} ({kind}), end of document {manifest.eos_token}",
+            "train": f"protomamba train --token-dir {manifest.folder} --shard-ext bin --out-dir runs/mine",
+        }
+    )
+    return 0
+
+
+def inspect_command(path: Path, *, verify_only: bool, as_json: bool) -> int:
+    """Show what a checkpoint holds and whether it is whole: exit code 0, or 1 with each defect named."""
+    problems = checkpoint.verify(path)
+    if verify_only or problems:
+        if as_json:
+            print(json.dumps({"path": str(path), "ok": not problems, "problems": problems}))
+        else:
+            print("\n".join(problems) if problems else f"{path}: whole")
+        return 1 if problems else 0
+    found = checkpoint.describe_checkpoint(path)
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    console = Console()
+    console.header({key: value for key, value in found.items() if not isinstance(value, list | dict)})
+    console.header({f"info.{key}": value for key, value in found.get("info", {}).items()})
+    tensors = found.get("tensors", [])
+    console.table(
+        ("part", "tensor", "shape", "dtype", "bytes"),
+        [(t.get("part", ""), t["name"], "x".join(map(str, t["shape"])), t["dtype"], t["bytes"]) for t in tensors],
+    )
+    return 0

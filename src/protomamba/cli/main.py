@@ -1,0 +1,310 @@
+"""The command line: parse, call, print. Every command's work is a function elsewhere, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from protomamba import __version__
+from protomamba.config import (
+    RunConfig,
+    Sampling,
+    Schema,
+    describe_bounds,
+    flag,
+    is_unset,
+    nearest,
+    value_type,
+)
+from protomamba.config_file import read_config_file
+from protomamba.errors import ConfigError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors with the nearest known name, and which takes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_checked(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """parse_args that names the nearest flag for an unknown one."""
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            is_flag = unknown[0].startswith("-")
+            hint = nearest(unknown[0].partition("=")[0], known) if is_flag else ""
+            raise ConfigError(
+                f"unknown {'flag' if is_flag else 'argument'} {unknown[0]}{hint} (see {self.prog} --help)"
+            )
+        return namespace
+
+
+def add_fields(
+    parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig, of_checkpoint: str | None = None
+) -> None:
+    """One flag for each named field of the run's schema, documented with its default; given ones land in `field:*`.
+
+    of_checkpoint: shown as the default instead, where a checkpoint's own value is used.
+    """
+    for name in names:
+        field = schema.model_fields[name]
+        kind = value_type(field.annotation)
+        choices = get_args(kind)
+        metavar = {int: "N", float: "F", bool: "1", Path: "PATH"}.get(kind, "NAME")
+        description = str(field.description).replace("%", "%%")
+        parser.add_argument(
+            flag(name),
+            dest=f"field:{name}",
+            default=argparse.SUPPRESS,
+            metavar="|".join(choices) if choices else metavar,
+            help=f"{description} [{of_checkpoint or _shown_default(field.default, description)}]",
+        )
+
+
+def _shown_default(value: Any, description: str) -> str:
+    if value is None:
+        return "auto" if "auto =" in description else "none"
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_config(arguments: argparse.Namespace) -> RunConfig:
+    """The configuration file, then the flags: the one RunConfig of a command."""
+    values = read_config_file(arguments.config) if arguments.config else {}
+    return RunConfig(**{**values, **given_fields(arguments)})
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields given as flags, by name."""
+    given = {key.removeprefix("field:"): text for key, text in vars(arguments).items() if key.startswith("field:")}
+    return {name: _from_text(name, text) if name in RunConfig.model_fields else text for name, text in given.items()}
+
+
+def _from_text(name: str, text: str) -> Any:
+    """A flag's text for the schema, which is more lenient about booleans than the contract."""
+    annotation = RunConfig.model_fields[name].annotation
+    if is_unset(name, text):
+        return None
+    if value_type(annotation) is bool:
+        if text.lower() not in ("1", "0", "true", "false"):
+            raise ConfigError(f"{flag(name)} {text!r}: expected {describe_bounds(RunConfig, name)}")
+        return text.lower() in ("1", "true")
+    return text
+
+
+def _configure_train(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with the same names; flags win")
+    add_fields(parser, list(RunConfig.model_fields))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from protomamba.train.run import train
+
+    return train(run_config(arguments))
+
+
+# The layer and the head have to be named where the checkpoint's are not ours: see model/registry.py.
+CODE_FLAGS = ("layer", "head")
+DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len")
+MACHINE_FLAGS = ("threads", "kernels")
+THE_CHECKPOINTS = "the checkpoint's"
+
+
+def _configure_eval(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS), of_checkpoint=THE_CHECKPOINTS)
+    add_fields(parser, MACHINE_FLAGS)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.commands import evaluate_command
+
+    given = given_fields(arguments)
+    return evaluate_command(arguments.checkpoint, given, batches=arguments.batches, as_json=arguments.json)
+
+
+def _configure_generate(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer) [end of document, or token 0]"
+    )
+    source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_fields(parser, list(Sampling.model_fields), Sampling)
+    add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
+    add_fields(parser, MACHINE_FLAGS)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.commands import generate_command
+
+    given = given_fields(arguments)
+    sampling = Sampling(**{name: given.pop(name) for name in list(given) if name in Sampling.model_fields})
+    return generate_command(arguments, sampling, RunConfig(**given))
+
+
+def _configure_prepare(parser: Parser) -> None:
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="files and folders")
+    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet")
+    parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
+    parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes or a tokenizer.json [%(default)s]")
+    source.add_argument(
+        "--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the inputs instead"
+    )
+    parser.add_argument(
+        "--eos", default="auto", metavar="NAME", help="ends a document: auto, none, a token [%(default)s]"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="threads; the bytes do not depend on it [1]")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.commands import prepare_command
+
+    return prepare_command(arguments)
+
+
+def _configure_inspect(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.commands import inspect_command
+
+    return inspect_command(arguments.checkpoint, verify_only=arguments.verify, as_json=arguments.json)
+
+
+def _configure_export(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--format", choices=("transformers",), default="transformers", help="[%(default)s]")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from protomamba.export import export_transformers
+
+    for path in export_transformers(arguments.checkpoint, arguments.out):
+        print(path)
+    return 0
+
+
+def _configure_parity(parser: Parser) -> None:
+    from protomamba.cli.parity import PROBES
+
+    about = "; ".join(f"{name}: {line}" for name, (line, _) in PROBES.items())
+    parser.add_argument("probe", choices=(*PROBES, "all"), metavar="|".join((*PROBES, "all")), help=about)
+    parser.add_argument(
+        "--probe-steps", type=int, metavar="N", help="resume: steps before and after [5, or --bp-cadence-steps if more]"
+    )
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="kernels: N random shapes too [%(default)s]")
+    parser.add_argument("--json", action="store_true", help="one JSON object; a list of them for all")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the same JSON to a file")
+    _configure_train(parser)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.parity import Amount, parity
+
+    steps = arguments.probe_steps
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--probe-steps {steps}: expected an integer >= 1")
+    config = run_config(arguments)
+    amount = Amount(steps, arguments.random)
+    return parity(arguments.probe, config, amount, as_json=arguments.json, report_file=arguments.report)
+
+
+def _configure_bench(parser: Parser) -> None:
+    shapes = "S,M,L,one-row,compact or BATCHxLENGTHxWIDTHxLAYERS[:compact], with commas between"
+    parser.add_argument("--shapes", default="S,M,L,compact", metavar="NAME,...", help=f"{shapes} [%(default)s]")
+    parser.add_argument("--precision", default="fp32", metavar="fp32,bf16", help="one or both [%(default)s]")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that each takes [%(default)s]")
+    parser.add_argument(
+        "--sections", default="steps", metavar="NAME,...", help="steps, threads (1 against all), lengths [%(default)s]"
+    )
+    parser.add_argument("--op", metavar="NAME,...", help="single ops instead, by their names in protomamba.kernels")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine [%(default)s]"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from protomamba.cli.bench import bench
+
+    return bench(arguments)
+
+
+# name -> (one line, flags, work)
+COMMANDS = {
+    "train": ("train a model, or resume a run", _configure_train, _train),
+    "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
+    "generate": ("go on from a prompt", _configure_generate, _generate),
+    "prepare": ("make token shards of text, bytes, JSON lines or parquet", _configure_prepare, _prepare),
+    "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
+    "parity": (
+        "hold the program against its references, or a resumed run against an uncut one",
+        _configure_parity,
+        _parity,
+    ),
+    "export": ("write a checkpoint for other programs", _configure_export, _export),
+    "bench": ("time steps and ops against their matrix products", _configure_bench, _bench),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (about, _, _) in COMMANDS.items()]
+    return "usage: protomamba COMMAND [flags]   (protomamba COMMAND --help lists them)\n\n" + "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command. Raises UserError; --help and --version end by SystemExit(0)."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"protomamba {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], COMMANDS)} (see protomamba --help)")
+    about, configure, work = COMMANDS[arguments[0]]
+    parser = Parser(prog=f"protomamba {arguments[0]}", description=about)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    configure(parser)
+    return work(parser.parse_checked(arguments[1:]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `protomamba` command: the exit code, with one line on stderr for what a user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return run(arguments)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"protomamba: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nothing is left to say, nor anyone to say it to
+        return 0
+    except KeyboardInterrupt:
+        return 130

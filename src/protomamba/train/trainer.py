@@ -1,0 +1,323 @@
+"""The Trainer: one update, one evaluation, and all that a checkpoint holds of it. `run.py` repeats it over a stream."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.config import ModelConfig, TrainConfig, TrainFields
+from protomamba.errors import UserError
+from protomamba.kernels import keep_freed_memory
+from protomamba.model.registry import refuse_unnamed
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.local import LocalSignals, combine
+from protomamba.train.optim import Optimizer, first_non_finite, learning_rate, total_norm
+
+MAX_SKIPPED_IN_A_ROW = 10
+MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # tokens (B, L), targets (B, L), reset (B, L) or None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one train step did. `loss` is the mean over the step's targets, before the update."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens: int
+    bp_applied: bool
+    grad_norm: float | None = None  # before clipping; None on a step without backpropagation
+    ff_loss: float | None = None  # mean local loss over the trainable layers
+    conflict_layers: int = 0
+    clipped: bool = False
+    skipped_update: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out loss and accuracy (nearest prototype), and the calibrated perplexity where the head has one."""
+
+    loss: float
+    accuracy: float
+    perplexity: float | None
+    targets: int
+
+
+class NonFiniteError(UserError):
+    """Training met NaN or Inf and was told, or had, to stop."""
+
+
+class Trainer:
+    """Updates a SequenceModel: AdamW with schedule, clipping and accumulation, local updates between, non-finite guard.
+
+    The schedule covers `config.steps` steps from `schedule_start` on. Making one lets the process keep the memory it
+    frees (`kernels.keep_freed_memory`): a step asks for the same memory as the one before.
+    """
+
+    def __init__(self, model: SequenceModel, config: TrainConfig | None = None) -> None:
+        keep_freed_memory()
+        self.model = model
+        self.config: TrainFields = config or TrainConfig()
+        self.model.precision = self.config.precision
+        self.step = 0
+        self.schedule_start = 0
+        self.schedule_steps = self.config.steps
+        self.skipped_in_row = 0
+        self.skipped_total = 0
+        self.tokens_seen = 0
+        self.optimizer = self._new_optimizer()
+
+    @property
+    def target_step(self) -> int:
+        """The step at which the schedule ends."""
+        return self.schedule_start + self.schedule_steps
+
+    def train_step(self, tokens_BL: Tensor, targets_BL: Tensor, reset_BL: Tensor | None = None) -> StepStats:
+        """One step on one batch, int64 (B, L) each; targets below 0 are ignored. See `update` for accumulation."""
+        return self.update([(tokens_BL, targets_BL, reset_BL)])
+
+    def update(self, batches: Sequence[MicroBatch]) -> StepStats:
+        """One step over micro-batches: the gradient is that of the mean loss over all their targets.
+
+        On a step without backpropagation (bp_cadence_steps) only the layers' D move, by their local gradients.
+        Raises NonFiniteError as `fail_on_non_finite` says, or after ten skipped updates in a row.
+        """
+        backpropagate = (self.step + 1) % self.config.bp_cadence_steps == 0
+        lr = learning_rate(self.step - self.schedule_start, self.schedule_steps, self.config)
+        signals = LocalSignals()
+        self.optimizer.zero_grad()
+        with torch.set_grad_enabled(backpropagate):
+            loss, targets = self._forward(batches, signals, backpropagate)
+        ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
+        grad_norm = total_norm(self.optimizer.gradients().values()) if backpropagate else None
+        culprit = self._non_finite(loss, grad_norm, local)
+        clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
+        if culprit is None:
+            shrink = self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0
+            # Without a target there is nothing to follow, not even the moments.
+            self._apply(lr, local, shrink, backpropagate and targets > 0)
+        tokens = sum(tokens_BL.numel() for tokens_BL, _, _ in batches)
+        self.tokens_seen += tokens
+        self.step += 1
+        self._guard(culprit)
+        return StepStats(
+            step=self.step,
+            loss=loss,
+            lr=lr,
+            tokens=tokens,
+            bp_applied=backpropagate,
+            grad_norm=grad_norm,
+            ff_loss=ff_loss,
+            conflict_layers=conflicts,
+            clipped=clipped and culprit is None,
+            skipped_update=culprit is not None,
+        )
+
+    def _forward(self, batches: Sequence[MicroBatch], signals: LocalSignals, backpropagate: bool) -> tuple[float, int]:
+        """The mean loss over all targets, and how many; with `backpropagate` gradients are left in the parameters."""
+        counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in batches]
+        total, mean = max(1, sum(counts)), 0.0
+        tap = signals if self.config.ff_lr > 0 else None
+        for (tokens_BL, targets_BL, reset_BL), count in zip(batches, counts, strict=True):
+            loss = self.model(tokens_BL, targets_BL, reset_BL=reset_BL, tap=tap)
+            if backpropagate and loss.requires_grad:
+                (loss if count == total else loss * (count / total)).backward()
+            mean += float(loss.detach()) * count / total
+        return mean, sum(counts)
+
+    def _local_gradients(
+        self, signals: LocalSignals, backpropagate: bool
+    ) -> tuple[float | None, int, dict[Tensor, Tensor]]:
+        """Mean local loss, layers in conflict, and the gradient of each D that moves without backpropagation.
+
+        With backpropagation the local gradient is combined into the parameter's own instead.
+        """
+        if not signals.layers:
+            return None, 0, {}
+        losses: list[float] = []
+        conflicts, alone = 0, dict[Tensor, Tensor]()
+        for index, block in enumerate(self.model.blocks()):
+            weight = block.mixer.local_weight()
+            if weight is None or index not in signals.layers:
+                continue
+            gradient_E, loss = signals.gradient(index, weight)
+            losses.append(loss)
+            if not backpropagate:
+                alone[weight] = gradient_E
+            elif weight.grad is not None:
+                weight.grad, conflict = combine(gradient_E, weight.grad, self.config)
+                conflicts += conflict
+        return sum(losses) / len(losses), conflicts, alone
+
+    def _apply(self, lr: float, local: Mapping[Tensor, Tensor], shrink: float, backpropagate: bool) -> None:
+        if backpropagate:
+            self.optimizer.update(lr, shrink)
+            self.model.head.after_update()
+        with torch.no_grad():
+            for weight, gradient_E in local.items():
+                weight.sub_(gradient_E, alpha=self.config.ff_lr)
+
+    def _non_finite(self, loss: float, grad_norm: float | None, local: Mapping[Tensor, Tensor]) -> str | None:
+        """The name of the first thing that is NaN or Inf before an update would spread it; None if all is well.
+
+        A step without backpropagation touches no weight but D: its loss and local gradients tell enough.
+        """
+        suspects = {f"the local gradient of D ({i})": gradient_E for i, gradient_E in enumerate(local.values())}
+        if grad_norm is not None or not math.isfinite(loss):
+            suspects = {**dict(self.model.named_parameters()), **suspects}
+        if grad_norm is not None:
+            for name, moments in self.optimizer.moments().items():
+                suspects |= {f"{name} (optimizer {key})": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            if not math.isfinite(grad_norm):
+                suspects |= {f"{name} (gradient)": g for name, g in self.optimizer.gradients().items()}
+        found = first_non_finite(suspects) or (None if math.isfinite(loss) else "the loss")
+        # Finite gradients whose squares overflow would make the second moment infinite for good.
+        overflow = grad_norm is not None and not math.isfinite(grad_norm)
+        return found or ("the gradients' norm" if overflow else None)
+
+    def _guard(self, culprit: str | None) -> None:
+        """Count a skipped update; stop where that is asked for, or when nothing but skipping happens."""
+        if culprit is None:
+            self.skipped_in_row = 0
+            return
+        self.optimizer.zero_grad()
+        self.skipped_in_row += 1
+        self.skipped_total += 1
+        if self.config.fail_on_non_finite:
+            raise NonFiniteError(f"step {self.step}: NaN or Inf in {culprit}; stopped as --fail-on-non-finite asks")
+        if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {self.step}: NaN or Inf in {culprit}, {self.skipped_in_row} updates in a row skipped; "
+                f"lower --lr (now {self.config.lr:g}) or set --grad-clip-norm in a new run, "
+                "which --init-from starts from the last checkpoint's weights"
+            )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch], calibrate: bool = False) -> Validation:
+        """Loss, accuracy and perplexity over `batches`, weighted by their targets; no weight changes.
+
+        calibrate: first fit the head's probabilities to these batches (all of their z are held at once).
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            features = ((self.model.features(tokens, reset_BL=reset)[0], targets) for tokens, targets, reset in batches)
+            if calibrate:
+                held = list(features)
+                self.model.head.fit(held)
+                features = (pair for pair in held)
+            parts = [self.model.head.evaluate(z_BLD, targets_BL) for z_BLD, targets_BL in features]
+        finally:
+            self.model.train(was_training)
+        count = max(1, sum(part.count for part in parts))
+        told = [part for part in parts if part.count]
+        likelihoods = [part.log_likelihood_sum for part in told if part.log_likelihood_sum is not None]
+        return Validation(
+            loss=sum(part.loss_sum for part in parts) / count,
+            accuracy=sum(part.correct for part in parts) / count,
+            perplexity=math.exp(min(700.0, -sum(likelihoods) / count)) if likelihoods else None,
+            targets=sum(part.count for part in parts),
+        )
+
+    def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
+        """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
+        moments = self.optimizer.moments()
+        origins = self.model.expand(target, placement, seed)
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_moments(renamed_layers(moments, origins))
+
+    def freeze(self, policy: str = "none", embedding: bool = False) -> None:
+        """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its moments."""
+        moments = self.optimizer.moments()
+        self.model.freeze(policy, embedding)
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_moments(moments)
+
+    def state_dict(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in TRAINER_STATE}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for name in TRAINER_STATE:
+            setattr(self, name, state[name])
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """What a checkpoint holds of the training itself, by name."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": self.state_dict(),
+            "rng": {"torch": torch.get_rng_state()},
+        }
+
+    def configs(self) -> dict[str, Any]:
+        """What is needed to build this trainer again before its parts are loaded."""
+        policy, embedding = self.model.frozen
+        return {
+            "model": self.model.config.model_dump(mode="json"),
+            "train": {name: getattr(self.config, name) for name in TrainFields.model_fields},
+            "frozen": {"layers": policy, "embedding": embedding, "parameters": self._frozen_names()},
+        }
+
+    def _frozen_names(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+
+    def save_checkpoint(self, path: str | Path) -> checkpoint.SaveReport:
+        """Write everything needed to go on, to the bit, to one file, atomically. Raises CheckpointError."""
+        return checkpoint.save(Path(path), self.parts(), config=self.configs(), info={"step": self.step})
+
+    @classmethod
+    def load_checkpoint(cls, path: str | Path) -> Self:
+        """The trainer that `save_checkpoint` or a run wrote; its next step is the one that trainer would have taken."""
+        return cls.from_checkpoint(checkpoint.load(Path(path)))
+
+    @classmethod
+    def from_checkpoint(cls, loaded: checkpoint.Checkpoint) -> Self:
+        """A trainer from a checkpoint already read and verified."""
+        model = build_model(loaded)
+        trainer = cls(model, TrainConfig(**loaded.config["train"]))
+        trainer.optimizer.load_state_dict(loaded.parts["optimizer"])
+        trainer.load_state_dict(loaded.parts["trainer"])
+        torch.set_rng_state(loaded.parts["rng"]["torch"])
+        return trainer
+
+    def _new_optimizer(self) -> Optimizer:
+        scales = {f"head.{name}": scale for name, scale in self.model.head.learning_rate_scales().items()}
+        return Optimizer(self.model, self.config, scales)
+
+
+TRAINER_STATE = ("step", "schedule_start", "schedule_steps", "skipped_in_row", "skipped_total", "tokens_seen")
+
+
+def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
+    """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
+    config = ModelConfig(**loaded.config["model"])
+    refuse_unnamed(config.layer, "layer")
+    refuse_unnamed(config.head, "head")
+    model = SequenceModel(config)
+    state, frozen = loaded.parts["model"], loaded.config["frozen"]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
+    model.load_state_dict(state)
+    model.freeze(frozen["layers"], frozen["embedding"])
+    for name in frozen.get("parameters", ()):  # what was frozen by hand; checkpoints before 0.1.0 lack it
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def renamed_layers(moments: Mapping[str, Any], origins: Sequence[int | None]) -> dict[str, Any]:
+    """Moments by the parameter names after a growth whose layer i was layer origins[i] before."""
+    renamed = {name: value for name, value in moments.items() if not name.startswith("layers.")}
+    for new, old in enumerate(origins):
+        prefix = f"layers.{old}."
+        for name, value in moments.items():
+            if old is not None and name.startswith(prefix):
+                renamed[f"layers.{new}.{name.removeprefix(prefix)}"] = value
+    return renamed
