@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from protomamba.checkpoint.folder import RunDir, RunLock, find_resumable
+from protomamba.metrics_file import read_metrics
 from protomamba.storage import Disk, SaveError
-from protomamba.train.callbacks.metrics import MetricsLog, read_metrics
+from protomamba.train.callbacks.metrics import MetricsLog
 
 STEPS = 3
 

@@ -25,7 +25,7 @@ ROWS = (
     ("export", "decode"),
     ("train",),
     ("model", "data", "checkpoint"),
-    ("kernels", "config_file", "storage", "bits"),
+    ("kernels", "config_file", "metrics_file", "storage", "bits"),
     ("config",),
     ("errors",),
 )
@@ -37,6 +37,7 @@ ONLY = {
     "checkpoint": {"config", "errors", "storage"},
     "kernels": {"errors"},
     "storage": {"errors"},
+    "metrics_file": {"errors"},
 }
 
 # native.py loads our libraries; allocator.py asks the C library's malloc to keep its memory.

@@ -13,8 +13,8 @@ from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.decode import generate
 from protomamba.errors import UserError
+from protomamba.metrics_file import read_metrics
 from protomamba.train.callbacks.console import Console
-from protomamba.train.callbacks.metrics import read_metrics
 from protomamba.train.inputs import majority_share, open_inputs, validation_windows
 from protomamba.train.run import train
 from protomamba.train.trainer import Trainer

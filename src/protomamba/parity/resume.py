@@ -23,9 +23,9 @@ from protomamba.bits import same
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
+from protomamba.metrics_file import read_metrics
 from protomamba.parity.report import Report, versions
 from protomamba.train.callbacks.console import Console
-from protomamba.train.callbacks.metrics import read_metrics
 from protomamba.train.run import Run, use_machine
 from protomamba.train.signals import StopRequest
 from protomamba.train.start import Resumed, find_resume, load_named_code

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tests.disk_faults import CountingDisk, FailingDisk
 
 from protomamba.errors import UserError
+from protomamba.metrics_file import read_metrics
 from protomamba.storage import Disk
 from protomamba.train.callbacks import metrics
-from protomamba.train.callbacks.metrics import MetricsLog, read_metrics
+from protomamba.train.callbacks.metrics import MetricsLog
 
 
 def steps(path: Path) -> list[int]:

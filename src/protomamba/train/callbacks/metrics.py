@@ -1,10 +1,8 @@
-"""metrics.jsonl: one JSON object a line, appended; the record of a run that outlives it.
+"""Writes metrics.jsonl, the record of a run that outlives it; metrics_file.py says what a line looks like.
 
 Rules
 - A line is written with one system call and ends with a newline. What a kill leaves torn behind the last newline is
   removed when the file is opened again, so every line parses.
-- NaN and infinity are written as null, and named beside it: {"loss": null, "non_finite": {"loss": "nan"}}.
-  `read_metrics` puts them back.
 - A run that goes on from step S cuts the file in front of the first line with a step beyond S, and appends what it cuts
   to metrics.superseded.jsonl. A fresh run cuts everything. So each step stands once, steps only rise, nothing is lost.
 - Lines of the events in `SYNCED` are on the disk when `log` returns: a `checkpoint` line acknowledges a save.
@@ -15,16 +13,15 @@ Rules
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from protomamba.errors import UserError
+from protomamba.metrics_file import encode_line, parse_line
 from protomamba.storage import DISK, Disk, write_all
 
 SYNCED = frozenset({"run", "checkpoint", "end"})
@@ -128,7 +125,7 @@ def _cut(path: Path, fd: int, resumed_step: int | None) -> int:
     with open(path, "rb") as file:
         for line in file:
             end += len(line)
-            event = _parse(line)
+            event = parse_line(line)
             if event is None:
                 continue
             good_end = end
@@ -156,63 +153,3 @@ def _append(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The event of a whole line; None for one without its newline or that is not a JSON object."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
-
-
-def encode_line(fields: Mapping[str, Any]) -> bytes:
-    """One line of the file; scalars of torch and numpy become numbers, paths text, non-finite numbers null."""
-    non_finite: dict[str, str] = {}
-    content = {key: _plain(value, key, non_finite) for key, value in fields.items()}
-    if non_finite:
-        content["non_finite"] = non_finite
-    return json.dumps(content, separators=(", ", ": "), allow_nan=False).encode() + b"\n"
-
-
-def _plain(value: Any, place: str, non_finite: dict[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{place}.{key}", non_finite) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{place}.{i}", non_finite) for i, item in enumerate(value)]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        non_finite[place] = repr(value)
-        return None
-    return str(value) if isinstance(value, os.PathLike) else value
-
-
-def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The events of a run in order, non-finite numbers put back; a torn last line, of a run being written, is left out.
-
-    UserError naming file and line where anything before the last line is not a JSON object, or if it cannot be read.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                event = _parse(line)
-                if event is not None:
-                    yield _with_non_finite(event, "", event.pop("non_finite", {}))
-                elif line.endswith(b"\n"):
-                    raise UserError(f"{path}: line {number}: not a JSON object: the file was damaged or edited")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _with_non_finite(value: Any, place: str, non_finite: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        prefix = f"{place}." if place else ""
-        return {key: _with_non_finite(item, f"{prefix}{key}", non_finite) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_non_finite(item, f"{place}.{i}", non_finite) for i, item in enumerate(value)]
-    return float(non_finite[place]) if value is None and place in non_finite else value
