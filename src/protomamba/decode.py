@@ -34,7 +34,7 @@ def generate(
         return []
     generator = torch.Generator().manual_seed(sampling.seed)
     z_BD, state = prefill(model, prompts)
-    logits_BV, advance = model.head.next_logits(z_BD), model.decoder(state)
+    logits_BV, advance = model.head.next_logits(z_BD), model.make_decode_fn(state)
     outputs: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)
     for position in range(sampling.max_tokens):

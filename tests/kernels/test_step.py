@@ -10,8 +10,8 @@ from protomamba.kernels import (
     BlockState,
     BlockWeights,
     DecodeStepper,
+    LogitProjection,
     MambaStepper,
-    Scoring,
     mamba_step,
     product,
     reference,
@@ -60,7 +60,9 @@ def test_a_decoder_equals_its_twin(level: str, compact: bool, B: int, unit: bool
     blocks = [make_block(B, 16, 3, 4, compact) for _ in range(3)]
     exact_blocks = [wide(*block) for block in blocks]
     embedding, norm, matrix = torch.randn(TOKENS, WIDTH), torch.randn(WIDTH), torch.randn(CLASSES, WIDTH)
-    decoder = DecodeStepper.of(embedding, [MambaStepper(*block) for block in blocks], norm, Scoring(matrix, unit, 3.5))
+    decoder = DecodeStepper.of(
+        embedding, [MambaStepper(*block) for block in blocks], norm, LogitProjection(matrix, unit, 3.5)
+    )
     if B > FEW_ROWS or not LEVELS:
         assert decoder is None
         return
@@ -68,7 +70,7 @@ def test_a_decoder_equals_its_twin(level: str, compact: bool, B: int, unit: bool
     for _ in range(4):
         tokens_B = torch.randint(TOKENS, (B,))
         expected = reference.decode_step(
-            tokens_B, embedding.double(), exact_blocks, norm.double(), Scoring(matrix.double(), unit, 3.5)
+            tokens_B, embedding.double(), exact_blocks, norm.double(), LogitProjection(matrix.double(), unit, 3.5)
         )
         assert_close({"logits": decoder(tokens_B)}, {"logits": expected}, "step", torch.float32)
     with pytest.raises(ValueError, match="tokens from 0 to 12"):
@@ -77,7 +79,7 @@ def test_a_decoder_equals_its_twin(level: str, compact: bool, B: int, unit: bool
 
 def test_a_block_of_another_kind_is_no_native_decoder(level: str) -> None:
     steps = [MambaStepper(*make_block(1, 4, 1, 4, False)), lambda x_BD: x_BD]
-    scoring = Scoring(torch.randn(CLASSES, WIDTH), False, 1.0)
+    scoring = LogitProjection(torch.randn(CLASSES, WIDTH), False, 1.0)
     assert DecodeStepper.of(torch.randn(TOKENS, WIDTH), steps, torch.ones(WIDTH), scoring) is None
 
 

@@ -190,7 +190,7 @@ def train(head: Head, steps: int, lr: float = 0.05) -> Tensor:
         optimizer.zero_grad()
         head(z_BLD, targets_BL).backward()
         optimizer.step()
-        head.after_update()
+        head.post_step()
     return z_BLD.detach()
 
 
@@ -212,11 +212,11 @@ def test_learned_prototypes_move_and_keep_their_length() -> None:
 
 def test_health_tells_a_collapse_from_a_placement() -> None:
     head = HyperspherePrototypes(config())
-    assert head.health()["nearest_cosine"] < 0.5
+    assert head.diagnostics()["nearest_cosine"] < 0.5
     with torch.no_grad():
         noise = 0.05 * torch.randn(37, 8, generator=torch.Generator().manual_seed(0))
         head.prototypes.copy_(F.normalize(torch.ones(8) + noise, dim=1))
-    assert head.health()["nearest_cosine"] > 0.9
+    assert head.diagnostics()["nearest_cosine"] > 0.9
 
 
 def test_separation_prevents_the_collapse_that_comes_without_it() -> None:
@@ -234,8 +234,8 @@ def test_separation_prevents_the_collapse_that_comes_without_it() -> None:
             loss = head(model(x), targets_T)
             loss.backward()
             optimizer.step()
-            head.after_update()
-        return float(loss.detach()), head.evaluate(model(x), targets_T).accuracy, head.health()["nearest_cosine"]
+            head.post_step()
+        return float(loss.detach()), head.evaluate(model(x), targets_T).accuracy, head.diagnostics()["nearest_cosine"]
 
     loss, accuracy, cosine = trained(0.0)
     assert loss < 0.001 and accuracy < 0.45 and cosine > 0.95
@@ -273,7 +273,7 @@ def test_fit_finds_the_scale_that_made_the_targets(true_scale: float, monkeypatc
         probability_TV = (true_scale * head.scores(z_TD)).softmax(-1)
     targets_T = torch.multinomial(probability_TV, 1, generator=generator)[:, 0]
     targets_T[::10] = -100
-    head.fit((z, y) for z, y in zip(z_TD.split(7_000), targets_T.split(7_000), strict=True))
+    head.calibrate((z, y) for z, y in zip(z_TD.split(7_000), targets_T.split(7_000), strict=True))
     assert float(head.scale) == pytest.approx(true_scale, rel=0.03 if true_scale > 1 else 0.15)
     assert "scale" in head.state_dict()
 
@@ -282,13 +282,13 @@ def test_fit_survives_what_has_no_finite_answer() -> None:
     head = HyperspherePrototypes(config())
     start = float(head.scale)
     z_TD = head.prototypes.detach().clone()
-    head.fit([])
-    head.fit([(z_TD, torch.full((37,), -100))])
-    head.fit([(z_TD * math.nan, torch.arange(37))])
+    head.calibrate([])
+    head.calibrate([(z_TD, torch.full((37,), -100))])
+    head.calibrate([(z_TD * math.nan, torch.arange(37))])
     assert float(head.scale) == start
-    head.fit([(z_TD, torch.arange(37))])
+    head.calibrate([(z_TD, torch.arange(37))])
     assert start < float(head.scale) <= 1e5, "every target hit: the likelihood grows without end, the scale does not"
-    head.fit([(-z_TD, torch.arange(37))])
+    head.calibrate([(-z_TD, torch.arange(37))])
     assert 0 < float(head.scale) < start
 
 
@@ -302,7 +302,7 @@ def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() ->
             head(z_BLD.requires_grad_(), targets_BL).backward()
             if optimizer:
                 optimizer.step()
-            head.after_update()
+            head.post_step()
         assert 0 < seen.largest <= max(classes * width, tokens * HyperspherePrototypes.SAMPLE)
         assert seen.largest < min(classes * classes, tokens * classes) / 10
 
@@ -314,7 +314,7 @@ def test_validation_keeps_to_its_blocks(name: str, monkeypatch: pytest.MonkeyPat
     z_BLD, targets_BL = batch(3_000, 8, 6, 100)
     with Tensors() as seen:
         head.predict(z_BLD)
-        head.fit([(z_BLD, targets_BL)])
+        head.calibrate([(z_BLD, targets_BL)])
         if name == "hpn":
             head.evaluate(z_BLD, targets_BL)
     assert seen.largest <= 50_000
@@ -323,12 +323,12 @@ def test_validation_keeps_to_its_blocks(name: str, monkeypatch: pytest.MonkeyPat
 def test_tying_shares_the_matrix_or_says_why_not() -> None:
     embedding = torch.nn.Embedding(37, 8)
     head = SoftmaxHead(config())
-    head.tie(embedding.weight)
+    head.tie_weights(embedding.weight)
     assert head.weight is embedding.weight
     with pytest.raises(ConfigError, match="the embedding has 37 rows, the head 5 classes"):
-        SoftmaxHead(config(n_class=5)).tie(embedding.weight)
+        SoftmaxHead(config(n_class=5)).tie_weights(embedding.weight)
     with pytest.raises(ConfigError, match="HyperspherePrototypes cannot share"):
-        HyperspherePrototypes(config()).tie(embedding.weight)
+        HyperspherePrototypes(config()).tie_weights(embedding.weight)
 
 
 def test_classes_of_their_own_and_a_single_class() -> None:

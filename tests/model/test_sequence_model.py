@@ -32,7 +32,7 @@ def test_steps_give_what_the_whole_sequence_gives(layer: str) -> None:
         whole_BLD, _ = model.features(tokens_BL)
         state = model.initial_state()
         for position, tokens_B in enumerate(tokens_BL.unbind(1)):
-            z_BD, state = model.step(tokens_B, state)
+            z_BD, state = model.decode_step(tokens_B, state)
             torch.testing.assert_close(z_BD, whole_BLD[:, position], rtol=1e-5, atol=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_initialisation_is_the_published_one() -> None:
 def test_a_grown_model_gives_the_same_bits_and_every_new_parameter_trains(layer: str, placement: str) -> None:
     model, (tokens_BL, targets_BL) = make(layer), batch()
     before_BLV = model.scores(tokens_BL)
-    origins = model.expand(4, placement, seed=9)
+    origins = model.grow(4, placement, seed=9)
     assert torch.equal(model.scores(tokens_BL), before_BLV)
     assert [o for o in origins if o is not None] == [0, 1] and len(model.layers) == 4 == model.config.n_layer
     trainer = Trainer(model, TrainConfig(lr=1e-2, bp_cadence_steps=1, ff_lr=0.0))
@@ -95,9 +95,9 @@ def test_a_grown_model_gives_the_same_bits_and_every_new_parameter_trains(layer:
 def test_growing_again_and_growing_nothing() -> None:
     model, (tokens_BL, _) = make(), batch()
     before_BLV = model.scores(tokens_BL)
-    assert model.expand(2, "specific:1,3,4,5") == [0, 1]
-    model.expand(3, "prepend")
-    model.expand(6, "insert:2")
+    assert model.grow(2, "specific:1,3,4,5") == [0, 1]
+    model.grow(3, "prepend")
+    model.grow(6, "insert:2")
     assert torch.equal(model.scores(tokens_BL), before_BLV)
 
 
@@ -163,8 +163,8 @@ def test_a_tied_softmax_head_shares_the_embedding() -> None:
 class DoubledLayer(MambaLayer):
     """Half of the input and twice the layer: what a class derived from ours may do in both of its entry points."""
 
-    def residual(self, x_BLD, norm_weight_D, state, mode, tap):  # type: ignore[no-untyped-def]
-        y_BLD, state = super().residual(x_BLD, norm_weight_D, state, mode, tap)
+    def residual(self, x_BLD, norm_weight_D, state, ctx, activation_hook):  # type: ignore[no-untyped-def]
+        y_BLD, state = super().residual(x_BLD, norm_weight_D, state, ctx, activation_hook)
         return 2 * y_BLD - 1.5 * x_BLD, state
 
     def residual_step(self, x_BD, norm_weight_D, state):  # type: ignore[no-untyped-def]
@@ -189,7 +189,7 @@ def test_a_decoder_of_a_changed_model_is_that_model(what: str) -> None:
     model, (tokens_BL, _) = changed_models()[what], batch()
     with torch.no_grad():
         _, state = model.features(tokens_BL[:, :4], return_state=True)
-        decode = model.decoder(state)
+        decode = model.make_decode_fn(state)
         for position in range(4, 9):
             whole_BLD, _ = model.features(tokens_BL[:, : position + 1])
             expected_BV = model.head.next_logits(whole_BLD[:, -1])

@@ -76,7 +76,7 @@ def test_no_room_and_a_resumed_run_are_refused(fields: dict[str, object], says: 
 
 
 def test_a_new_layer_that_speaks_is_seen(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Block, "silence", lambda self: None)
+    monkeypatch.setattr(Block, "zero_init_output", lambda self: None)
     report = growth.run(RunConfig(**PROBE, token_file=tokens))
     assert failed(report) == {"outputs that differ", "outputs that differ, token by token", "difference in loss"}
 
@@ -89,7 +89,7 @@ def test_a_layer_that_never_trains_is_seen(tokens: Path, monkeypatch: pytest.Mon
             for parameter in self.parameters():
                 parameter.zero_()
 
-    monkeypatch.setattr(Block, "silence", all_zero)
+    monkeypatch.setattr(Block, "zero_init_output", all_zero)
     report = growth.run(RunConfig(**{**PROBE, "ff_lr": 0.0, "weight_decay": 0.0}, token_file=tokens))
     assert failed(report) == {"new parameters that do not move"}
 

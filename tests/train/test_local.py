@@ -80,7 +80,7 @@ def test_without_backpropagation_only_d_moves_by_its_local_gradient() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     taps: dict[int, Tensor] = {}
     with torch.no_grad():
-        model(tokens_BL, tokens_BL, tap=lambda layer, u_BLE: taps.__setitem__(layer, u_BLE.clone()))
+        model(tokens_BL, tokens_BL, activation_hook=lambda layer, u_BLE: taps.__setitem__(layer, u_BLE.clone()))
     assert set(taps) == {1}
     trainer = Trainer(model, TrainConfig(bp_cadence_steps=2, ff_lr=0.5))
     stats = trainer.train_step(tokens_BL, tokens_BL)

@@ -169,7 +169,7 @@ def test_the_library_example_of_the_readme() -> None:
     from protomamba import batch_from_tokens
 
     model = SequenceModel(ModelConfig(vocab_size=64, d_model=16, d_state=16, d_conv=4, n_layer=2))
-    model.expand(6, "specific:1,3,4,5")
+    model.grow(6, "specific:1,3,4,5")
     model.freeze("first:2")
     trainer = Trainer(model, TrainConfig(lr=1e-4))
     ids, targets = batch_from_tokens(list(range(64)), cursor=0, batch_size=8, seq_len=64)

@@ -13,7 +13,7 @@ from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.prototype_loss import prototype_loss
-from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, Scoring
+from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, LogitProjection
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
 from protomamba.kernels.softmax_loss import softmax_loss
@@ -24,8 +24,8 @@ __all__ = [
     "BlockState",
     "BlockWeights",
     "DecodeStepper",
+    "LogitProjection",
     "MambaStepper",
-    "Scoring",
     "add_rms_norm",
     "available",
     "causal_conv",

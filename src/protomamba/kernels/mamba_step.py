@@ -12,7 +12,7 @@ from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.mamba_block import check_block_shapes, mamba_block
 from protomamba.kernels.matmul import FEW_ROWS
 from protomamba.kernels.native import Library, float_bits, pointer
-from protomamba.kernels.reference import BlockState, BlockWeights, Scoring
+from protomamba.kernels.reference import BlockState, BlockWeights, LogitProjection
 
 
 def mamba_step(x_BD: Tensor, weights: BlockWeights, state: BlockState, *, eps: float = 1e-5) -> Tensor:
@@ -80,8 +80,8 @@ class DecodeStepper:
 
     @classmethod
     def of(
-        cls, embedding_ID: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], norm_D: Tensor, scoring: Scoring, *,
-        eps: float = 1e-5,
+        cls, embedding_ID: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], norm_D: Tensor,
+        scoring: LogitProjection, *, eps: float = 1e-5,
     ) -> DecodeStepper | None:  # fmt: skip
         """The native decoder of these parts, or None if a block is no native MambaStepper or a tensor not float32."""
         steppers = [block for block in blocks if isinstance(block, MambaStepper) and block.native]
@@ -98,7 +98,7 @@ class DecodeStepper:
         embedding_ID: Tensor,
         steppers: Sequence[MambaStepper],
         norm_D: Tensor,
-        scoring: Scoring,
+        scoring: LogitProjection,
         eps: float,
     ) -> None:
         sizes = check_shapes("decode_step", embedding_ID=embedding_ID, norm_D=norm_D, matrix_VD=scoring.matrix_VD)

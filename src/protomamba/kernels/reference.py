@@ -53,7 +53,7 @@ class BlockOutput(NamedTuple):
     u_BLE: Tensor | None
 
 
-class Scoring(NamedTuple):
+class LogitProjection(NamedTuple):
     """How a head's logits come from z: scale * (z, or z / |z| where `unit`) . every row of matrix_VD."""
 
     matrix_VD: Tensor
@@ -328,7 +328,7 @@ def decode_step(
     embedding_ID: Tensor,
     blocks: Sequence[tuple[BlockWeights, BlockState]],
     norm_D: Tensor,
-    scoring: Scoring,
+    scoring: LogitProjection,
     *,
     eps: float = 1e-5,
 ) -> Tensor:

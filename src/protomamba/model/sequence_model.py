@@ -15,12 +15,12 @@ from protomamba.config import NORM_EPS, ModelConfig
 from protomamba.model.growth import frozen_layers, moved_freeze, new_positions
 from protomamba.model.heads import HEADS
 from protomamba.model.heads.base import Head
-from protomamba.model.mixers.base import Block, Mode, Norm, ResidualLayer, State, scale_output_init
+from protomamba.model.mixers.base import Block, ForwardContext, Norm, ResidualLayer, State, scale_output_init
 from protomamba.model.mixers.mamba import LAYERS
 from protomamba.model.registry import resolve
 
 ModelState = list[State | None]
-LayerTap = Callable[[int, Tensor], None]
+LayerHook = Callable[[int, Tensor], None]
 
 
 class SequenceModel(nn.Module):
@@ -43,7 +43,7 @@ class SequenceModel(nn.Module):
             self.norm_f = Norm(config.d_model)
             self.head: Head = resolve(config.head, HEADS, Head, "head")(config)
         if config.tie_embedding:
-            self.head.tie(cast(nn.Parameter, self.embedding.weight))
+            self.head.tie_weights(cast(nn.Parameter, self.embedding.weight))
 
     def features(
         self,
@@ -52,20 +52,22 @@ class SequenceModel(nn.Module):
         state: ModelState | None = None,
         reset_BL: Tensor | None = None,
         return_state: bool = False,
-        tap: LayerTap | None = None,
+        activation_hook: LayerHook | None = None,
         precision: str | None = None,
     ) -> tuple[Tensor, ModelState]:
         """z (B, L, D), what the head sees, and the state after the last position (empty unless asked for).
 
         precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
-        tap: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
+        activation_hook: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
-        mode = Mode(reset_BL, return_state, precision or self.precision)
+        ctx = ForwardContext(reset_BL, return_state, precision or self.precision)
         x_BLD: Tensor = self.embedding(tokens_BL)
         states: ModelState = []
         for index, block in enumerate(self.blocks()):
-            layer_tap = partial(tap, index) if tap and trainable(block.mixer.local_weight()) else None
-            x_BLD, layer_state = block(x_BLD, state[index] if state else None, mode, layer_tap)
+            layer_hook = (
+                partial(activation_hook, index) if activation_hook and trainable(block.mixer.local_weight()) else None
+            )
+            x_BLD, layer_state = block(x_BLD, state[index] if state else None, ctx, layer_hook)
             states.append(layer_state)
         return self.norm_f(x_BLD), states if return_state else []
 
@@ -77,7 +79,7 @@ class SequenceModel(nn.Module):
         *,
         state: ModelState | None = ...,
         reset_BL: Tensor | None = ...,
-        tap: LayerTap | None = ...,
+        activation_hook: LayerHook | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -89,7 +91,7 @@ class SequenceModel(nn.Module):
         state: ModelState | None = ...,
         reset_BL: Tensor | None = ...,
         return_state: bool,
-        tap: LayerTap | None = ...,
+        activation_hook: LayerHook | None = ...,
     ) -> tuple[Tensor, ModelState]: ...
 
     def forward(
@@ -100,14 +102,16 @@ class SequenceModel(nn.Module):
         state: ModelState | None = None,
         reset_BL: Tensor | None = None,
         return_state: bool = False,
-        tap: LayerTap | None = None,
+        activation_hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """The loss, the mean over targets >= 0; with `return_state` also the state to go on from.
 
         tokens_BL: int64 (B, L); targets_BL: int64 (B, L), ignored where negative; reset_BL: bool (B, L), True where a
         document starts. A long sequence runs in chunks: pass each chunk's returned state to the next.
         """
-        z_BLD, states = self.features(tokens_BL, state=state, reset_BL=reset_BL, return_state=return_state, tap=tap)
+        z_BLD, states = self.features(
+            tokens_BL, state=state, reset_BL=reset_BL, return_state=return_state, activation_hook=activation_hook
+        )
         loss: Tensor = self.head(z_BLD, targets_BL)
         return (loss, states) if return_state else loss
 
@@ -122,7 +126,7 @@ class SequenceModel(nn.Module):
         return self.head.predict(self.features(tokens_BL)[0])
 
     @torch.no_grad()
-    def step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def decode_step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """z (B, D) after one more token, and the state after it: the same numbers as `features` gives position by
         position (in fp32), at constant cost. Takes the state over: do not use the one passed in again."""
         x_BD: Tensor = self.embedding(tokens_B)
@@ -132,11 +136,11 @@ class SequenceModel(nn.Module):
             states.append(layer_state)
         return self.norm_f(x_BD), states
 
-    def decoder(self, state: ModelState) -> Callable[[Tensor], Tensor]:
+    def make_decode_fn(self, state: ModelState) -> Callable[[Tensor], Tensor]:
         """A function from tokens (B,) to `head.next_logits` (B, classes), for one position after another from `state`,
         which it takes over. What does not change is done once: the parameters must stay as they are meanwhile."""
         steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
-        scoring = self.head.scoring()
+        scoring = self.head.logit_projection()
         if scoring is not None and _is_plain(self.embedding, nn.Embedding) and _is_plain(self.norm_f, Norm):
             embedding, norm = self.embedding.weight.detach(), self.norm_f.weight.detach()
             native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS)
@@ -156,7 +160,7 @@ class SequenceModel(nn.Module):
         """The state before the first token, for any batch size."""
         return [None] * len(self.layers)
 
-    def expand(self, target: int, placement: str = "append", seed: int | None = None) -> list[int | None]:
+    def grow(self, target: int, placement: str = "append", seed: int | None = None) -> list[int | None]:
         """Grow to `target` layers; the outputs stay the same to the bit (new layers start with out_proj = 0).
 
         Returns for each final layer the index it had before, None for a new one. Raises ConfigError for a placement
@@ -167,7 +171,7 @@ class SequenceModel(nn.Module):
         with _seeded(seed):
             fresh = [self._new_block(target) for _ in positions]
         for block in fresh:
-            block.silence()
+            block.zero_init_output()
         old, new = iter(enumerate(self.layers)), iter(fresh)
         origins: list[int | None] = []
         blocks: list[nn.Module] = []
@@ -179,6 +183,8 @@ class SequenceModel(nn.Module):
         self.frozen = (moved_freeze(self.frozen[0], origins), self.frozen[1])
         self.config = self.config.replace(n_layer=target)
         return origins
+
+    expand = grow  # its name before 0.2
 
     def freeze(self, policy: str = "none", embedding: bool = False) -> set[int]:
         """Keep the layers of `policy` (none, first:N, indices:i,j), and the embedding, from ever changing.

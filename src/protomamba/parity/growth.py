@@ -103,7 +103,7 @@ def _decode(model: SequenceModel, tokens_1L: Tensor) -> list[Tensor]:
     """z after each token of one row, run one at a time."""
     state, outputs = model.initial_state(), []
     for token_1 in tokens_1L.unbind(1):
-        z_1D, state = model.step(token_1, state)
+        z_1D, state = model.decode_step(token_1, state)
         outputs.append(z_1D.clone())
     return outputs
 

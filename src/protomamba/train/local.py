@@ -29,7 +29,7 @@ class LocalSignal:
 
 
 class LocalSignals:
-    """Collects, during a forward pass, what the local loss of each layer needs: use it as the model's `tap`."""
+    """Collects, during a forward pass, what the local loss of each layer needs: the model's `activation_hook`."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LocalSignal] = {}

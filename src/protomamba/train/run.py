@@ -254,8 +254,8 @@ class Run:
 
     def _warn_of_collapse(self, loss: float, accuracy: float) -> None:
         """The loss alone cannot show that all prototypes have drifted together; accuracy and their distances can."""
-        health = self.trainer.model.head.health()
-        cosine = health.get("nearest_cosine", 0.0)
+        figures = self.trainer.model.head.diagnostics()
+        cosine = figures.get("nearest_cosine", 0.0)
         falling = self.progress.first_val_loss is not None and loss < 0.9 * self.progress.first_val_loss
         if cosine > COLLAPSE_COSINE:
             self.console.warn(

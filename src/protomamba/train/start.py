@@ -146,7 +146,7 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
     origins: list[int | None] = list(range(config.base_layers))
     if config.target_layers != config.base_layers:
         with _naming_the_default(config, "placement", "append"):
-            origins = model.expand(config.target_layers, config.placement, seed=config.seed + 1)
+            origins = model.grow(config.target_layers, config.placement, seed=config.seed + 1)
     with _naming_the_default(config, "freeze", "none"):
         model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig))

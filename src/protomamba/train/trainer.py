@@ -125,9 +125,9 @@ class Trainer:
         """The mean loss over all targets, and how many; with `backpropagate` gradients are left in the parameters."""
         counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in batches]
         total, mean = max(1, sum(counts)), 0.0
-        tap = signals if self.config.ff_lr > 0 else None
+        hook = signals if self.config.ff_lr > 0 else None
         for (tokens_BL, targets_BL, reset_BL), count in zip(batches, counts, strict=True):
-            loss = self.model(tokens_BL, targets_BL, reset_BL=reset_BL, tap=tap)
+            loss = self.model(tokens_BL, targets_BL, reset_BL=reset_BL, activation_hook=hook)
             if backpropagate and loss.requires_grad:
                 (loss if count == total else loss * (count / total)).backward()
             mean += float(loss.detach()) * count / total
@@ -160,7 +160,7 @@ class Trainer:
     def _apply(self, lr: float, local: Mapping[Tensor, Tensor], shrink: float, backpropagate: bool) -> None:
         if backpropagate:
             self.optimizer.update(lr, shrink)
-            self.model.head.after_update()
+            self.model.head.post_step()
         with torch.no_grad():
             for weight, gradient_E in local.items():
                 weight.sub_(gradient_E, alpha=self.config.ff_lr)
@@ -212,7 +212,7 @@ class Trainer:
             features = ((self.model.features(tokens, reset_BL=reset)[0], targets) for tokens, targets, reset in batches)
             if calibrate:
                 held = list(features)
-                self.model.head.fit(held)
+                self.model.head.calibrate(held)
                 features = (pair for pair in held)
             parts = [self.model.head.evaluate(z_BLD, targets_BL) for z_BLD, targets_BL in features]
         finally:
@@ -230,7 +230,7 @@ class Trainer:
     def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
         moments = self.optimizer.moments()
-        origins = self.model.expand(target, placement, seed)
+        origins = self.model.grow(target, placement, seed)
         self.optimizer = self._new_optimizer()
         self.optimizer.load_moments(renamed_layers(moments, origins))
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
-from protomamba.kernels import Scoring, product
+from protomamba.kernels import LogitProjection, product
 
-# Scores held at once in predict, evaluate and fit: 16 MiB of float32.
+# Scores held at once in predict, evaluate and calibrate: 16 MiB of float32.
 BLOCK_SCORES = 4_194_304
 
 
@@ -66,11 +66,11 @@ class Head(nn.Module, ABC):
         logits_B1V = self.logits(z_BD[:, None])
         return (self.scores(z_BD[:, None]) if logits_B1V is None else logits_B1V)[:, 0]
 
-    def scoring(self) -> Scoring | None:
+    def logit_projection(self) -> LogitProjection | None:
         """How `logits` come from z by one matrix, for decoding in one call; None where they come in another way."""
         return None
 
-    def tie(self, weight_VD: nn.Parameter) -> None:
+    def tie_weights(self, weight_VD: nn.Parameter) -> None:
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
         raise ConfigError(f"--tie-embedding: {type(self).__name__} cannot share the embedding; the softmax head can")
 
@@ -78,13 +78,13 @@ class Head(nn.Module, ABC):
         """Factors on the learning rate of the head's parameters, by name; 1 where missing."""
         return {}
 
-    def after_update(self) -> None:
+    def post_step(self) -> None:
         """Called after each update of the parameters."""
 
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Calibrate `logits` on held-out (z, targets); a head that needs none ignores it."""
 
-    def health(self) -> dict[str, float]:
+    def diagnostics(self) -> dict[str, float]:
         """Figures about the head worth watching; 'nearest_cosine' near 1 is a collapse of the prototypes."""
         return {}
 

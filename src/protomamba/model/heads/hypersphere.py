@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
-from protomamba.kernels import Scoring, prototype_loss, reference, separated_prototype_loss
+from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
 from protomamba.model.heads import prototypes
 from protomamba.model.heads.base import Head, inner_products, valid_positions
 
@@ -47,7 +47,7 @@ class HyperspherePrototypes(Head):
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         else:
             self.register_buffer("prototypes", placed_VD)
-        # Before `fit`: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
+        # Before `calibrate`: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
         self.register_buffer("scale", torch.tensor(math.sqrt(2) * math.log(max(2, self.classes - 1))))
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
@@ -77,23 +77,23 @@ class HyperspherePrototypes(Head):
         """(B, L, V): scale * cosine."""
         return self.scale * self.scores(z_BLD)
 
-    def scoring(self) -> Scoring | None:
+    def logit_projection(self) -> LogitProjection | None:
         # A class derived from this one may score in its own way.
         own = type(self) is HyperspherePrototypes
-        return Scoring(self._unit_prototypes().detach(), unit=True, scale=float(self.scale)) if own else None
+        return LogitProjection(self._unit_prototypes().detach(), unit=True, scale=float(self.scale)) if own else None
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def post_step(self) -> None:
         """Back to unit length: gradients are tangential, so each update makes a prototype longer and slower to turn."""
         if self.learned and self.prototypes.requires_grad:
             self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
 
-    def health(self) -> dict[str, float]:
+    def diagnostics(self) -> dict[str, float]:
         """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them."""
         return {"nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, 1_024).mean())}
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set `scale` to the s that maximises the likelihood of softmax(s cos) on the first FIT_TARGETS targets."""
         z_TD, targets_T = _first_targets(batches, FIT_TARGETS)
         if not len(targets_T) or not bool(torch.isfinite(z_TD).all()):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
-from protomamba.kernels import Scoring, softmax_loss
+from protomamba.kernels import LogitProjection, softmax_loss
 from protomamba.model.heads.base import Head, inner_products
 
 
@@ -28,10 +28,10 @@ class SoftmaxHead(Head):
         """(B, L, V): the logits."""
         return inner_products(z_BLD, self.weight)
 
-    def scoring(self) -> Scoring | None:
-        return Scoring(self.weight.detach(), unit=False, scale=1.0) if type(self) is SoftmaxHead else None
+    def logit_projection(self) -> LogitProjection | None:
+        return LogitProjection(self.weight.detach(), unit=False, scale=1.0) if type(self) is SoftmaxHead else None
 
-    def tie(self, weight_VD: nn.Parameter) -> None:
+    def tie_weights(self, weight_VD: nn.Parameter) -> None:
         """Use `weight_VD` (V, D) instead of an own matrix. Raises ConfigError where the classes are not the tokens."""
         if weight_VD.shape != self.weight.shape:
             raise ConfigError(

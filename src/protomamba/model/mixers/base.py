@@ -14,12 +14,12 @@ from protomamba.config import NORM_EPS
 from protomamba.errors import ConfigError
 
 State = tuple[Tensor, ...]
-Tap = Callable[[Tensor], None]
+ActivationHook = Callable[[Tensor], None]
 Stepper = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Mode:
+class ForwardContext:
     """How one forward pass runs: the same for every layer of it."""
 
     reset_BL: Tensor | None = None  # True where a document starts: no state crosses into that position
@@ -32,11 +32,16 @@ class ResidualLayer(nn.Module, ABC):
 
     @abstractmethod
     def residual(
-        self, x_BLD: Tensor, norm_weight_D: Tensor, state: State | None, mode: Mode, tap: Tap | None
+        self,
+        x_BLD: Tensor,
+        norm_weight_D: Tensor,
+        state: State | None,
+        ctx: ForwardContext,
+        activation_hook: ActivationHook | None,
     ) -> tuple[Tensor, State | None]:
         """x + layer(norm(x)), (B, L, D), from `state` (None = from nothing), and the state after the last position.
 
-        tap: receives the activation (B, L, E) that `local_weight` multiplies, detached.
+        activation_hook: receives the activation (B, L, E) that `local_weight` multiplies, detached.
         """
 
     @abstractmethod
@@ -75,9 +80,14 @@ class Layer(ResidualLayer):
         the last position. Where `reset_BL` (B, L) is true, nothing earlier may be seen."""
 
     def residual(
-        self, x_BLD: Tensor, norm_weight_D: Tensor, state: State | None, mode: Mode, tap: Tap | None
+        self,
+        x_BLD: Tensor,
+        norm_weight_D: Tensor,
+        state: State | None,
+        ctx: ForwardContext,
+        activation_hook: ActivationHook | None,
     ) -> tuple[Tensor, State]:
-        y_BLD, new_state = self(kernels.rms_norm(x_BLD, norm_weight_D, NORM_EPS), state, mode.reset_BL)
+        y_BLD, new_state = self(kernels.rms_norm(x_BLD, norm_weight_D, NORM_EPS), state, ctx.reset_BL)
         return x_BLD + y_BLD, new_state
 
     def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -105,10 +115,10 @@ class Block(nn.Module):
         self.mixer: ResidualLayer = layer
 
     def forward(
-        self, x_BLD: Tensor, state: State | None, mode: Mode, tap: Tap | None = None
+        self, x_BLD: Tensor, state: State | None, ctx: ForwardContext, activation_hook: ActivationHook | None = None
     ) -> tuple[Tensor, State | None]:
         """x (B, L, D) with the layer's output added, and its state."""
-        return self.mixer.residual(x_BLD, self.norm.weight, state, mode, tap)
+        return self.mixer.residual(x_BLD, self.norm.weight, state, ctx, activation_hook)
 
     def step(self, x_BD: Tensor, state: State | None) -> tuple[Tensor, State]:
         """`forward` for one token."""
@@ -118,7 +128,7 @@ class Block(nn.Module):
         """`step` for one token after another, from `state`."""
         return self.mixer.stepper(self.norm.weight, state)
 
-    def silence(self) -> None:
+    def zero_init_output(self) -> None:
         """Zero what makes the layer's output, so that the block is the identity, to the bit."""
         with torch.no_grad():
             for parameter in self.mixer.output_parameters():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from protomamba import kernels
 from protomamba.config import NORM_EPS, ModelConfig
 from protomamba.kernels import BlockState, BlockWeights
-from protomamba.model.mixers.base import Mode, ResidualLayer, State, Stepper, Tap
+from protomamba.model.mixers.base import ActivationHook, ForwardContext, ResidualLayer, State, Stepper
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
@@ -35,21 +35,26 @@ class ScanLayer(ResidualLayer):
             self.dt_proj.bias.copy_(dt_E + torch.log(-torch.expm1(-dt_E)))  # softplus(bias) = dt
 
     def residual(
-        self, x_BLD: Tensor, norm_weight_D: Tensor, state: State | None, mode: Mode, tap: Tap | None
+        self,
+        x_BLD: Tensor,
+        norm_weight_D: Tensor,
+        state: State | None,
+        ctx: ForwardContext,
+        activation_hook: ActivationHook | None,
     ) -> tuple[Tensor, State | None]:
         output = kernels.mamba_block(
             x_BLD,
             self._weights(norm_weight_D),
             eps=NORM_EPS,
-            precision=mode.precision,
+            precision=ctx.precision,
             state=BlockState(*state) if state is not None else None,
-            return_state=mode.return_state,
-            reset_BL=mode.reset_BL,
-            want_u=tap is not None,
+            return_state=ctx.return_state,
+            reset_BL=ctx.reset_BL,
+            want_u=activation_hook is not None,
         )
-        if tap is not None:
+        if activation_hook is not None:
             assert output.u_BLE is not None
-            tap(output.u_BLE)
+            activation_hook(output.u_BLE)
         return output.x_BLD, output.state
 
     def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
