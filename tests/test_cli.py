@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.cli.main import COMMANDS, Parser, add_fields, main, run_config
+from protomamba.cli.flags import Parser, add_fields, run_config
+from protomamba.cli.main import COMMANDS, main
 from protomamba.config import RunConfig, flag
 from tests.runs import token_file, train
 
@@ -41,6 +42,7 @@ def test_every_documented_flag_has_its_documented_default_and_help(
         main(["train", "--help"])
     assert stop.value.code == 0
     _, options = capsys.readouterr().out.split("options:")
+    assert all(f"\n{title}:\n" in options for title in ("model", "training", "growing and freezing", "data", "run"))
     shown = " ".join(options.split())
     found = re.search(rf"--{name} \S+ (.*?) \[(\S+)\]", shown)
     assert found is not None and found[2] == default, entry

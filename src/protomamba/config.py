@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from protomamba.errors import ConfigError
@@ -22,19 +22,50 @@ NORM_EPS = 1e-5
 
 
 class Schema(BaseModel):
-    """Frozen, keyword-only, strict about unknown names; a wrong value raises ConfigError, not pydantic's own error."""
+    """Frozen, keyword-only, strict about unknown names; a wrong value raises ConfigError, not pydantic's own error.
+
+    Which fields somebody gave, and did not leave to a default, is `given`: it survives every `replace`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    TITLE: ClassVar[str] = ""  # of the group of flags in --help
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError("; ".join(_explain(type(self), e) for e in error.errors())) from None
+        self._given = frozenset(values)
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> Self:
+        """The config that a file holds, of which nobody has given anything."""
+        config = cls(**values)
+        config._given = frozenset()
+        return config
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the fields that somebody gave: as a flag, in a configuration file, or to the constructor."""
+        return self._given
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The value of a field that is not given."""
+        return cls.model_fields[name].default
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated again."""
-        return type(self)(**{**self.model_dump(), **changes})
+        """A copy with `changes`, validated again. They are the program's: what the user gave stays what it was."""
+        config = type(self)(**{**self.model_dump(), **changes})
+        config._given = self._given
+        return config
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and isinstance(other, Schema) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def project(self, schema: type[Schema], **extra: Any) -> Any:
         """The fields that `schema` shares with this config, as an instance of `schema`."""
@@ -44,6 +75,8 @@ class Schema(BaseModel):
 
 
 class ArchitectureFields(Schema):
+    TITLE: ClassVar[str] = "model"
+
     d_model: int = Field(512, ge=1, le=65_536, description="hidden width D")
     d_state: int = Field(16, ge=1, le=1_024, description="state width N of each channel")
     d_conv: int = Field(4, ge=1, le=64, description="taps K of the causal convolution")
@@ -84,21 +117,25 @@ class ModelConfig(ArchitectureFields):
 
 
 class TrainFields(Schema):
+    TITLE: ClassVar[str] = "training"
+
     steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
-    lr_warmup_steps: int = Field(0, ge=0, description="linear warm-up before the decay")
+    lr_warmup_steps: int | None = Field(
+        None, ge=0, description="linear warm-up before the decay; auto = 2 % of the steps"
+    )
     lr_min_scale: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay as a fraction of lr")
     weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW decoupled weight decay (matrices only)")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the second moment")
     adam_eps: float = Field(1e-8, gt=0, le=1, description="AdamW epsilon")
     grad_accum: int = Field(1, ge=1, le=100_000, description="micro-batches per update")
-    grad_clip_norm: float = Field(0.0, ge=0, description="global gradient norm to clip to (0 = off)")
+    grad_clip_norm: float = Field(1.0, ge=0, description="global gradient norm to clip to (0 = off)")
     fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
-    ff_lr: float = Field(1e-4, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")
+    ff_lr: float = Field(0.0, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")
     bp_cadence_steps: int = Field(
-        32, ge=1, description="backpropagate on every N-th step; the local update runs on each"
+        1, ge=1, description="backpropagate on every N-th step; the local update runs on each"
     )
     gradient_surgery_method: Literal["pcgrad", "gradnorm", "cagradstep"] = Field(
         "pcgrad", description="how the local gradient yields to a conflicting global one"
@@ -112,20 +149,26 @@ class TrainFields(Schema):
 
 
 class TrainConfig(TrainFields):
-    """How a Trainer updates a model. The library's defaults are the command line's."""
+    """How a Trainer updates a model. The defaults are those of `--preset plain`."""
+
+    TITLE: ClassVar[str] = "training"
 
 
 class GrowthFields(Schema):
-    base_layers: int = Field(2, ge=0, le=10_000, description="layers before expansion")
-    target_layers: int = Field(6, ge=0, le=10_000, description="layers after expansion")
-    placement: str = Field(
-        "specific:1,3,4,5", description="append, prepend, insert:N or specific:i,j,... (final indices)"
+    TITLE: ClassVar[str] = "growing and freezing"
+
+    base_layers: int = Field(2, ge=0, le=10_000, description="layers before growing")
+    target_layers: int | None = Field(
+        None, ge=0, le=10_000, description="layers after growing; auto = --base-layers (no growth)"
     )
-    freeze: str = Field("first:2", description="none, first:N or indices:i,j,...")
+    placement: str = Field("append", description="append, prepend, insert:N or specific:i,j,... (final indices)")
+    freeze: str = Field("none", description="none, first:N or indices:i,j,...")
     freeze_embedding: bool = Field(False, description="keep the embedding table as it is")
 
 
 class DataFields(Schema):
+    TITLE: ClassVar[str] = "data"
+
     token_file: Path | None = Field(None, description="token file: .txt, .bin or .npy")
     token_dir: Path | None = Field(None, description="folder of token shards")
     val_token_file: Path | None = Field(None, description="validation token file")
@@ -150,7 +193,7 @@ class DataFields(Schema):
     )
     shuffle_shards: bool = Field(True, description="new shard order each epoch")
     packed_sequences: bool = Field(
-        True, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
+        False, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
     )
     eos_token: int | None = Field(
         None, ge=0, description="token that ends a document; without it the prepared folder's own"
@@ -160,7 +203,33 @@ class DataFields(Schema):
     prefetch_buffer: int = Field(16, ge=1, le=100_000, description="batches decoded ahead at most")
 
 
+PresetName = Literal["reference", "plain"]
+DEFAULT_PRESET: PresetName = "reference"
+# Defaults below a configuration file and flags, never counted as given. `plain` is the fields' own defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Those of the crate that this succeeds, whose command line this keeps.
+    "reference": {
+        "bp_cadence_steps": 32,
+        "ff_lr": 1e-4,
+        "lr_warmup_steps": 0,
+        "grad_clip_norm": 0.0,
+        "target_layers": 6,
+        "placement": "specific:1,3,4,5",
+        "freeze": "first:2",
+        "packed_sequences": True,
+    },
+    "plain": {},
+}
+
+
 class RunFields(Schema):
+    TITLE: ClassVar[str] = "run"
+
+    preset: PresetName = Field(
+        DEFAULT_PRESET,
+        description="defaults of the other flags: reference (the crate's: grown 2 to 6 layers, two frozen, "
+        "backpropagation on one step in 32) or plain (backpropagation on each step, nothing grown or frozen)",
+    )
     out_dir: Path = Field(Path("runs/"), description="run folder: checkpoints, metrics, configuration")
     resume: str | None = Field(None, description="checkpoint to continue, or auto")
     init_from: Path | None = Field(None, description="start weights: a checkpoint, or a transformers Mamba folder")
@@ -183,7 +252,25 @@ class RunFields(Schema):
 
 
 class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFields):
-    """Everything `protomamba train` takes; written resolved to config.json and into each checkpoint."""
+    """Everything `protomamba train` takes; written resolved to config.json and into each checkpoint.
+
+    What is not given comes from the preset, and what that leaves open from the fields' own defaults.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        preset = PRESETS.get(str(values.get("preset", DEFAULT_PRESET)), {})
+        super().__init__(**{**preset, **values})
+        self._given = frozenset(values)
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The value of a field where neither it nor a preset is given."""
+        return PRESETS[DEFAULT_PRESET].get(name, super().default(name))
+
+    @property
+    def final_layers(self) -> int:
+        """Layers after growing."""
+        return self.base_layers if self.target_layers is None else self.target_layers
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -223,6 +310,16 @@ def is_unset(name: str, value: Any) -> bool:
     """Whether a value of a file or flag stands for the field's None."""
     optional = type(None) in get_args(RunConfig.model_fields[name].annotation)
     return optional and value in ("auto", "none") and name != "resume"
+
+
+def is_repeatable(annotation: Any) -> bool:
+    """Whether a flag may be given several times: its field is a tuple of texts."""
+    return get_origin(annotation) is tuple
+
+
+def group_of(schema: type[Schema], name: str) -> type[Schema]:
+    """The class among a schema's ancestors that declares a field."""
+    return next(each for each in schema.__mro__ if issubclass(each, Schema) and name in each.__annotations__)
 
 
 def _explain(schema: type[Schema], error: ErrorDetails) -> str:

@@ -119,3 +119,11 @@ def test_all_goes_on_after_a_probe_that_could_not_run(
     assert captured.err == "protomamba: parity: not run: needs something\n"
     assert captured.out == file.read_text() and [r["title"] for r in json.loads(captured.out)] == ["good"]
     assert main(["parity", "a"]) == 1 and main(["parity", "b"]) == 0
+
+
+def test_resume_takes_the_weights_shape_where_no_flag_gives_one(tmp_path: Path) -> None:
+    tokens = token_file(tmp_path)
+    assert train(tmp_path / "base", tokens, "--steps", 4) == 0
+    common = ["--token-file", str(tokens), "--batch-size", "2", "--seq-len", "8", "--threads", "1", "--preset", "plain"]
+    weights = ["--init-from", str(tmp_path / "base" / "latest.safetensors"), "--probe-steps", "2"]
+    assert main(["parity", "resume", *common, *weights]) == 0

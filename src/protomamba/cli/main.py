@@ -6,97 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
 
 from protomamba import __version__
-from protomamba.config import (
-    RunConfig,
-    Sampling,
-    Schema,
-    describe_bounds,
-    flag,
-    is_unset,
-    nearest,
-    value_type,
-)
-from protomamba.config_file import read_config_file
+from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
+from protomamba.config import RunConfig, Sampling, nearest
 from protomamba.errors import ConfigError, UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ConfigErrors with the nearest known name, and which takes no abbreviations."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-    def parse_checked(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """parse_args that names the nearest flag for an unknown one."""
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            is_flag = unknown[0].startswith("-")
-            hint = nearest(unknown[0].partition("=")[0], known) if is_flag else ""
-            raise ConfigError(
-                f"unknown {'flag' if is_flag else 'argument'} {unknown[0]}{hint} (see {self.prog} --help)"
-            )
-        return namespace
-
-
-def add_fields(
-    parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig, of_checkpoint: str | None = None
-) -> None:
-    """One flag for each named field of the run's schema, documented with its default; given ones land in `field:*`.
-
-    of_checkpoint: shown as the default instead, where a checkpoint's own value is used.
-    """
-    for name in names:
-        field = schema.model_fields[name]
-        kind = value_type(field.annotation)
-        choices = get_args(kind)
-        metavar = {int: "N", float: "F", bool: "1", Path: "PATH"}.get(kind, "NAME")
-        description = str(field.description).replace("%", "%%")
-        parser.add_argument(
-            flag(name),
-            dest=f"field:{name}",
-            default=argparse.SUPPRESS,
-            metavar="|".join(choices) if choices else metavar,
-            help=f"{description} [{of_checkpoint or _shown_default(field.default, description)}]",
-        )
-
-
-def _shown_default(value: Any, description: str) -> str:
-    if value is None:
-        return "auto" if "auto =" in description else "none"
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def run_config(arguments: argparse.Namespace) -> RunConfig:
-    """The configuration file, then the flags: the one RunConfig of a command."""
-    values = read_config_file(arguments.config) if arguments.config else {}
-    return RunConfig(**{**values, **given_fields(arguments)})
-
-
-def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields given as flags, by name."""
-    given = {key.removeprefix("field:"): text for key, text in vars(arguments).items() if key.startswith("field:")}
-    return {name: _from_text(name, text) if name in RunConfig.model_fields else text for name, text in given.items()}
-
-
-def _from_text(name: str, text: str) -> Any:
-    """A flag's text for the schema, which is more lenient about booleans than the contract."""
-    annotation = RunConfig.model_fields[name].annotation
-    if is_unset(name, text):
-        return None
-    if value_type(annotation) is bool:
-        if text.lower() not in ("1", "0", "true", "false"):
-            raise ConfigError(f"{flag(name)} {text!r}: expected {describe_bounds(RunConfig, name)}")
-        return text.lower() in ("1", "true")
-    return text
 
 
 def _configure_train(parser: Parser) -> None:

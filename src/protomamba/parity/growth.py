@@ -38,7 +38,7 @@ def run(config: RunConfig, steps: int | None = None) -> Report:
     """
     if config.resume is not None:
         raise ConfigError("parity growth builds models of its own: leave --resume out (--init-from gives them weights)")
-    if config.target_layers == config.base_layers and not config.init_from:
+    if config.final_layers == config.base_layers and not config.init_from:
         raise ConfigError("parity growth: nothing grows: give --target-layers more than --base-layers")
     steps = max(steps or UPDATES * config.bp_cadence_steps, 2 * config.bp_cadence_steps)
     if config.steps < steps:
@@ -60,10 +60,10 @@ def _probe(
     ungrown = config.replace(target_layers=config.base_layers, freeze="none", freeze_embedding=False)
     base, _ = fresh_trainer(ungrown, vocab_size, weights)
     grown, _ = fresh_trainer(config, vocab_size, weights)
-    positions = new_positions(config.placement, config.base_layers, config.target_layers)
-    report.facts["grown"] = f"{config.base_layers} to {config.target_layers} layers"
+    positions = new_positions(config.placement, config.base_layers, config.final_layers)
+    report.facts["grown"] = f"{config.base_layers} to {config.final_layers} layers"
     report.facts["new layers"] = ", ".join(map(str, positions)) or "none"
-    origins = layer_origins(positions, config.target_layers)
+    origins = layer_origins(positions, config.final_layers)
     check_identity(report, base.model, grown.model, _batch(stream, 0))
     check_inherited(report, base, grown, origins, weights)
     watched = train(grown, stream, config.grad_accum, steps)

@@ -24,9 +24,19 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("A_log", "prototypes")
 
 
+# The share of a schedule that warms up where no number of steps is given.
+WARMUP_SHARE = 0.02
+
+
+def warmup_steps(total: int, config: TrainFields) -> int:
+    """Steps of linear warm-up in a schedule over `total`."""
+    given = config.lr_warmup_steps
+    return min(total, math.ceil(WARMUP_SHARE * total) if given is None else given)
+
+
 def learning_rate(step: int, total: int, config: TrainFields) -> float:
     """The rate of update `step` (from 0) of `total`: linear warm-up, then cosine from lr to lr_min_scale * lr."""
-    warmup = min(config.lr_warmup_steps, total)
+    warmup = warmup_steps(total, config)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup - 1)

@@ -47,7 +47,7 @@ def idle_flags(config: RunConfig) -> list[str]:
     notes = []
     for name, (what, reader) in _READ_BY.items():
         chosen = getattr(config, what)
-        if ":" not in chosen and chosen != reader and getattr(config, name) != RunConfig.model_fields[name].default:
+        if ":" not in chosen and chosen != reader and name in config.given:
             notes.append(f"{flag(name)} changes nothing: the {what} is {chosen}, {reader} reads it")
     return notes
 
@@ -60,9 +60,9 @@ def default_notes(config: RunConfig) -> list[str]:
             f"backpropagation on one step in {config.bp_cadence_steps} only, local updates of D on the others: "
             "--bp-cadence-steps 1 backpropagates on each"
         )
-    if config.target_layers > config.base_layers:
+    if config.final_layers > config.base_layers:
         notes.append(
-            f"grown from {config.base_layers} to {config.target_layers} layers ({config.placement}): "
+            f"grown from {config.base_layers} to {config.final_layers} layers ({config.placement}): "
             "--target-layers equal to --base-layers does not grow"
         )
     if config.freeze != "none":

@@ -34,13 +34,13 @@ class Resumed:
 
 def load_named_code(config: RunConfig) -> None:
     """Import the layer and the head that the user named; those that only a checkpoint names stay unloaded."""
-    for what in {"layer", "head"} & config.model_fields_set:
+    for what in {"layer", "head"} & config.given:
         load_named(getattr(config, what), what)
 
 
 def run_folder(config: RunConfig) -> Path:
     """Where the run is: --out-dir, or the folder of the checkpoint that --resume names."""
-    if config.resume in (None, "auto") or "out_dir" in config.model_fields_set:
+    if config.resume in (None, "auto") or "out_dir" in config.given:
         return config.out_dir
     return Path(str(config.resume)).parent
 
@@ -66,8 +66,8 @@ def _resumed(config: RunConfig, path: Path, loaded: Checkpoint, warnings: list[s
         raise UserError(
             f"{path}: holds no run to resume (the library saved it); start from its weights with --init-from {path}"
         )
-    saved = RunConfig(**loaded.config["run"])
-    given = config.model_fields_set
+    saved = RunConfig.recorded(loaded.config["run"])
+    given = config.given
     contradictions = [
         f"{flag(name)}: the checkpoint has {getattr(saved, name)}, given {getattr(config, name)}"
         for name in RunConfig.model_fields
@@ -120,7 +120,7 @@ def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
 
     The head is the run's own. Without --target-layers the model does not grow.
     """
-    given = config.model_fields_set
+    given = config.given
     refuse_unnamed(weights.model.layer, "layer")
     shape = {n: getattr(weights.model, n) for n in ArchitectureFields.model_fields if n not in _HEAD_FIELDS}
     shape |= {"vocab_size": weights.model.vocab_size, "base_layers": weights.model.n_layer}
@@ -144,13 +144,13 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
     model = SequenceModel(shape, seed=config.seed)
     notes, moments = _load_weights(model, weights) if weights else ([], {})
     origins: list[int | None] = list(range(config.base_layers))
-    if config.target_layers != config.base_layers:
+    if config.final_layers != config.base_layers:
         with _naming_the_default(config, "placement", "append"):
-            origins = model.grow(config.target_layers, config.placement, seed=config.seed + 1)
+            origins = model.grow(config.final_layers, config.placement, seed=config.seed + 1)
     with _naming_the_default(config, "freeze", "none"):
         model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig))
-    if moments and config.target_layers != config.base_layers:
+    if moments and config.final_layers != config.base_layers:
         trainer.optimizer.load_moments(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")
     return trainer, notes
@@ -162,7 +162,7 @@ def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[
     try:
         yield
     except ConfigError as error:
-        if getattr(config, name) != RunConfig.model_fields[name].default:
+        if name in config.given:
             raise
         raise ConfigError(f"{error}; it is the default: give {flag(name)} {instead}, or what you want") from None
 
