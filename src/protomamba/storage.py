@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any, cast
 
 from protomamba.errors import UserError
 
@@ -82,6 +85,14 @@ class Disk:
 DISK = Disk()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. NotCommittedError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotCommittedError(f"{folder}: the folder cannot be made: {_reason(error)}") from error
+
+
 def write_all(fd: int, data: memoryview, disk: Disk = DISK) -> None:
     """Write every byte of `data` (format B); a short write is continued, one of nothing is an OSError."""
     while data:
@@ -97,9 +108,8 @@ def commit(path: Path, size: int, chunks: Iterable[memoryview], disk: Disk = DIS
     Raises NotCommittedError (the old file stands) or DurabilityUnknownError (the new one stands, not surely for good).
     """
 
-    def write(temporary: Path) -> None:
-        free = disk.free_bytes(path.parent)
-        if free < size:
+    with _installed(path, disk, size) as temporary:
+        if disk.free_bytes(path.parent) < size:
             raise OSError(errno.ENOSPC, "not enough free space")
         fd = disk.open(temporary)
         try:
@@ -109,7 +119,63 @@ def commit(path: Path, size: int, chunks: Iterable[memoryview], disk: Disk = DIS
         finally:
             disk.close(fd)
 
-    _install(path, size, write, disk)
+
+@contextlib.contextmanager
+def atomic_file(path: Path, disk: Disk = DISK) -> Iterator[IO[bytes]]:
+    """An unbuffered, seekable file to write; at the end of the block it stands at `path`, all of it or nothing.
+
+    Raises as `commit`; when the block raises, what was at `path` before is still there.
+    """
+    with _installed(path, disk) as temporary:
+        fd = disk.open(temporary)
+        try:
+            yield cast(IO[bytes], _Written(fd, disk))
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, disk: Disk = DISK) -> Iterator[Path]:
+    """`atomic_file` for a library that writes the file itself: the block writes at the path it is given."""
+    with _installed(path, disk) as temporary:
+        yield temporary
+        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+
+
+def write_json(path: Path, content: Mapping[str, Any], disk: Disk = DISK, *, sort_keys: bool = False) -> None:
+    """Put `content` at `path` as readable JSON, atomically; with `sort_keys` equal values are equal bytes.
+
+    Raises as `commit`, and ValueError for NaN and Infinity, which are no JSON.
+    """
+    data = (json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n").encode()
+    commit(path, len(data), [memoryview(data)], disk)
+
+
+class _Written(io.RawIOBase):
+    """A file being written through a `Disk`; the descriptor stays its maker's."""
+
+    def __init__(self, fd: int, disk: Disk) -> None:
+        super().__init__()
+        self._fd, self._disk = fd, disk
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        write_all(self._fd, view, self._disk)
+        return len(view)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return os.lseek(self._fd, offset, whence)
 
 
 def commit_link(source: Path, target: Path, disk: Disk = DISK) -> None:
@@ -121,7 +187,8 @@ def commit_link(source: Path, target: Path, disk: Disk = DISK) -> None:
         # Between two names of one file a rename does nothing, and would leave the temporary name behind.
         return
     try:
-        _install(target, 0, lambda temporary: disk.link(source, temporary), disk)
+        with _installed(target, disk) as temporary:
+            disk.link(source, temporary)
     except NotCommittedError as error:
         if not isinstance(error.__cause__, OSError) or error.__cause__.errno in (errno.EIO, errno.ENOSPC, errno.ENOENT):
             raise
@@ -134,10 +201,12 @@ def _blocks(path: Path) -> Iterator[memoryview]:
             yield memoryview(block)
 
 
-def _install(path: Path, size: int, make: Callable[[Path], None], disk: Disk) -> None:
+@contextlib.contextmanager
+def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path]:
+    """A temporary path to make a file at, which is renamed to `path` at the end of the block."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
-        make(temporary)
+        yield temporary
         disk.replace(temporary, path)
     except BaseException as error:
         # A file whose fsync failed is not synced again: the system may have dropped its pages and report success then.
@@ -155,13 +224,14 @@ def _install(path: Path, size: int, make: Callable[[Path], None], disk: Disk) ->
         ) from error
 
 
-def _failure(path: Path, size: int, error: OSError, disk: Disk) -> str:
+def _failure(path: Path, size: int | None, error: OSError, disk: Disk) -> str:
     try:
         free = f"{disk.free_bytes(path.parent):,}"
     except OSError:
         free = "an unknown number of"
+    needed = "" if size is None else f"{size:,} bytes needed, "
     return (
-        f"{path}: not saved ({_reason(error)}): {size:,} bytes needed, {free} bytes free in {path.parent};"
+        f"{path}: not saved ({_reason(error)}): {needed}{free} bytes free in {path.parent};"
         " the earlier file, if any, is untouched"
     )
 

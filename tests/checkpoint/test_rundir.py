@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import CheckpointError, SaveError
-from protomamba.checkpoint.folder import RunDir, find_resumable, write_json
+from protomamba.checkpoint.folder import RunDir, find_resumable
 from protomamba.errors import UserError
-from protomamba.storage import Disk
+from protomamba.storage import Disk, write_json
 
 
 def save(run: RunDir, step: int, *, latest: bool = True, best: bool = False) -> None:
@@ -254,5 +254,5 @@ def test_json_is_atomic_readable_and_strict(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_line_for_people(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be made the run's folder"):
+    with pytest.raises(UserError, match="the folder cannot be made"):
         RunDir(tmp_path / "file" / "run")

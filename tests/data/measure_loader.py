@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from protomamba.data import Prefetcher, TokenStream, in_memory, open_token_dir, open_token_file
-from protomamba.data.files import atomic_file
 from protomamba.data.formats import TokenWriter
+from protomamba.storage import atomic_file
 
 ROUNDS, STEPS = 3, 40
 

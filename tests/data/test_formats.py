@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protomamba.data import in_memory, infer_vocab, open_token_dir, open_token_file
-from protomamba.data.files import atomic_file
 from protomamba.data.formats import TokenWriter
 from protomamba.data.shards import ShardSet
 from protomamba.data.text import parse_text_file
 from protomamba.errors import ConfigError, UserError
+from protomamba.storage import atomic_file
 
 TOKENS = [3, 0, 70, 12, 5, 65535, 9]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from protomamba.data import TokenStream, in_memory, index, open_token_file
-from protomamba.data.files import WriteError, atomic_file
 from protomamba.errors import UserError
+from protomamba.storage import NotCommittedError, atomic_file
 
 
 def backdate(path: Path, seconds: int = 60) -> None:
@@ -152,8 +152,8 @@ def test_atomic_file_leaves_the_old_contents_when_it_fails(tmp_path: Path) -> No
     with pytest.raises(RuntimeError), atomic_file(path) as file:
         file.write(b"new")
         raise RuntimeError
-    full = r"a: cannot be written: No space left on device \(.* bytes free there\)"
-    with pytest.raises(WriteError, match=full), atomic_file(path):
+    full = r"a: not saved \(No space left on device\): .* bytes free in "
+    with pytest.raises(NotCommittedError, match=full), atomic_file(path):
         raise OSError(28, os.strerror(28))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]

@@ -28,9 +28,9 @@ from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint, CheckpointError, SaveError, SaveReport
 from protomamba.checkpoint.lock import RunLock
 from protomamba.errors import UserError
-from protomamba.storage import DISK, Disk, commit, commit_link, remove_stale_temporaries
+from protomamba.storage import DISK, Disk, commit_link, make_folder, remove_stale_temporaries, write_json
 
-__all__ = ["Resumable", "RunDir", "RunLock", "find_resumable", "make_folder", "write_json"]
+__all__ = ["Resumable", "RunDir", "RunLock", "find_resumable", "make_folder"]
 
 LATEST = "latest.safetensors"
 BEST = "best.safetensors"
@@ -40,12 +40,6 @@ _JSON_FILES = ("config.json", "run_state.json")
 
 def _is_ours(name: str) -> bool:
     return name in (LATEST, BEST, *_JSON_FILES) or _NUMBERED.fullmatch(name) is not None
-
-
-def write_json(path: Path, content: Mapping[str, Any], disk: Disk = DISK) -> None:
-    """Put `content` at `path` as readable JSON, atomically. SaveError as for a checkpoint."""
-    data = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-    commit(path, len(data), [memoryview(data)], disk)
 
 
 class RunDir:
@@ -191,14 +185,6 @@ class RunDir:
             return checkpoint.read_info(path).get("run_id") == self.run_id
         except CheckpointError:
             return False
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run. UserError if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made the run's folder: {error.strerror}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

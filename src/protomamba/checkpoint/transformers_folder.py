@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from torch.nn.functional import normalize
 
 from protomamba.config import NORM_EPS, ModelConfig
 from protomamba.errors import ConfigError, UserError
+from protomamba.storage import atomic_file, atomic_path, make_folder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -92,10 +90,13 @@ def write_transformers_folder(
     settings = _their_config(config, eos_token)
     tensors = _their_tensors(config, state)
     out_dir = Path(out_dir)
-    written = [_write(out_dir / SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))]
-    for name, text in {**(tokenizer_files or {}), "config.json": json.dumps(settings, indent=2) + "\n"}.items():
-        written.append(_write(out_dir / name, partial(_write_text, text)))
-    return written
+    make_folder(out_dir)
+    _write_tensors(tensors, out_dir / SINGLE)
+    texts = {**(tokenizer_files or {}), "config.json": json.dumps(settings, indent=2) + "\n"}
+    for name, text in texts.items():
+        with atomic_file(out_dir / name) as file:
+            file.write(text.encode())
+    return [out_dir / name for name in (SINGLE, *texts)]
 
 
 def transformers_names(config: ModelConfig) -> dict[str, str]:
@@ -276,19 +277,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _write(file: Path, writer: Callable[[Path], None]) -> Path:
-    """Write under a temporary name, then rename: a file of the folder is never half of itself."""
-    temporary = file.with_name(f".{file.name}.tmp")
+def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        writer(temporary)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
         raise UserError(f"{file}: cannot be written: {error}") from None
-    return file
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")

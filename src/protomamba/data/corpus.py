@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from protomamba.data.files import atomic_file, reference
+from protomamba.data.files import reference
 from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import MANIFEST, Manifest, ShardEntry
 from protomamba.data.shards import ShardSet, open_token_file
 from protomamba.data.tokenizer import BYTES_EOS, ByteTokenizer
 from protomamba.errors import UserError
+from protomamba.storage import atomic_file, make_folder
 
 SHARD = "stdlib.bin"
 LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data"}
@@ -55,10 +56,7 @@ def _build(folder: Path) -> None:
     sources = stdlib_sources(root)
     if not sources:
         raise UserError(f"{root}: this Python came without its library's sources; give tokens with --token-file")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another --out-dir") from error
+    make_folder(folder)
     with atomic_file(folder / SHARD) as file:
         writer = TokenWriter(file, "<u2")
         for source in sources:

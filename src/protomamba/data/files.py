@@ -1,25 +1,18 @@
-"""Files: atomic writing, the checksum that identifies contents, and operating-system errors in plain words."""
+"""Files: reading, the checksum that identifies contents, and operating-system errors in plain words."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from protomamba.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-
-
-class WriteError(UserError):
-    """A file could not be written; callers that have another place to write to catch this one."""
 
 
 @dataclass(frozen=True)
@@ -86,61 +79,6 @@ def reference(path: Path) -> FileRef:
     """Examine a file now. The status is taken before the contents, so a later change cannot hide behind it."""
     status = check_regular_file(path)
     return FileRef.of(path, status, sha256_of(path))
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file so that `path` holds either its old contents or all of the new ones, also after a power cut.
-
-    Raises WriteError with the path and the free space if it cannot be written; the temporary file is removed.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w+b", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        sync_folder(path.parent)
-    except OSError as error:
-        raise WriteError(f"{path}: cannot be written: {os_message(error)}{_free_space(path.parent)}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    # The only portable way to read the mask is to set it. NamedTemporaryFile makes private files; data is shared.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _free_space(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        return f" ({shutil.disk_usage(folder).free:,} bytes free there)"
-    return ""
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping atomically as readable JSON with a fixed order of keys, so equal values are equal bytes."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,17 +20,15 @@ import numpy.typing as npt
 
 from protomamba.data.files import (
     FileRef,
-    WriteError,
-    atomic_file,
     check_regular_file,
     read_json,
     reference,
     sha256_of,
-    write_json,
 )
 from protomamba.data.formats import HEADER_BYTES, Layout, TokenWriter, check_token_count, read_layout, scan
 from protomamba.data.text import parse_text_file
 from protomamba.errors import UserError
+from protomamba.storage import SaveError, atomic_file, make_folder, write_json
 
 CACHE_FOLDER = ".protomamba"
 ENTRY_VERSION = 1
@@ -91,14 +89,14 @@ def _convert(path: Path, folders: list[Path]) -> Indexed:
     for folder in folders:
         store = folder / f"{path.name}.tokens"
         try:
-            _make_folder(folder)
+            make_folder(folder)
             with atomic_file(store) as file:
                 writer = TokenWriter(file, "<u4")
                 for tokens in parse_text_file(path):
                     writer.write(tokens)
                 writer.finish()
                 check_token_count(path, writer.tokens)
-        except WriteError as error:
+        except SaveError as error:
             reason = str(error)
             continue
         _check_unchanged(source)
@@ -123,22 +121,15 @@ def _check_unchanged(source: FileRef) -> None:
         raise UserError(f"{source.path}: changed while it was read; start again when it is complete")
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{folder}: cannot be made: {error.strerror}") from error
-
-
 def _save(folders: list[Path], indexed: Indexed) -> Indexed:
     """Write the entry where it can be written; where it cannot, the note says what that costs."""
     reason = ""
     for folder in folders:
         try:
-            _make_folder(folder)
-            write_json(folder / f"{indexed.source.path.name}.json", dict(_to_entry(indexed)))
+            make_folder(folder)
+            write_json(folder / f"{indexed.source.path.name}.json", dict(_to_entry(indexed)), sort_keys=True)
             return indexed
-        except WriteError as error:
+        except SaveError as error:
             reason = str(error)
     note = f"{indexed.source.path.name}: no index kept, so it is read in full at each start ({reason})"
     return replace(indexed, note=note)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.files import read_json, write_json
+from protomamba.data.files import read_json
 from protomamba.errors import UserError
+from protomamba.storage import write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "protomamba-shards"
@@ -56,7 +57,7 @@ class Manifest:
         """Write it atomically, last of all: a folder with a manifest is complete."""
         body = {key: value for key, value in vars(self).items() if key != "folder"}
         body["shards"] = [asdict(shard) for shard in self.shards]
-        write_json(self.path, {"format": FORMAT, "version": VERSION, "tokens": self.tokens, **body})
+        write_json(self.path, {"format": FORMAT, "version": VERSION, "tokens": self.tokens, **body}, sort_keys=True)
 
     def check_names(self, names: set[str]) -> None:
         """UserError unless the folder holds just the shards that are listed."""

@@ -22,11 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.documents import Piece, Source, find_sources, grouped, pieces_of
-from protomamba.data.files import atomic_file, os_message, read_json, reference, sha256_of, write_json
+from protomamba.data.files import chunks_of, read_json, reference, sha256_of
 from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import Manifest, ShardEntry, read_manifest
 from protomamba.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer
 from protomamba.errors import ConfigError, UserError
+from protomamba.storage import atomic_file, make_folder, write_json
 
 PROGRESS_FILE = "prepare-progress.json"
 Progress = Callable[[int, int], None]
@@ -105,15 +106,13 @@ class _State:
 
     def write(self, folder: Path) -> None:
         shards = [asdict(shard) for shard in self.shards]
-        write_json(folder / PROGRESS_FILE, {"plan": self.plan, "shards": shards, "next_places": self.next_places})
+        state = {"plan": self.plan, "shards": shards, "next_places": self.next_places}
+        write_json(folder / PROGRESS_FILE, state, sort_keys=True)
 
 
 def _open_folder(folder: Path, plan: str) -> _State | Manifest:
     """The finished manifest, the state to go on from, or a new one. UserError if the folder is in other use."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {os_message(error)}; choose another --out-dir") from error
+    make_folder(folder)
     other = f"{folder}: holds shards made from other inputs or with other options; choose an empty --out-dir"
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -155,8 +154,7 @@ def _tokenizer(
     path = folder / TOKENIZER_FILE
     if train_bpe is None:
         if name != "bytes":
-            with atomic_file(path) as file:
-                file.write(Path(name).read_bytes())
+            _copy(Path(name), path)
         return load_tokenizer(name if name == "bytes" else str(path), eos)
     if name != "bytes":
         raise ConfigError("--train-bpe makes a tokenizer and --tokenizer names one: give one of them")
@@ -165,6 +163,12 @@ def _tokenizer(
         with atomic_file(path) as file:
             file.write(train_bpe_tokenizer(texts, train_bpe).encode())
     return load_tokenizer(str(path), eos)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_file(target) as file:
+        for block in chunks_of(source):
+            file.write(block)
 
 
 @dataclass(frozen=True)
