@@ -15,6 +15,7 @@ from torch import Tensor
 from protomamba import kernels
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import matmul, native
+from protomamba.kernels.arguments import Arguments
 
 from . import test_conv, test_scan
 
@@ -83,9 +84,48 @@ def test_transpose(level: str, shape: tuple[int, int]) -> None:
     assert torch.equal(matmul.transpose(x_RC), x_RC.t())
 
 
-def test_a_wrong_number_of_fields_is_refused(library: native.Library) -> None:
-    with pytest.raises(RuntimeError, match="pm_transpose: 5 fields do not make its argument struct"):
-        library.call("transpose", 1, 2, 3)
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        (
+            Arguments("rows columns in_row: int", "out x: pointer"),
+            r"field 4 .* expected out \(pointer at byte 40\), found x",
+        ),
+        (
+            Arguments("rows columns in_row: int", "x: pointer"),
+            r"field 5 .* expected none, found out \(pointer at byte 48",
+        ),
+        (
+            Arguments("rows columns: int", "in_row: float", "x out: pointer"),
+            r"expected in_row \(float at byte 32\), found",
+        ),
+    ],
+    ids=["two pointers swapped", "one missing", "another kind"],
+)
+def test_a_struct_that_differs_from_the_librarys_is_refused_when_loading(
+    library: native.Library, declared: Arguments, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native.OPS, "transpose", declared)
+    with pytest.raises(UserError, match=f"{message}.*rebuild it"):
+        native.Library(library.level)
+
+
+def test_an_op_that_the_library_lacks_is_refused_when_loading(
+    library: native.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(native.OPS, "untold", Arguments("x: pointer"))
+    with pytest.raises(UserError, match=r"field 0 of the arguments of untold: expected pool .*found none; rebuild it"):
+        native.Library(library.level)
+
+
+def test_a_call_takes_the_fields_of_its_struct_by_name(library: native.Library) -> None:
+    x_RC, out_CR = torch.randn(2, 3), torch.empty(3, 2)
+    with pytest.raises(TypeError, match="in_row"):
+        library.transpose(rows=2, columns=3, x=x_RC, out=out_CR)
+    with pytest.raises(TypeError, match="in_"):
+        library.transpose(rows=2, columns=3, in_row=3, in_=x_RC, out=out_CR)
+    library.transpose(rows=2, columns=3, in_row=3, x=x_RC, out=out_CR)
+    assert torch.equal(out_CR, x_RC.t())
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:

@@ -18,6 +18,7 @@ from protomamba.bench.memory import peak_rss_mib
 from protomamba.bench.shapes import Shape, build
 from protomamba.bench.timing import Samples, interleave
 from protomamba.kernels import native
+from protomamba.kernels.arguments import OPS
 from protomamba.train.trainer import Trainer
 
 PARTS = ("matrix products", "scan", "conv", "norm", "head", "optimizer", "other")
@@ -124,17 +125,23 @@ def part_shares(shape: Shape, precision: str) -> dict[str, float]:
 @contextmanager
 def named_events() -> Iterator[None]:
     """Native calls appear in a profile under the names of their ops."""
-    plain = native.Library.call
-
-    def recorded(library: native.Library, op: str, *fields: int) -> None:
-        with record_function(f"native {op}"):
-            plain(library, op, *fields)
-
-    native.Library.call = recorded  # type: ignore[method-assign, assignment]
+    library = native.select("bench", native.floats(0))
+    plain = {op: getattr(library, op) for op in OPS} if library else {}
+    for op, function in plain.items():
+        setattr(library, op, _recorded(op, function))
     try:
         yield
     finally:
-        native.Library.call = plain  # type: ignore[method-assign]
+        for op, function in plain.items():
+            setattr(library, op, function)
+
+
+def _recorded(op: str, function: Callable[..., None]) -> Callable[..., None]:
+    def call(**fields: Any) -> None:
+        with record_function(f"native {op}"):
+            function(**fields)
+
+    return call
 
 
 # The first that the start of a name matches decides; None asks the event around it.
@@ -142,7 +149,7 @@ _NAMES = (
     ("native scan", "scan"),
     ("native conv", "conv"),
     ("native norm", "norm"),
-    ("native sphere", "head"),
+    ("native prototype_loss", "head"),
     ("native transpose", "matrix products"),
     ("native square_sums", "optimizer"),
     ("native ", "other"),

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
-from protomamba.kernels.native import Library, mask_view, pointer, view
+from protomamba.kernels.native import Library
 
 
 def causal_conv(
@@ -83,12 +83,9 @@ def conv_forward(
     taps = weight.shape[-1]
     y = torch.empty(u.shape, dtype=u.dtype)
     last = native.floats(n_batch, taps - 1, width) if want_last else None
-    library.call(
-        "conv_forward",
-        n_batch, length, width, taps, u.dtype == torch.bfloat16,
-        *view(u), *view(y), *mask_view(reset),
-        pointer(weight), pointer(bias), pointer(initial), pointer(last),
-        *(0,) * 10,
+    library.conv_forward(
+        B=n_batch, L=length, E=width, K=taps, is_bf16=u.dtype == torch.bfloat16,
+        u=u, y=y, reset=reset, weight=weight, bias=bias, initial=initial, last=last,
     )  # fmt: skip
     return y, last
 
@@ -101,11 +98,9 @@ def conv_backward(
     n_batch, length, width = u.shape
     dweight = torch.empty_like(weight)
     dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (bias, initial))
-    library.call(
-        "conv_backward",
-        n_batch, length, width, weight.shape[-1], u.dtype == torch.bfloat16,
-        *view(u), 0, 0, 0, *mask_view(reset),
-        pointer(weight), pointer(bias), pointer(initial), 0,
-        *view(dy), *view(du), pointer(dlast), pointer(dweight), pointer(dbias), pointer(dinitial),
+    library.conv_backward(
+        B=n_batch, L=length, E=width, K=weight.shape[-1], is_bf16=u.dtype == torch.bfloat16,
+        u=u, reset=reset, weight=weight, bias=bias, initial=initial,
+        dy=dy, du=du, dlast=dlast, dweight=dweight, dbias=dbias, dinitial=dinitial,
     )  # fmt: skip
     return dweight, dbias, dinitial

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.mamba_block import check_block_shapes, mamba_block
 from protomamba.kernels.matmul import FEW_ROWS
-from protomamba.kernels.native import Library, float_bits, pointer
+from protomamba.kernels.native import Library
 from protomamba.kernels.reference import BlockState, BlockWeights, LogitProjection
 
 
@@ -42,14 +43,12 @@ class MambaStepper:
             return
         taps_KE = weights.conv_weight_E1K.detach()[:, 0].t().contiguous()
         A_EN = -torch.exp(weights.A_log_EN.detach())
-        w = weights._replace(conv_weight_E1K=taps_KE, A_log_EN=A_EN)
-        self._held = w  # what the addresses point to
-        self._sizes = (*(sizes[letter] for letter in "BDENRK"), float_bits(eps))
-        self._pointers = tuple(pointer(x) for x in (*w, *state))
-
-    def arguments(self, x_BD: Tensor, result_BD: Tensor) -> tuple[int, ...]:
-        """The fields of the native op for a contiguous float32 x and result, which may be the same."""
-        return (*self._sizes, pointer(x_BD), *self._pointers, pointer(result_BD))
+        w = weights
+        self.fields: Mapping[str, Any] = {letter: sizes[letter] for letter in "BDENRK"} | {
+            "eps": eps, "norm": w.norm_D, "in_proj": w.in_proj_WD, "taps": taps_KE, "conv_bias": w.conv_bias_E,
+            "x_proj": w.x_proj_SE, "dt_proj": w.dt_proj_ER, "dt_bias": w.dt_bias_E, "A": A_EN, "skip": w.D_E,
+            "out_proj": w.out_proj_DE, "conv_state": state.conv_BKE, "ssm_state": state.ssm_BEN,
+        }  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, x_BD: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ class MambaStepper:
         if not self.native or x_BD.dtype != torch.float32:
             return self._by_block(x_BD)
         x, result_BD = x_BD.contiguous(), native.floats(*x_BD.shape)
-        self._library.call("step", *self.arguments(x, result_BD))
+        self._library.step(x=x, out=result_BD, **self.fields)
         return result_BD
 
     def _by_block(self, x_BD: Tensor) -> Tensor:
@@ -105,19 +104,20 @@ class DecodeStepper:
         self._library, self._batch, self._tokens, self._classes = library, steppers[0].batch, sizes["I"], sizes["V"]
         x_BD, z_BD = native.floats(2, self._batch, sizes["D"])
         blocks = torch.frombuffer(
-            bytearray(b"".join(library.pack(*stepper.arguments(x_BD, x_BD)) for stepper in steppers)), dtype=torch.uint8
+            bytearray(b"".join(library.pack("step", x=x_BD, out=x_BD, **stepper.fields) for stepper in steppers)),
+            dtype=torch.uint8,
         )
-        self._held = (x_BD, z_BD, blocks, steppers, embedding_ID, norm_D, scoring)
-        self._before = (
-            self._batch, sizes["D"], sizes["V"], len(steppers), int(scoring.unit), float_bits(eps),
-            float_bits(scoring.scale), pointer(blocks),
-        )  # fmt: skip
-        self._after = tuple(pointer(x) for x in (embedding_ID, norm_D, scoring.matrix_VD, x_BD, z_BD))
+        self._held = steppers  # what the blocks point to
+        self._fields: Mapping[str, Any] = {
+            "B": self._batch, "D": sizes["D"], "V": sizes["V"], "layers": len(steppers), "unit": scoring.unit,
+            "eps": eps, "scale": scoring.scale, "blocks": blocks, "embedding": embedding_ID, "norm": norm_D,
+            "head": scoring.matrix_VD, "x": x_BD, "z": z_BD,
+        }  # fmt: skip
 
     def __call__(self, tokens_B: Tensor) -> Tensor:
         tokens, values = tokens_B.long().contiguous(), tokens_B.tolist()
         if len(values) != self._batch or not all(0 <= token < self._tokens for token in values):
             raise ValueError(f"decode_step: expected {self._batch} tokens from 0 to {self._tokens - 1}, got {values}")
         logits_BV = native.floats(self._batch, self._classes)
-        self._library.call("stack_step", *self._before, pointer(tokens), *self._after, pointer(logits_BV))
+        self._library.stack_step(tokens=tokens, scores=logits_BV, **self._fields)
         return logits_BV

@@ -19,7 +19,6 @@ from torch import Tensor
 from protomamba.errors import ConfigError
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
-from protomamba.kernels.native import pointer
 
 BACKENDS = ("torch", "onednn")
 # Up to this many rows a product is bound by reading the matrix, which no BLAS does at the memory's speed.
@@ -109,7 +108,7 @@ def transpose(x_RC: Tensor) -> Tensor:
         return x_RC.t().contiguous()
     n_row, n_column = x_RC.shape
     out_CR = native.floats(n_column, n_row)
-    library.call("transpose", n_row, n_column, x_RC.stride(0), pointer(x_RC), pointer(out_CR))
+    library.transpose(rows=n_row, columns=n_column, in_row=x_RC.stride(0), x=x_RC, out=out_CR)
     return out_CR
 
 
@@ -129,5 +128,5 @@ def product(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     if len(x) > FEW_ROWS:
         return linear(x, w)
     out_TO = native.floats(len(x), len(w))
-    library.call("product", len(x), *w.shape, x.shape[1], pointer(x), pointer(w), pointer(out_TO))
+    library.product(T=len(x), rows=w.shape[0], columns=w.shape[1], x_stride=x.shape[1], x=x, w=w, y=out_TO)
     return out_TO

@@ -6,21 +6,23 @@ import ctypes
 import functools
 import logging
 import os
-import struct
 import sys
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from protomamba.errors import ConfigError, UserError
+from protomamba.kernels.arguments import OPS, Field
 
 # From the lowest to the highest; the index is what pm_cpu_level returns.
 LEVELS = ("baseline", "avx2", "avx512")
 MODES = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-ABI = 1
+ABI = 2
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _log = logging.getLogger("protomamba")
@@ -28,11 +30,21 @@ _mode: str | None = None
 _level: str | None = None
 
 
+class _CField(ctypes.Structure):
+    """`Field` of csrc/layout.h."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("kind", ctypes.c_char_p), ("offset", ctypes.c_int64))
+
+
 class Library:
-    """One loaded level of the native kernels."""
+    """One loaded level of the native kernels: each op of `arguments.OPS` is a function of the fields of its struct."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, op: str) -> Callable[..., None]: ...
 
     def __init__(self, level: str) -> None:
-        path = library_dir() / f"libprotomamba_{level}{_SUFFIX}"
+        self._path = path = library_dir() / f"libprotomamba_{level}{_SUFFIX}"
         if not path.is_file():
             raise UserError(f"{path}: no native kernels there; build them with a C++ compiler: pip install -e .")
         try:
@@ -46,20 +58,40 @@ class Library:
         self.cpu_level = int(self._dll.pm_cpu_level())
         self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
         self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
+        for op in OPS:
+            self._check(op)
+            function = self._dll[f"pm_{op}"]
+            function.argtypes, function.restype = [ctypes.c_char_p], None
+            setattr(self, op, OPS[op].compile(function, self._parallel_for, torch.get_num_threads))
+
+    def _check(self, op: str) -> None:
+        """UserError unless the library's idea of the op's argument struct is that of `arguments`, field by field."""
+        for place, (mine, its) in enumerate(zip_longest(OPS[op].fields(), self.fields(op))):
+            if mine != its:
+                raise UserError(
+                    f"{self._path}: field {place} of the arguments of {op}: expected {_told(mine)}, "
+                    f"found {_told(its)}; rebuild it: pip install -e ."
+                )
+
+    def fields(self, op: str) -> list[Field]:
+        """The fields of the op's argument struct as the library has them; none if it lacks the op."""
+        try:
+            describe = self._dll[f"pm_{op}_fields"]
+        except AttributeError:
+            return []
+        described = ctypes.POINTER(_CField)()
+        describe.restype = ctypes.c_int64
+        count = describe(ctypes.byref(described))
+        return [Field(f.name.decode(), f.kind.decode(), f.offset) for f in described[:count]]
+
+    def pack(self, op: str, **fields: Any) -> bytes:
+        """The argument struct of an op, for structs that point to others."""
+        packed: bytes = OPS[op].compile(bytes, self._parallel_for, torch.get_num_threads)(**fields)
+        return packed
 
     def scan_chunk_floats(self, batch: int, length: int, width: int, states: int) -> int:
         """The number of floats in which a scan keeps the states at its chunks' starts for the backward pass."""
         return int(self._dll.pm_scan_chunk_floats(batch, length, width, states))
-
-    def call(self, op: str, *fields: int) -> None:
-        """Runs `op` on an argument struct of these 8-byte fields, after the two that describe torch's thread pool."""
-        packed = self.pack(*fields)
-        if getattr(self._dll, f"pm_{op}")(packed, ctypes.c_int64(len(packed))) != 0:
-            raise RuntimeError(f"pm_{op}: {len(packed) // 8} fields do not make its argument struct")
-
-    def pack(self, *fields: int) -> bytes:
-        """The argument struct of an op: torch's thread pool, then these fields."""
-        return struct.pack(f"{len(fields) + 2}q", self._parallel_for, torch.get_num_threads(), *fields)
 
     def map(self, which: str, x: Tensor) -> Tensor:
         """exp, exp2, sigmoid or softplus of a contiguous float32 tensor, as the kernels compute it."""
@@ -68,6 +100,10 @@ class Library:
         sizes = ctypes.c_int64(code), ctypes.c_int64(x.numel())
         self._dll.pm_map(sizes[0], ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), sizes[1])
         return out
+
+
+def _told(field: Field | None) -> str:
+    return "none" if field is None else f"{field.name} ({field.kind} at byte {field.offset})"
 
 
 def _torch_pool() -> tuple[int, ctypes.CDLL]:
@@ -196,26 +232,6 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def pointer(x: Tensor | None) -> int:
-    """The address of a contiguous tensor's data; 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
-def view(x: Tensor | None) -> tuple[int, int, int]:
-    """Address, batch stride and row stride of a (batch, row, lane) tensor with adjacent lanes; zeros for None."""
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def mask_view(x_BL: Tensor | None) -> tuple[int, int, int]:
-    """The view of a contiguous (batch, row) mask: its rows are single lanes."""
-    return (0, 0, 0) if x_BL is None else (x_BL.data_ptr(), x_BL.shape[1], 1)
-
-
 def rows(x: Tensor) -> Tensor:
     """x itself if its lanes are adjacent, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def float_bits(x: float) -> int:
-    """A double as the int64 with the same bits."""
-    return int(struct.unpack("q", struct.pack("d", x))[0])

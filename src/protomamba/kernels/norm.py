@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
-from protomamba.kernels.native import Library, float_bits, pointer
+from protomamba.kernels.native import Library
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
@@ -66,11 +66,9 @@ def norm_forward(
     n_token, width = x.shape
     y, scale = torch.empty(n_token, width, dtype=dtype), native.floats(n_token)
     total = None if residual is None else torch.empty_like(x)
-    library.call(
-        "norm_forward",
-        n_token, width, dtype == torch.bfloat16, float_bits(eps),
-        pointer(x), pointer(residual), pointer(weight), pointer(y), pointer(total), pointer(scale),
-        0, 0, 0, 0,
+    library.norm_forward(
+        T=n_token, D=width, out_is_bf16=dtype == torch.bfloat16, eps=eps,
+        x=x, residual=residual, weight=weight, y=y, total=total, scale=scale,
     )  # fmt: skip
     return y, total, scale
 
@@ -87,10 +85,8 @@ def norm_backward(
     """The gradient of the sum, `dtotal` added, and that of the weight if needed."""
     n_token, width = total.shape
     dx, dweight = torch.empty_like(total), torch.empty_like(weight) if needs_weight else None
-    library.call(
-        "norm_backward",
-        n_token, width, dy.dtype == torch.bfloat16, 0,
-        pointer(total), 0, pointer(weight), 0, 0, pointer(scale),
-        pointer(dy), pointer(dtotal), pointer(dx), pointer(dweight),
+    library.norm_backward(
+        T=n_token, D=width, out_is_bf16=dy.dtype == torch.bfloat16, eps=0.0,
+        x=total, weight=weight, scale=scale, dy=dy, dtotal=dtotal, dx=dx, dweight=dweight,
     )  # fmt: skip
     return dx, dweight

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
-from protomamba.kernels.native import Library, float_bits, pointer
+from protomamba.kernels.native import Library
 
 
 def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        loss, angles = sphere_forward(library, z, prototypes, targets)
+        loss, angles = prototype_loss_forward(library, z, prototypes, targets)
         ctx.save_for_backward(z, prototypes, targets, *angles)
         ctx.library = library
         return loss
@@ -49,7 +49,7 @@ class _PrototypeLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         z, prototypes, targets, *angles = ctx.saved_tensors
         _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
-        dz, dprototypes = sphere_backward(
+        dz, dprototypes = prototype_loss_backward(
             ctx.library, z, prototypes, targets, Angles(*angles), float(dloss), None, needs_z, needs_prototypes
         )
         return None, dz, dprototypes, None
@@ -63,20 +63,18 @@ class Angles(NamedTuple):
     inverse_p: Tensor
 
 
-def sphere_forward(library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> tuple[Tensor, Angles]:
+def prototype_loss_forward(library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> tuple[Tensor, Angles]:
     """The loss of contiguous float32 (T, D), (V, D) and int64 (T,), and what its backward pass needs."""
     n_token, width = z.shape
     loss, angles = native.floats(), Angles(*native.floats(3, n_token))
-    library.call(
-        "sphere_forward",
-        n_token, width, prototypes.shape[0],
-        pointer(z), pointer(prototypes), pointer(targets), *(pointer(x) for x in angles), pointer(loss),
-        0, 0, 0, 0,
+    library.prototype_loss_forward(
+        T=n_token, D=width, V=prototypes.shape[0], factor=0.0,
+        z=z, prototypes=prototypes, targets=targets, **angles._asdict(), loss=loss,
     )  # fmt: skip
     return loss / _count(targets), angles
 
 
-def sphere_backward(
+def prototype_loss_backward(
     library: Library,
     z: Tensor,
     prototypes: Tensor,
@@ -90,11 +88,10 @@ def sphere_backward(
     """The gradients of z and the prototypes. dcosine: of what else depends on the tokens' cosines."""
     dz = torch.empty_like(z) if needs_z else None
     dprototypes = torch.empty_like(prototypes) if needs_prototypes else None
-    library.call(
-        "sphere_backward",
-        *z.shape, prototypes.shape[0],
-        pointer(z), pointer(prototypes), pointer(targets), *(pointer(x) for x in angles), 0,
-        float_bits(dloss / _count(targets)), pointer(dcosine_T), pointer(dz), pointer(dprototypes),
+    library.prototype_loss_backward(
+        T=z.shape[0], D=z.shape[1], V=prototypes.shape[0], factor=dloss / _count(targets),
+        z=z, prototypes=prototypes, targets=targets, **angles._asdict(),
+        dcosine=dcosine_T, dz=dz, dprototypes=dprototypes,
     )  # fmt: skip
     return dz, dprototypes
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
-from protomamba.kernels.native import Library, mask_view, pointer, view
+from protomamba.kernels.native import Library
 
 
 def selective_scan(
@@ -119,12 +119,10 @@ def scan_forward(
     y = torch.empty(u.shape, dtype=u.dtype)
     last = native.floats(n_batch, width, n_state) if want_last else None
     chunks = native.floats(library.scan_chunk_floats(n_batch, length, width, n_state)) if keep else None
-    library.call(
-        "scan_forward",
-        n_batch, length, width, n_state, u.dtype == torch.bfloat16, softplus,
-        *view(u), *view(delta), *view(B), *view(C), *view(z), *view(y), *mask_view(reset),
-        pointer(A), pointer(skip), pointer(bias), pointer(initial), pointer(last), pointer(chunks),
-        *(0,) * 23,
+    library.scan_forward(
+        B=n_batch, L=length, E=width, N=n_state, is_bf16=u.dtype == torch.bfloat16, softplus=softplus,
+        u=u, delta=delta, Bm=B, Cm=C, z=z, y=y, reset=reset,
+        A=A, skip=skip, bias=bias, initial=initial, last=last, chunks=chunks,
     )  # fmt: skip
     return y, last, chunks
 
@@ -144,12 +142,11 @@ def scan_backward(
     n_batch, length, width = u.shape
     dA = torch.empty_like(A)
     dskip, dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (skip, bias, initial))
-    library.call(
-        "scan_backward",
-        n_batch, length, width, A.shape[1], u.dtype == torch.bfloat16, softplus,
-        *view(u), *view(delta), *view(B), *view(C), *view(z), 0, 0, 0, *mask_view(reset),
-        pointer(A), pointer(skip), pointer(bias), pointer(initial), 0, pointer(chunks),
-        *view(dy), *view(grads.u), *view(grads.delta), *view(grads.B), *view(grads.C), *view(grads.z),
-        pointer(dlast), pointer(dA), pointer(dskip), pointer(dbias), pointer(dinitial),
+    library.scan_backward(
+        B=n_batch, L=length, E=width, N=A.shape[1], is_bf16=u.dtype == torch.bfloat16, softplus=softplus,
+        u=u, delta=delta, Bm=B, Cm=C, z=z, reset=reset,
+        A=A, skip=skip, bias=bias, initial=initial, chunks=chunks,
+        dy=dy, du=grads.u, ddelta=grads.delta, dBm=grads.B, dCm=grads.C, dz=grads.z,
+        dlast=dlast, dA=dA, dskip=dskip, dbias=dbias, dinitial=dinitial,
     )  # fmt: skip
     return dA, dskip, dbias, dinitial

@@ -16,7 +16,7 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
 from protomamba.kernels.native import Library
-from protomamba.kernels.prototype_loss import Angles, check_targets, sphere_backward, sphere_forward
+from protomamba.kernels.prototype_loss import Angles, check_targets, prototype_loss_backward, prototype_loss_forward
 
 # Tokens at a time: with 512 classes their scores stay within 2 MiB, in the cache.
 BLOCK = 1_024
@@ -67,7 +67,7 @@ def separated_prototype_loss(
 class _SeparatedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, library: Library, sample: Sample, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        loss, angles = sphere_forward(library, z, prototypes, targets)
+        loss, angles = prototype_loss_forward(library, z, prototypes, targets)
         ctx.save_for_backward(z, prototypes, targets, *angles)
         ctx.library, ctx.sample = library, sample
         return loss
@@ -79,7 +79,7 @@ class _SeparatedLoss(torch.autograd.Function):
         angles, sample = Angles(*held), ctx.sample
         _, _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
         dcosine_T, dz_others, drows = _crowding_backward(z, prototypes, targets, angles, sample, float(dloss))
-        dz, dprototypes = sphere_backward(
+        dz, dprototypes = prototype_loss_backward(
             ctx.library, z, prototypes, targets, angles, float(dloss), dcosine_T, needs_z, needs_prototypes
         )
         if dz is not None:

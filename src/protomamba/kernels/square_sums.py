@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import native, reference
-from protomamba.kernels.native import pointer
 
 
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:
@@ -23,6 +22,6 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     sizes = torch.tensor([x.numel() for x in tensors])
     addresses = torch.tensor([x.data_ptr() for x in tensors])
     sums = torch.empty(len(tensors), dtype=torch.float64)
-    library.call("square_sums", len(tensors), pointer(sizes), pointer(addresses), pointer(sums))
+    library.square_sums(count=len(tensors), sizes=sizes, data=addresses, sums=sums)
     found: list[float] = sums.tolist()
     return found

@@ -9,8 +9,8 @@
 
 namespace pm {
 
-// A (batch, row, lane) tensor: strides in elements, lanes adjacent. Every field of every argument struct is 8 bytes wide,
-// so that Python passes one packed array of int64.
+// A (batch, row, lane) tensor: strides in elements, lanes adjacent. As all fields of argument structs it is made of
+// 8-byte words, so that no struct has a gap.
 struct View {
     char* data;
     int64_t batch, row;

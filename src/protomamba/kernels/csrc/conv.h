@@ -18,6 +18,7 @@ struct ConvArgs {
     int64_t blocks() const { return ceil_div(E, W); }
     int lanes(int64_t block) const { return int(std::min<int64_t>(W, E - block * W)); }
 };
+PM_FIELDS(ConvArgs, B, L, E, K, is_bf16, u, y, reset, weight, bias, initial, last, dy, du, dlast, dweight, dbias, dinitial)
 
 // How many of the `most` inputs that end at position t belong to its document.
 inline int64_t seen(const ConvArgs& a, int64_t b, int64_t t, int64_t most) {

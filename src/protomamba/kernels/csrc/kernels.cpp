@@ -1,11 +1,11 @@
-// The C ABI: every op takes a pointer to its argument struct, all of whose fields are 8 bytes wide, and the number of bytes
-// the caller wrote. Returns 0, or 1 if that is not the struct's size.
+// The C ABI: every op takes a pointer to its argument struct, whose fields are made of 8-byte words and are described by
+// pm_OP_fields.
 #include "conv.h"
 #include "norm.h"
 #include "product.h"
 #include "scan_backward.h"
-#include "sphere.h"
-#include "squares.h"
+#include "prototype_loss.h"
+#include "square_sums.h"
 #include "stack.h"
 #include "transpose.h"
 
@@ -16,7 +16,9 @@ using namespace pm;
 // Calls OP<float> or OP<bf16>.
 #define PM_BY_DTYPE(is_bf16, OP, args) ((is_bf16) ? OP<bf16>(args) : OP<float>(args))
 
-PM_EXPORT int64_t pm_abi() { return 1; }
+// Raised whenever one of the functions here that take no struct changes, or what a field means that keeps its name, kind and
+// place. Of all else the descriptions tell. kernels/native.py holds the number that it expects.
+PM_EXPORT int64_t pm_abi() { return 2; }
 
 // The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512.
 PM_EXPORT int64_t pm_cpu_level() {
@@ -33,13 +35,13 @@ PM_EXPORT int64_t pm_cpu_level() {
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
 
-// Defines the export of an op: checks the size of its argument struct `a`, then runs CALL.
-#define PM_OP(NAME, ARGS, CALL)                                    \
-    PM_EXPORT int32_t pm_##NAME(const ARGS* a, int64_t bytes) {     \
-        if (bytes != sizeof *a) return 1;                          \
-        CALL;                                                      \
-        return 0;                                                  \
-    }
+// Defines the exports of an op: what its argument struct `a` looks like (the fields, returning how many), and the op itself.
+#define PM_OP(NAME, ARGS, CALL)                                                \
+    PM_EXPORT int64_t pm_##NAME##_fields(const Field** fields) {               \
+        *fields = ARGS##Layout::fields;                                        \
+        return sizeof ARGS##Layout::fields / sizeof(Field);                    \
+    }                                                                          \
+    PM_EXPORT void pm_##NAME(const ARGS* a) { CALL; }
 
 PM_OP(scan_forward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_forward, *a))
 PM_OP(scan_backward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_backward, *a))
@@ -47,9 +49,9 @@ PM_OP(conv_forward, ConvArgs, PM_BY_DTYPE(a->is_bf16, conv_forward, *a))
 PM_OP(conv_backward, ConvArgs, PM_BY_DTYPE(a->is_bf16, conv_backward, *a))
 PM_OP(norm_forward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_forward, *a))
 PM_OP(norm_backward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_backward, *a))
-PM_OP(sphere_forward, SphereArgs, sphere_forward(*a))
-PM_OP(sphere_backward, SphereArgs, sphere_backward(*a))
-PM_OP(square_sums, SquaresArgs, square_sums(*a))
+PM_OP(prototype_loss_forward, PrototypeLossArgs, prototype_loss_forward(*a))
+PM_OP(prototype_loss_backward, PrototypeLossArgs, prototype_loss_backward(*a))
+PM_OP(square_sums, SquareSumsArgs, square_sums(*a))
 PM_OP(product, ProductArgs, product(*a))
 PM_OP(step, StepArgs, step(*a))
 PM_OP(stack_step, StackArgs, stack_step(*a))

@@ -1,6 +1,6 @@
 // RMS norm, with or without a residual added before it, forward and backward (definition: rms_norm in reference.py).
 #pragma once
-#include "common.h"
+#include "layout.h"
 
 namespace pm {
 
@@ -16,6 +16,7 @@ struct NormArgs {
     const float* dtotal;  // (T, D) or null: the gradient that reaches the sum by another way
     float *dx, *dweight;  // (T, D); (D,) or null
 };
+PM_FIELDS(NormArgs, T, D, out_is_bf16, eps, x, residual, weight, y, total, scale, dy, dtotal, dx, dweight)
 
 constexpr int64_t NORM_PARTS = 16;
 

@@ -4,7 +4,7 @@
 // a chunk, over its blocks: everything a block needs of a chunk stands in a Tile that stays in cache, the states of a group
 // of n stay in registers. The backward pass keeps only the state at the start of every chunk and recomputes the rest.
 #pragma once
-#include "common.h"
+#include "layout.h"
 
 namespace pm {
 
@@ -31,6 +31,8 @@ struct ScanArgs {
         return chunks + ((b * chunk_count() + c) * blocks() + block) * N * W;
     }
 };
+PM_FIELDS(ScanArgs, B, L, E, N, is_bf16, softplus, u, delta, Bm, Cm, z, y, reset, A, skip, bias, initial, last, chunks, dy, du, ddelta,
+          dBm, dCm, dz, dlast, dA, dskip, dbias, dinitial)
 
 inline int64_t scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) {
     return B * ceil_div(L, CHUNK) * ceil_div(E, W) * W * N;

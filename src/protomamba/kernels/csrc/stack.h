@@ -1,7 +1,7 @@
 // One token of a whole model in one call: embedding, blocks, norm, the head's scores (definition: decode_step in
 // reference.py). Between two tokens all weights pass through the caches, so that every visit to the caller costs a cold start.
 #pragma once
-#include "sphere.h"
+#include "prototype_loss.h"
 #include "step.h"
 
 namespace pm {
@@ -15,6 +15,7 @@ struct StackArgs {
     const float *embedding, *norm, *head;  // (tokens, D), (D,), (V, D)
     float *x, *z, *scores;                 // (B, D), (B, D), (B, V)
 };
+PM_FIELDS(StackArgs, B, D, V, layers, unit, eps, scale, blocks, tokens, embedding, norm, head, x, z, scores)
 
 inline void stack_step(const StackArgs& a) {
     for (int64_t b = 0; b < a.B; b++) std::memcpy(a.x + b * a.D, a.embedding + a.tokens[b] * a.D, a.D * sizeof(float));

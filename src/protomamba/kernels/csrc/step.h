@@ -18,6 +18,8 @@ struct StepArgs {
     int64_t width() const { return in_proj ? 2 * E : E; }
     int64_t projected() const { return R + 2 * N; }
 };
+PM_FIELDS(StepArgs, B, D, E, N, R, K, eps, x, norm, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, skip, out_proj, conv_state,
+          ssm_state, out)
 
 // u (E,) in: `lanes` new inputs from channel e; out: SiLU of the convolution. The state moves on by one.
 PM_INLINE void step_conv(const StepArgs& a, float* state, float* u, int64_t e, int lanes) {

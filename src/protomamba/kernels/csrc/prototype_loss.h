@@ -5,7 +5,7 @@
 
 namespace pm {
 
-struct SphereArgs {
+struct PrototypeLossArgs {
     Pool pool;
     int64_t T, D, V;
     const float *z, *prototypes;                  // (T, D), (V, D)
@@ -16,6 +16,7 @@ struct SphereArgs {
     const float* dcosine;         // (T,) or null: what else depends on the cosine, its gradient
     float *dz, *dprototypes;      // (T, D) or null, (V, D) or null
 };
+PM_FIELDS(PrototypeLossArgs, T, D, V, z, prototypes, targets, cosine, inverse_z, inverse_p, loss, factor, dcosine, dz, dprototypes)
 
 constexpr float MIN_NORM = 1e-12f;
 
@@ -37,7 +38,7 @@ inline float inverse_norm(const float* x, int64_t D) {
     return norm < MIN_NORM ? 0.0f : 1.0f / norm;
 }
 
-inline double sphere_row(const SphereArgs& a, int64_t t) {
+inline double prototype_loss_row(const PrototypeLossArgs& a, int64_t t) {
     if (a.targets[t] < 0) return 0.0;
     const float *z = a.z + t * a.D, *p = a.prototypes + a.targets[t] * a.D;
     float iz = inverse_norm(z, a.D), ip = inverse_norm(p, a.D);
@@ -48,12 +49,12 @@ inline double sphere_row(const SphereArgs& a, int64_t t) {
     return double(1.0f - c) * double(1.0f - c);
 }
 
-inline void sphere_forward(const SphereArgs& a) {
+inline void prototype_loss_forward(const PrototypeLossArgs& a) {
     int64_t parts = std::min(a.T, NORM_PARTS);
     double sums[NORM_PARTS] = {};
     run(a.pool, parts, [&](int64_t i) {
         Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) sums[i] += sphere_row(a, t);
+        for (int64_t t = rows.begin; t < rows.end; t++) sums[i] += prototype_loss_row(a, t);
     });
     double total = 0.0;
     for (double s : sums) total += s;
@@ -61,7 +62,7 @@ inline void sphere_forward(const SphereArgs& a) {
 }
 
 // The gradient of a row x whose unit vector meets that of `other` at cosine c; set, or added to what is there.
-PM_INLINE void pull(const SphereArgs& a, int64_t t, const float* x, float inverse_x, const float* other,
+PM_INLINE void pull(const PrototypeLossArgs& a, int64_t t, const float* x, float inverse_x, const float* other,
                     float inverse_other, float* dx, bool add) {
     float c = a.cosine[t], dcosine = float(a.factor) * -2.0f * (1.0f - c) + (a.dcosine ? a.dcosine[t] : 0.0f);
     float scale = dcosine * inverse_x;
@@ -73,7 +74,7 @@ PM_INLINE void pull(const SphereArgs& a, int64_t t, const float* x, float invers
 }
 
 // A part of the prototypes, each taking its tokens in order: the sum never depends on the threads.
-inline void sphere_backward_prototypes(const SphereArgs& a, Range classes) {
+inline void prototype_loss_backward_prototypes(const PrototypeLossArgs& a, Range classes) {
     std::memset(a.dprototypes + classes.begin * a.D, 0, (classes.end - classes.begin) * a.D * sizeof(float));
     for (int64_t t = 0; t < a.T; t++) {
         int64_t y = a.targets[t];
@@ -82,7 +83,7 @@ inline void sphere_backward_prototypes(const SphereArgs& a, Range classes) {
     }
 }
 
-inline void sphere_backward_row(const SphereArgs& a, int64_t t) {
+inline void prototype_loss_backward_row(const PrototypeLossArgs& a, int64_t t) {
     int64_t y = a.targets[t];
     if (y < 0)
         std::memset(a.dz + t * a.D, 0, a.D * sizeof(float));
@@ -90,12 +91,12 @@ inline void sphere_backward_row(const SphereArgs& a, int64_t t) {
         pull(a, t, a.z + t * a.D, a.inverse_z[t], a.prototypes + y * a.D, a.inverse_p[t], a.dz + t * a.D, false);
 }
 
-inline void sphere_backward(const SphereArgs& a) {
+inline void prototype_loss_backward(const PrototypeLossArgs& a) {
     int64_t row_parts = a.dz ? std::min(a.T, NORM_PARTS) : 0, class_parts = a.dprototypes ? std::min(a.V, NORM_PARTS) : 0;
     run(a.pool, row_parts + class_parts, [&](int64_t i) {
-        if (i >= row_parts) return sphere_backward_prototypes(a, part(a.V, class_parts, i - row_parts));
+        if (i >= row_parts) return prototype_loss_backward_prototypes(a, part(a.V, class_parts, i - row_parts));
         Range rows = part(a.T, row_parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) sphere_backward_row(a, t);
+        for (int64_t t = rows.begin; t < rows.end; t++) prototype_loss_backward_row(a, t);
     });
 }
 

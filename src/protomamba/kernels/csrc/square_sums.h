@@ -1,16 +1,17 @@
 // Sums of squares of many tensors in one pass (definition: square_sums in reference.py).
 #pragma once
-#include "common.h"
+#include "layout.h"
 
 namespace pm {
 
-struct SquaresArgs {
+struct SquareSumsArgs {
     Pool pool;
     int64_t count;
     const int64_t* sizes;      // (count,)
     const float* const* data;  // (count,)
     double* sums;              // (count,)
 };
+PM_FIELDS(SquareSumsArgs, count, sizes, data, sums)
 
 // Parts that each tensor is summed in, and the floats from which on a tensor is worth cutting.
 constexpr int64_t SQUARE_PARTS = 8, SQUARE_WHOLE = 4096;
@@ -43,7 +44,7 @@ inline double sum_squares(const float* x, int64_t count) {
     return total + exact_squares(x + i, count - i);
 }
 
-inline void square_sums(const SquaresArgs& a) {
+inline void square_sums(const SquareSumsArgs& a) {
     Buffer memory(2 * a.count * SQUARE_PARTS);
     double* partial = reinterpret_cast<double*>(memory.data);
     run(a.pool, SQUARE_PARTS, [&](int64_t i) {
