@@ -74,4 +74,6 @@ def _build(folder: Path) -> None:
         {"kind": tokenizer.kind, "identity": tokenizer.identity},
         {"what": "Python standard library", "python": platform.python_version(), "files": len(sources)},
         [ShardEntry(SHARD, writer.tokens, written.size, writer.max_token, written.sha256)],
+        preset="bytes",
+        raw_bytes=writer.tokens - len(sources),
     ).write()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from protomamba.data.labels import Integers, LabelledSequences
 from protomamba.data.order import derive_key, permute
-from protomamba.data.stream import STATE_VERSION, Identity, SeekableStream
+from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
+
+if TYPE_CHECKING:
+    from protomamba.data.labels import LabelledSequences
+
+Integers = npt.NDArray[np.int64]
 
 # Key of this order; it only has to differ from those of the other shuffles.
 _SEQUENCES = 3
 
 
-class LabelledStream(SeekableStream):
+class LabelledStream(BatchStream):
     """All sequences once an epoch, in an order drawn anew for each: a function of (seed, epoch, index).
 
     Row r of batch b is number b * batch_size + r of the endless order; a batch that the end of an epoch leaves unfilled

@@ -11,7 +11,7 @@ memory: 8 bytes a token.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.files import FileRef, os_message, reference
+from protomamba.data.labelled_stream import LabelledStream, labelled_eval_batches
 from protomamba.data.order import derive_key, shuffled
+from protomamba.data.source import DataInfo, StreamSpec
 from protomamba.data.stream import Identity
 from protomamba.data.text import MAX_TOKEN, parse_block
+from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 
 IGNORED = -100
@@ -78,6 +81,30 @@ class LabelledSequences:
     def lengths(self) -> Integers:
         """Tokens of each sequence."""
         return self.source.counts[self.chosen]
+
+    @property
+    def info(self) -> DataInfo:
+        """Vocabulary and classes as the largest token and label of the two files need them."""
+        return DataInfo(
+            vocab_size=self.max_token + 1, n_class=self.max_label + 1, longest=int(self.source.counts.max())
+        )
+
+    def class_counts(self) -> Integers:
+        """How often each class is the target of the chosen sequences."""
+        counts = np.zeros(self.max_label + 1, dtype=np.int64)
+        starts = self.source.starts
+        for row in self.chosen.tolist():
+            labels = self.labels[starts[row] : starts[row + 1]]
+            np.add.at(counts, labels[labels >= 0], 1)
+        return counts
+
+    def stream(self, spec: StreamSpec) -> LabelledStream:
+        """All sequences in an order drawn anew each epoch."""
+        return LabelledStream(self, batch_size=spec.batch_size, seed=spec.seed)
+
+    def eval_batches(self, spec: StreamSpec, count: int | None = None) -> Iterator[Batch]:
+        """`count` batches of sequences, None for all."""
+        return labelled_eval_batches(self, spec.batch_size, count)
 
     def identity(self) -> Identity:
         """The two files for a checkpoint: names, sizes and checksums of their contents, not the place."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from protomamba.data.files import read_json
+from protomamba.data.tokenizer import TOKENIZER_FILE
 from protomamba.errors import UserError
 from protomamba.storage import write_json
 
@@ -32,7 +34,8 @@ class Manifest:
     """The description of a prepared folder.
 
     `tokenizer` is {"kind": "bytes" or "huggingface", "identity": checksum}; its file, if any, is `tokenizer.json`
-    beside. `source` says what the tokens were made of. Equal inputs give equal manifests: there is no date in it.
+    beside. `source` says what the tokens were made of, `preset` what to train on them, `raw_bytes` is the length of
+    the text itself. Equal inputs give equal manifests: there is no date in it.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class Manifest:
     tokenizer: Mapping[str, Any]
     source: Mapping[str, Any]
     shards: Sequence[ShardEntry]
+    preset: str | None = None
+    raw_bytes: int | None = None
 
     @property
     def path(self) -> Path:
@@ -52,6 +57,20 @@ class Manifest:
     def tokens(self) -> int:
         """Tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the raw text; the end of a document counts as a token, not as a byte."""
+        return None if self.raw_bytes is None else self.raw_bytes / self.tokens
+
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer for `tokenizer_from_json`, carried unread: training does not need the library behind it."""
+        if not self.tokenizer.get("kind"):
+            return None
+        description = {"kind": self.tokenizer["kind"], "eos": self.eos_token}
+        if (path := self.folder / TOKENIZER_FILE).is_file():
+            description["tokenizer"] = path.read_text(encoding="utf-8")
+        return json.dumps(description)
 
     def write(self) -> None:
         """Write it atomically, last of all: a folder with a manifest is complete."""
@@ -98,6 +117,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             dict(body["tokenizer"]),
             dict(body["source"]),
             shards,
+            body.get("preset"),
+            body.get("raw_bytes"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged: {type(error).__name__}: {error}; make the folder again") from error

@@ -78,9 +78,8 @@ def prepare(
         if progress:
             progress(unit.read, total)
     writer.finish()
-    return _write_manifest(
-        folder, state, dtype, encoder, {"plan": plan, "inputs": listed, "documents": writer.documents}
-    )
+    made_of = {"plan": plan, "inputs": listed, "documents": writer.documents}
+    return _write_manifest(folder, state, dtype, encoder, made_of, writer.raw_bytes)
 
 
 def _describe(sources: Sequence[Source], jobs: int) -> list[dict[str, Any]]:
@@ -173,11 +172,12 @@ def _copy(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Unit:
-    """One unit of work: its number, tokens, the documents that end in it, and input bytes read after it."""
+    """One unit of work: its number, tokens, the documents that end in it, bytes of text, input bytes read after it."""
 
     number: int
     tokens: npt.NDArray[np.uint32]
     documents: int
+    raw_bytes: int
     read: int
 
 
@@ -195,7 +195,8 @@ def _encoded(sources: Sequence[Source], field: str, tokenizer: Tokenizer, jobs: 
 
     def encode(number: int, group: list[Piece], read: int) -> _Unit:
         tokens = np.empty(0, dtype=np.uint32) if number < first else _encode(group, tokenizer)
-        return _Unit(number, tokens, sum(piece.ends for piece in group), read)
+        raw_bytes = sum(len(piece.data) for piece in group)
+        return _Unit(number, tokens, sum(piece.ends for piece in group), raw_bytes, read)
 
     waiting: deque[Future[_Unit]] = deque()
     with _no_inner_threads(), ThreadPoolExecutor(jobs) as pool:
@@ -248,11 +249,12 @@ class _ShardWriter:
         self._parts: deque[tuple[int, int, npt.NDArray[np.uint32]]] = deque()  # unit, place in it, tokens
         self._held = 0
         self.first_unit, self._skip = state.next_places[-1] if state.next_places else (0, 0)
-        self.documents = 0
+        self.documents = self.raw_bytes = 0
 
     def add(self, unit: _Unit) -> None:
         """Take the tokens of the next unit and write the shards they fill."""
         self.documents += unit.documents
+        self.raw_bytes += unit.raw_bytes
         skip = self._skip if unit.number == self.first_unit else 0
         if unit.number >= self.first_unit and unit.tokens.size > skip:
             self._parts.append((unit.number, skip, unit.tokens[skip:]))
@@ -289,10 +291,20 @@ class _ShardWriter:
         self._state.write(self._folder)
 
 
-def _write_manifest(folder: Path, state: _State, dtype: str, tokenizer: Tokenizer, source: dict[str, Any]) -> Manifest:
+def _write_manifest(
+    folder: Path, state: _State, dtype: str, tokenizer: Tokenizer, source: dict[str, Any], raw_bytes: int
+) -> Manifest:
     described = {"kind": tokenizer.kind, "identity": tokenizer.identity}
     manifest = Manifest(
-        folder, dtype, tokenizer.vocab_size, tokenizer.eos_token, described, source, tuple(state.shards)
+        folder,
+        dtype,
+        tokenizer.vocab_size,
+        tokenizer.eos_token,
+        described,
+        source,
+        tuple(state.shards),
+        preset="bytes" if isinstance(tokenizer, ByteTokenizer) else "text",
+        raw_bytes=raw_bytes,
     )
     for stale in {path.name for path in folder.glob("shard-*.bin")} - {shard.name for shard in state.shards}:
         (folder / stale).unlink()  # of a stopped run, after a shard that was damaged since

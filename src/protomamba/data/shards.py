@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +23,11 @@ from protomamba.data.files import FileRef, os_message, sha256_of
 from protomamba.data.formats import EXTENSIONS, Layout, first_token_at_least
 from protomamba.data.index import Indexed, examine
 from protomamba.data.manifest import Manifest, read_manifest
+from protomamba.data.source import DataInfo, StreamSpec
+from protomamba.data.stream import Identity
+from protomamba.data.token_stream import TokenStream
+from protomamba.data.windows import Batch, Tokens, eval_batches
 from protomamba.errors import ConfigError, UserError
-
-Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,20 @@ class ShardSet:
         """The vocabulary the manifest declares, otherwise the largest token + 1."""
         return self.manifest.vocab_size if self.manifest else self.max_token + 1
 
-    def identity(self) -> list[dict[str, int | str]]:
+    @property
+    def info(self) -> DataInfo:
+        """The manifest's declarations; without one, only the vocabulary that the tokens need."""
+        if self.manifest is None:
+            return DataInfo(vocab_size=self.vocab_size)
+        return DataInfo(
+            vocab_size=self.vocab_size,
+            eos_token=self.manifest.eos_token,
+            tokenizer=self.manifest.tokenizer_json(),
+            preset=self.manifest.preset,
+            bytes_per_token=self.manifest.bytes_per_token,
+        )
+
+    def identity(self) -> Identity:
         """The identities of all shards, in order, for a checkpoint."""
         return [shard.identity() for shard in self.shards]
 
@@ -122,6 +137,13 @@ class ShardSet:
             )
         self._restamped[opened.path] = FileRef.of(opened.path, status, opened.sha256)
 
+    def check(self, *, vocab_size: int, classes: int, seq_len: int) -> None:
+        """`check_vocab`; a window's length is checked where windows are counted."""
+        self.check_vocab(vocab_size)
+
+    def class_counts(self) -> None:
+        """Not counted: it would mean reading everything."""
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError naming file and offset of the first token outside [0, vocab_size)."""
         for shard in self.shards:
@@ -142,11 +164,31 @@ class ShardSet:
             raise UserError(f"{shard.where}: changed while in use; start again when it is complete")
         return found
 
-    def split(self, val_ratio: float) -> tuple[ShardSet, ShardSet]:
+    def stream(self, spec: StreamSpec) -> TokenStream:
+        """The order of training windows."""
+        return TokenStream(
+            self,
+            batch_size=spec.batch_size,
+            seq_len=spec.seq_len,
+            seed=spec.seed,
+            packed=spec.packed,
+            shuffle_shards=spec.shuffle_shards,
+            eos_token=spec.eos_token,
+            reset_at_eos=spec.reset_at_eos,
+        )
+
+    def eval_batches(self, spec: StreamSpec, count: int | None = None) -> Iterator[Batch]:
+        """`count` batches of windows, None for all."""
+        return eval_batches(
+            self, spec.batch_size, spec.seq_len, count, eos_token=spec.eos_token, reset_at_eos=spec.reset_at_eos
+        )
+
+    def split(self, val_ratio: float, seed: int = 0) -> tuple[ShardSet, ShardSet]:
         """Training and validation part: the last `val_ratio` of all tokens, in the order of the shards, is held out.
 
         The tail of the whole set rather than of each shard: only one shard is cut, so small shards are not left with
-        tails shorter than a window, and only one text has its end in the other part. No token is in both parts.
+        tails shorter than a window, and only one text has its end in the other part. No token is in both parts;
+        `seed` changes nothing.
         """
         if not 0.0 < val_ratio < 1.0:
             raise ConfigError(f"--val-ratio {val_ratio}: expected more than 0 and less than 1 to hold out a part")

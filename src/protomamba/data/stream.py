@@ -14,7 +14,7 @@ _PLACE = ("batch", "epoch", "window", "shards")
 Identity = list[dict[str, int | str]]
 
 
-class SeekableStream(ABC):
+class BatchStream(ABC):
     """An endless sequence of batches. Iterating goes on from `position`, the number of the next batch.
 
     `state_dict` is that position with all that the order depends on: plain integers and strings.
@@ -25,6 +25,9 @@ class SeekableStream(ABC):
     @abstractmethod
     def batch(self, index: int) -> Batch:
         """Batch number `index` (from 0); a pure function, safe in any thread."""
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batch(index)
 
     @abstractmethod
     def cursor(self, index: int) -> Cursor:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.order import derive_key, permute, shuffled
-from protomamba.data.shards import ShardSet
-from protomamba.data.stream import STATE_VERSION, Identity, SeekableStream
+from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor, make_batch, read_windows, window_counts
+
+if TYPE_CHECKING:
+    from protomamba.data.shards import ShardSet
 
 # Keys of the two kinds of shuffling; they only have to differ.
 _WINDOWS, _SHARDS = 1, 2
@@ -33,7 +36,7 @@ class _Epoch:
     before: npt.NDArray[np.int64]
 
 
-class TokenStream(SeekableStream):
+class TokenStream(BatchStream):
     """An endless, seekable sequence of batches over a ShardSet.
 
     `packed`: the rows are consecutive windows of one contiguous run, through the shards in an order that

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from protomamba.data.shards import ShardSet, Tokens
 from protomamba.errors import UserError
+
+if TYPE_CHECKING:
+    from protomamba.data.shards import ShardSet
+
+Tokens = npt.NDArray[np.int64]
 
 Cursor = dict[str, int | str]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from protomamba.config import RunConfig
-from protomamba.data.stream import SeekableStream
+from protomamba.data.stream import BatchStream
 from protomamba.errors import ConfigError
 from protomamba.model.growth import new_positions
 from protomamba.model.sequence_model import SequenceModel
@@ -54,7 +54,7 @@ def run(config: RunConfig, steps: int | None = None) -> Report:
 
 
 def _probe(
-    config: RunConfig, weights: InitialWeights | None, stream: SeekableStream, vocab_size: int, steps: int
+    config: RunConfig, weights: InitialWeights | None, stream: BatchStream, vocab_size: int, steps: int
 ) -> Report:
     report = Report("growth", facts={**versions("torch"), "steps": str(steps), "seed": str(config.seed)})
     ungrown = config.replace(target_layers=config.base_layers, freeze="none", freeze_embedding=False)
@@ -77,7 +77,7 @@ def layer_origins(positions: list[int], target: int) -> list[int | None]:
     return [None if index in positions else next(old) for index in range(target)]
 
 
-def _batch(stream: SeekableStream, index: int) -> MicroBatch:
+def _batch(stream: BatchStream, index: int) -> MicroBatch:
     batch = stream.batch(index)
     return batch.tokens_BL, batch.targets_BL, batch.reset_BL
 
@@ -128,7 +128,7 @@ def check_inherited(
         report.check("old moments that differ", len(lost), 0, _counted(len(kept.keys() & trained), "parameters", lost))
 
 
-def train(trainer: Trainer, stream: SeekableStream, grad_accum: int, steps: int) -> list[Named]:
+def train(trainer: Trainer, stream: BatchStream, grad_accum: int, steps: int) -> list[Named]:
     """Take `steps` train steps; all parameters before the first, after the first backpropagation, and at the end."""
     watched = [snapshot(trainer.model)]
     for step in range(steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ from torch import Tensor
 
 from protomamba.config import RunConfig
 from protomamba.data.corpus import default_corpus
-from protomamba.data.labelled_stream import LabelledStream, labelled_eval_batches
 from protomamba.data.labels import LabelledSequences, open_labelled
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
-from protomamba.data.stream import SeekableStream
-from protomamba.data.token_stream import TokenStream
-from protomamba.data.tokenizer import TOKENIZER_FILE
-from protomamba.data.windows import Batch, eval_batches
+from protomamba.data.source import Source, StreamSpec
+from protomamba.data.stream import BatchStream
+from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 
 
@@ -26,8 +23,8 @@ from protomamba.errors import ConfigError, UserError
 class Inputs:
     """What a run trains on and is validated on; `validation` is None where nothing is held out."""
 
-    training: ShardSet | LabelledSequences
-    validation: ShardSet | LabelledSequences | None
+    training: Source
+    validation: Source | None
     vocab_size: int
     tokenizer: str | None = None  # as JSON, for data.tokenizer_from_json
     n_class: int | None = None  # with labels; None where the next token is the target
@@ -49,10 +46,10 @@ def open_inputs(config: RunConfig) -> Inputs:
         return _open_labelled(config)
     training = _open(config.token_file, config.token_dir, "--token", config.shard_ext)
     training = training or default_corpus(config.out_dir / "corpus")
-    tokenizer = _tokenizer_json(training)
+    tokenizer = training.info.tokenizer
     validation = _open(config.val_token_file, config.val_token_dir, "--val-token", config.shard_ext)
     if validation is None and config.val_ratio > 0:
-        training, validation = training.split(config.val_ratio)
+        training, validation = training.split(config.val_ratio, config.seed)
     vocab_size = config.vocab_size or infer_vocab(training, *([validation] if validation else []))
     for shards in filter(None, (training, validation)):
         shards.check_vocab(vocab_size)
@@ -103,23 +100,9 @@ def _open(file: Path | None, folder: Path | None, prefix: str, ext: str) -> Shar
     return open_token_dir(folder, ext) if folder else None
 
 
-def _tokenizer_json(shards: ShardSet) -> str | None:
-    """The tokenizer that made the tokens, carried along unread: training does not need the library behind it."""
-    manifest = shards.manifest
-    if manifest is None or not manifest.tokenizer.get("kind"):
-        return None
-    description = {"kind": manifest.tokenizer["kind"], "eos": manifest.eos_token}
-    if (path := manifest.folder / TOKENIZER_FILE).is_file():
-        description["tokenizer"] = path.read_text(encoding="utf-8")
-    return json.dumps(description)
-
-
-def training_stream(inputs: Inputs, config: RunConfig) -> SeekableStream:
-    """The order of training windows or sequences."""
-    if isinstance(inputs.training, LabelledSequences):
-        return LabelledStream(inputs.training, batch_size=config.batch_size, seed=config.seed)
-    return TokenStream(
-        inputs.training,
+def stream_spec(config: RunConfig) -> StreamSpec:
+    """How the run cuts its data."""
+    return StreamSpec(
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         seed=config.seed,
@@ -130,18 +113,14 @@ def training_stream(inputs: Inputs, config: RunConfig) -> SeekableStream:
     )
 
 
-def validation_windows(held_out: ShardSet | LabelledSequences, config: RunConfig, count: int | None) -> Iterator[Batch]:
+def training_stream(inputs: Inputs, config: RunConfig) -> BatchStream:
+    """The order of training windows or sequences."""
+    return inputs.training.stream(stream_spec(config))
+
+
+def validation_windows(held_out: Source, config: RunConfig, count: int | None) -> Iterator[Batch]:
     """The same windows (sequences) each time, spread over the set; `count` batches, None for all."""
-    if isinstance(held_out, LabelledSequences):
-        return labelled_eval_batches(held_out, config.batch_size, count)
-    return eval_batches(
-        held_out,
-        config.batch_size,
-        config.seq_len,
-        count,
-        eos_token=config.eos_token,
-        reset_at_eos=config.reset_at_eos,
-    )
+    return held_out.eval_batches(stream_spec(config), count)
 
 
 def majority_share(targets: list[Tensor]) -> float:

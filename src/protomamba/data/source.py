@@ -1,0 +1,84 @@
+"""What every kind of data is to a run: batches that are functions of their number, and what a model has to know.
+
+A source of one's own needs no base class: whatever has these members is one. The batches of the sources here are pure
+functions of (seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from protomamba.data.stream import BatchStream, Identity
+from protomamba.data.windows import Batch
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """How a run cuts its data into batches; `packed`, `shuffle_shards` and the reset concern token shards alone."""
+
+    batch_size: int
+    seq_len: int
+    seed: int = 0
+    packed: bool = True
+    shuffle_shards: bool = True
+    eos_token: int | None = None
+    reset_at_eos: bool = False
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a model and a run have to know of their data.
+
+    `tokens` are int64 (B, L) below `vocab_size`; a `vector` is float32 (B, L, channels) with NaN where a value is
+    missing. Without `n_class` the target is the next token. `reserved` tokens are never a target: no prediction may
+    offer them. `longest` is the longest sequence in steps, None where windows are cut out of one stream.
+    `bytes_per_token` is of the raw text, for bits per byte; None where there was none.
+    """
+
+    input: Literal["tokens", "vector"] = "tokens"
+    vocab_size: int = 0
+    channels: int = 0
+    n_class: int | None = None
+    class_names: tuple[str, ...] = ()
+    eos_token: int | None = None
+    reset: bool = False
+    reserved: tuple[int, ...] = ()
+    longest: int | None = None
+    tokenizer: str | None = None  # as JSON, for tokenizer_from_json
+    preset: str | None = None  # bytes, text, events, dna or classify, where `prepare` said so
+    bytes_per_token: float | None = None
+
+
+class Source(Protocol):
+    """Data of one kind, or a part of it."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines that the user should see."""
+
+    @property
+    def info(self) -> DataInfo:
+        """What a model and a run have to know."""
+
+    def identity(self) -> Identity:
+        """Name, range and checksum of every file, in order: equal identities are equal data."""
+
+    def check(self, *, vocab_size: int, classes: int, seq_len: int) -> None:
+        """UserError naming file and place of the first token, label or length that does not fit."""
+
+    def class_counts(self) -> npt.NDArray[np.int64] | None:
+        """How often each class is a target in all of it; None where counting would mean reading everything."""
+
+    def split(self, ratio: float, seed: int) -> tuple[Self, Self]:
+        """Training and held-out part, without a target in common. UserError where that is not possible."""
+
+    def stream(self, spec: StreamSpec) -> BatchStream:
+        """The endless order of training."""
+
+    def eval_batches(self, spec: StreamSpec, count: int | None = None) -> Iterator[Batch]:
+        """The same batches every time, spread evenly over all of it: `count` of them, None for every target."""
