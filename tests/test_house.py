@@ -24,7 +24,7 @@ ROWS = (
     ("parity", "bench", "demo"),
     ("export", "decode"),
     ("train",),
-    ("model", "data", "checkpoint"),
+    ("model", "data", "checkpoint", "report"),
     ("kernels", "config_file", "metrics_file", "storage", "bits"),
     ("config",),
     ("errors",),
@@ -35,6 +35,7 @@ ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 ONLY = {
     "data": {"config", "errors", "storage"},
     "checkpoint": {"config", "errors", "storage"},
+    "report": {"config", "errors", "metrics_file", "storage"},
     "kernels": {"errors"},
     "storage": {"errors"},
     "metrics_file": {"errors"},
