@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import BlockOutput, BlockState, BlockWeights, mamba_block, reference
+from protomamba.kernels.cases import Sizes, as_weights, block_state, block_weights
 
 from .closeness import assert_close
 from .compare import compare
@@ -20,34 +21,17 @@ def name(shape: tuple[int, ...]) -> str:
     return "-".join(f"{letter}{size}" for letter, size in zip("BLDNRK", shape, strict=True))
 
 
+def sizes_of(shape: Shape, compact: bool) -> Sizes:
+    B, L, D, N, R, K = shape
+    return Sizes(B=B, L=L, D=D, E=D if compact else 2 * D, N=N, R=R, K=K)
+
+
 def make_weights(shape: Shape, compact: bool) -> dict[str, Tensor]:
-    _, _, D, N, R, K = shape
-    E = D if compact else 2 * D
-    weights = {
-        "norm_D": torch.randn(D),
-        "in_proj_WD": torch.randn(2 * E, D) * D**-0.5,
-        "conv_weight_E1K": torch.randn(E, 1, K),
-        "conv_bias_E": torch.randn(E),
-        "x_proj_SE": torch.randn(R + 2 * N, E) * E**-0.5,
-        "dt_proj_ER": torch.randn(E, R),
-        "dt_bias_E": torch.randn(E),
-        "A_log_EN": torch.rand(E, N),
-        "D_E": torch.randn(E),
-        "out_proj_DE": torch.randn(D, E) * E**-0.5,
-    }
-    if compact:
-        del weights["in_proj_WD"]
-    return weights
+    return block_weights(sizes_of(shape, compact), compact)
 
 
 def make_state(shape: Shape, compact: bool) -> BlockState:
-    B, _, D, N, _, K = shape
-    E = D if compact else 2 * D
-    return BlockState(torch.randn(B, K - 1, E), torch.randn(B, E, N))
-
-
-def as_weights(weights: dict[str, Tensor]) -> BlockWeights:
-    return BlockWeights(**{"in_proj_WD": None, **weights})  # type: ignore[arg-type]
+    return BlockState(**block_state(sizes_of(shape, compact)))
 
 
 def flat(output: BlockOutput) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protomamba.kernels import causal_conv, reference
+from protomamba.kernels.cases import CASES, Sizes
 
 from .compare import compare
 
@@ -23,13 +24,10 @@ def name(shape: tuple[int, ...]) -> str:
 
 
 def make_inputs(shape: Shape, optional: bool = True) -> dict[str, Tensor]:
-    B, L, E, K = shape
-    inputs = {"u_BLE": torch.randn(B, L, E), "weight_E1K": torch.randn(E, 1, K)}
-    if optional:
-        inputs["bias_E"] = torch.randn(E)
-        if K > 1:
-            inputs["initial_state_BKE"] = torch.randn(B, K - 1, E)
-    return inputs
+    case = CASES["causal_conv"]
+    return case.inputs(
+        Sizes(**dict(zip("BLEK", shape, strict=True))), without={"reset_BL"} if optional else case.optional
+    )
 
 
 def compare_conv(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -39,7 +37,7 @@ def compare_conv(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, 
     def twin(**tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(reference.causal_conv(**tensors, **options, return_last_state=True))
 
-    compare(op, twin, inputs, dtype, frozenset({"u_BLE"}))
+    compare(op, twin, inputs, dtype, CASES["causal_conv"].narrow)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from protomamba.kernels import reference
+from protomamba.kernels.cases import as_weights
 
-from .test_block import as_weights, make_state, make_weights
+from .test_block import make_state, make_weights
 
 
 def leaf(*shape: int) -> Tensor:

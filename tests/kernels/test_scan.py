@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from protomamba.kernels import reference, selective_scan
+from protomamba.kernels.cases import CASES, Sizes
 
 from .compare import compare
 
-NARROW = frozenset({"u_BLE", "delta_BLE", "B_BLN", "C_BLN", "z_BLE"})
 SHAPES = [(2, 63, 24, 16), (1, 1, 5, 1), (2, 257, 33, 5), (1, 130, 17, 64), (3, 64, 64, 16), (18, 3, 40, 7)]
 
 
@@ -23,22 +23,12 @@ def name(shape: tuple[int, ...]) -> str:
 
 
 def make_inputs(shape: tuple[int, int, int, int], optional: bool = True) -> dict[str, Tensor]:
-    B, L, E, N = shape
-    inputs = {
-        "u_BLE": torch.randn(B, L, E),
-        "delta_BLE": torch.randn(B, L, E) if optional else torch.rand(B, L, E),
-        "A_EN": -torch.rand(E, N) * 3 - 0.1,
-        "B_BLN": torch.randn(B, L, N),
-        "C_BLN": torch.randn(B, L, N),
-    }
-    if optional:
-        inputs |= {
-            "skip_E": torch.randn(E),
-            "z_BLE": torch.randn(B, L, E),
-            "delta_bias_E": torch.randn(E),
-            "initial_state_BEN": torch.randn(B, E, N),
-        }
-    return inputs
+    """Without softplus, which "optional" stands for too, a step has to be positive by itself."""
+    case = CASES["selective_scan"]
+    inputs = case.inputs(
+        Sizes(**dict(zip("BLEN", shape, strict=True))), without={"reset_BL"} if optional else case.optional
+    )
+    return inputs if optional else inputs | {"delta_BLE": inputs["delta_BLE"].abs()}
 
 
 def compare_scan(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -48,7 +38,7 @@ def compare_scan(inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32, 
     def twin(**tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(reference.selective_scan(**tensors, **options, return_last_state=True))
 
-    compare(op, twin, inputs, dtype, NARROW)
+    compare(op, twin, inputs, dtype, CASES["selective_scan"].narrow)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name)

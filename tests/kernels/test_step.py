@@ -16,11 +16,12 @@ from protomamba.kernels import (
     product,
     reference,
 )
+from protomamba.kernels.cases import as_weights
 from protomamba.kernels.matmul import FEW_ROWS
 
 from .closeness import assert_close
 from .conftest import LEVELS
-from .test_block import as_weights, make_state, make_weights
+from .test_block import make_state, make_weights
 
 TOKENS, CLASSES, WIDTH = 13, 37, 20
 both_blocks = pytest.mark.parametrize("compact", [False, True], ids=["mamba", "compact"])

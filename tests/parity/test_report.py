@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from protomamba.errors import UserError
-from protomamba.parity.report import Report, max_abs, merge, rms_ratio
+from protomamba.kernels.closeness import rms_ratio
+from protomamba.parity.report import Report, max_abs, merge
 
 
 def test_an_empty_report_is_not_a_pass():
@@ -89,3 +90,5 @@ def test_distances():
     assert max_abs(np.zeros(0), np.zeros(0)) == 0.0
     with pytest.raises(ValueError, match="shapes"):
         max_abs(np.zeros((2, 1)), np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="shapes"):
+        rms_ratio(np.zeros((2, 1)), np.zeros((1, 2)))

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from protomamba.bench.shapes import Shape, build
 from protomamba.errors import UserError
 from protomamba.kernels import native
+from protomamba.kernels.closeness import rms_ratio
 
 # RMS of the difference over RMS of the reference's result, both in the path's own precision.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
@@ -57,8 +57,3 @@ def assert_close(what: str, found: Mapping[str, Tensor], expected: Mapping[str, 
             f"bench: no speed for {what}: its results differ from the reference path's by more than {tolerance:g}: "
             f"{', '.join(wrong[:5])}; run make test"
         )
-
-
-def rms_ratio(found: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.vector_norm((found - expected).double())
-    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-12))

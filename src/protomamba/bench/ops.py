@@ -15,112 +15,34 @@ from protomamba.bench.floor import own_floor, products
 from protomamba.bench.shapes import VOCABULARY, Shape
 from protomamba.bench.timing import interleave
 from protomamba.errors import ConfigError
-from protomamba.kernels import BlockWeights
+from protomamba.kernels.cases import CASES, Case, Inputs, Sizes
 
 # The reference walks a sequence in Python: it is checked, and timed, on rows of at most this length.
 REFERENCE_LENGTH, REFERENCE_ROUNDS = 64, 3
+SAMPLED = 512  # classes of a sample
 
-Inputs = dict[str, Tensor]
-Call = Callable[..., Tensor]
-
-
-def _randn(*sizes: int) -> Tensor:
-    return torch.randn(*sizes)
+# What a step has of each: the other way to call it is for decoding.
+OPS = {name: case for name, case in CASES.items() if case.differentiable}
 
 
-def _scan(shape: Shape) -> tuple[Call, Inputs]:
-    B, L, E, N = shape.batch, shape.length, _inner(shape), shape.config().d_state
-    inputs = {
-        "u": _randn(B, L, E),
-        "delta": _randn(B, L, E) - 3,
-        "A": -torch.rand(E, N) * 16,
-        "B": _randn(B, L, N),
-        "C": _randn(B, L, N),
-        "skip": _randn(E),
-        "z": _randn(B, L, E),
-        "bias": _randn(E),
-    }
-
-    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, z: Tensor, bias: Tensor) -> Tensor:
-        y = kernels.selective_scan(u, delta, A, B, C, skip, z, bias, True)
-        assert isinstance(y, Tensor)
-        return y
-
-    return run, inputs
-
-
-def _conv(shape: Shape) -> tuple[Call, Inputs]:
-    E, K = _inner(shape), shape.config().d_conv
-    inputs = {"u": _randn(shape.batch, shape.length, E), "weight": _randn(E, 1, K), "bias": _randn(E)}
-
-    def run(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = kernels.causal_conv(u, weight, bias)
-        assert isinstance(y, Tensor)
-        return y
-
-    return run, inputs
-
-
-def _norm(shape: Shape) -> tuple[Call, Inputs]:
-    inputs = {"x": _randn(shape.batch, shape.length, shape.d_model), "weight": _randn(shape.d_model)}
-    return lambda x, weight: kernels.rms_norm(x, weight), inputs
-
-
-def _add_norm(shape: Shape) -> tuple[Call, Inputs]:
-    sizes = shape.batch, shape.length, shape.d_model
-    inputs = {"x": _randn(*sizes), "residual": _randn(*sizes), "weight": _randn(shape.d_model)}
-    return lambda x, residual, weight: kernels.add_rms_norm(x, residual, weight)[0], inputs
-
-
-def _prototypes(shape: Shape) -> tuple[Call, Inputs]:
-    targets_T = torch.randint(VOCABULARY, (shape.tokens,))
-    inputs = {"z": _randn(shape.tokens, shape.d_model), "prototypes": _randn(VOCABULARY, shape.d_model)}
-    return lambda z, prototypes: kernels.prototype_loss(z, prototypes, targets_T), inputs
-
-
-def _softmax(shape: Shape) -> tuple[Call, Inputs]:
-    targets_T = torch.randint(VOCABULARY, (shape.tokens,))
-    inputs = {"z": _randn(shape.tokens, shape.d_model), "weight": 0.05 * _randn(VOCABULARY, shape.d_model)}
-    return lambda z, weight: kernels.softmax_loss(z, weight, targets_T), inputs
-
-
-def _block(shape: Shape) -> tuple[Call, Inputs]:
-    config, E, D = shape.config(), _inner(shape), shape.d_model
-    rank = config.time_step_rank if shape.layer == "mamba" else 1
-    weights = BlockWeights(
-        norm_D=_randn(D),
-        in_proj_WD=_randn(2 * E, D) * D**-0.5 if shape.layer == "mamba" else None,
-        conv_weight_E1K=_randn(E, 1, config.d_conv),
-        conv_bias_E=_randn(E),
-        x_proj_SE=_randn(rank + 2 * config.d_state, E) * E**-0.5,
-        dt_proj_ER=_randn(E, rank) * rank**-0.5,
-        dt_bias_E=_randn(E) - 3,
-        A_log_EN=torch.arange(1.0, config.d_state + 1).log().repeat(E, 1),
-        D_E=_randn(E),
-        out_proj_DE=_randn(D, E) * E**-0.5,
+def sizes_of(shape: Shape) -> Sizes:
+    """The sizes that an op has in a step of this shape."""
+    config, compact = shape.config(), shape.layer != "mamba"
+    return Sizes(
+        B=shape.batch,
+        L=shape.length,
+        D=shape.d_model,
+        E=shape.d_model * (1 if compact else config.expand),
+        N=config.d_state,
+        R=1 if compact else config.time_step_rank,
+        K=config.d_conv,
+        V=VOCABULARY,
+        S=SAMPLED,
     )
-    named = {name: w for name, w in weights._asdict().items() if w is not None}
-
-    def run(x: Tensor, **given: Tensor) -> Tensor:
-        in_proj_WD = given.pop("in_proj_WD", None)
-        return kernels.mamba_block(x, BlockWeights(in_proj_WD=in_proj_WD, **given)).x_BLD
-
-    return run, {"x": _randn(shape.batch, shape.length, D), **named}
 
 
-def _inner(shape: Shape) -> int:
-    return shape.d_model * (shape.config().expand if shape.layer == "mamba" else 1)
-
-
-OPS: dict[str, Callable[[Shape], tuple[Call, Inputs]]] = {
-    "selective_scan": _scan,
-    "causal_conv": _conv,
-    "rms_norm": _norm,
-    "add_rms_norm": _add_norm,
-    "prototype_loss": _prototypes,
-    "softmax_loss": _softmax,
-    "mamba_block": _block,
-}
+def _inputs(case: Case, shape: Shape) -> Inputs:
+    return case.inputs(sizes_of(shape), without=case.carried)
 
 
 def measure_op(name: str, shape: Shape, rounds: int, clock: str) -> dict[str, Any]:
@@ -155,17 +77,19 @@ def measure_op(name: str, shape: Shape, rounds: int, clock: str) -> dict[str, An
 
 
 def _timed(name: str, shape: Shape) -> dict[str, Callable[[], object]]:
-    call, inputs = OPS[name](shape)
-    wanted = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+    case = OPS[name]
+    inputs = _inputs(case, shape)
+    wanted = case.wanting(inputs)
+    leaves = [x for x in wanted.values() if x.requires_grad]
     with torch.no_grad():
-        dy = torch.randn_like(call(**inputs))
+        dy = torch.randn_like(case.call(kernels, inputs)[0])
 
     def forward() -> None:
         with torch.no_grad():
-            call(**inputs)
+            case.call(kernels, inputs)
 
     def both() -> None:
-        torch.autograd.grad(call(**wanted), list(wanted.values()), dy)
+        torch.autograd.grad(case.call(kernels, wanted)[0], leaves, dy)
 
     return {"forward": forward, "forward + backward": both}
 
@@ -180,22 +104,25 @@ def _on(mode: str, run: Callable[[], object]) -> Callable[[], object]:
 
 def _check(name: str, shape: Shape) -> None:
     """UserError unless result and gradients are the reference's."""
-    call, inputs = OPS[name](shape)
+    case = OPS[name]
+    inputs = _inputs(case, shape)
     found = {}
-    dy: Tensor | None = None
+    directions: list[Tensor] = []
     for mode in ("reference", "native"):
-        wanted = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+        wanted = case.wanting(inputs)
         with kernels_set(mode):
-            y = call(**wanted)
-            dy = torch.randn_like(y) if dy is None else dy
-            grads = torch.autograd.grad(y, list(wanted.values()), dy)
-        found[mode] = {"result": y.detach(), **{f"gradient of {k}": g for k, g in zip(wanted, grads, strict=True)}}
+            outputs = case.call(kernels, wanted)
+            directions = directions or [torch.randn_like(y) for y in outputs]
+            gradients = case.gradients(outputs, wanted, directions)
+        values = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
+        found[mode] = {**values, **{f"gradient of {k}": g for k, g in gradients.items()}}
     assert_close(f"{name} ({shape.name})", found["native"], found["reference"], TOLERANCES["fp32"])
 
 
 def _bytes(name: str, shape: Shape) -> int:
-    call, inputs = OPS[name](shape)
+    case = OPS[name]
+    inputs = _inputs(case, shape)
     with torch.no_grad():
-        result = call(**inputs)
-    # Forward reads the inputs, writes the result; backward reads inputs and its gradient, writes the inputs' ones.
-    return 4 * (3 * sum(x.numel() for x in inputs.values()) + 2 * result.numel())
+        results = case.call(kernels, inputs)
+    # Forward reads the inputs, writes the results; backward reads inputs and its gradient, writes the inputs' ones.
+    return 4 * (3 * sum(x.numel() for x in inputs.values()) + 2 * sum(x.numel() for x in results))

@@ -19,8 +19,9 @@ import torch
 
 from protomamba.config import ModelConfig, TrainConfig
 from protomamba.errors import UserError
+from protomamba.kernels.closeness import rms_ratio
 from protomamba.model.sequence_model import SequenceModel
-from protomamba.parity.report import Report, max_abs, merge, missing, rms_ratio, versions
+from protomamba.parity.report import Report, max_abs, merge, missing, versions
 from protomamba.train.optim import decays
 from protomamba.train.trainer import Trainer
 
@@ -170,8 +171,6 @@ def compare(report: Report, inputs: Arrays, ours: Arrays, theirs: Arrays, tolera
     clip = float(inputs["hyper/clip"])
     note = f"clipped to {clip:g} in {int(np.sum(theirs['grad_norm'] > clip))} of {STEPS} steps"
     report.check("gradient norm", rms_ratio(ours["grad_norm"], theirs["grad_norm"]), tolerance.relative, note)
-    updates = {
-        name: rms_ratio(*(side[f"updated/{name}"] - inputs[f"param/{name}"] for side in (ours, theirs)))
-        for name in names
-    }
+    moved = [{name: side[f"updated/{name}"] - inputs[f"param/{name}"] for name in names} for side in (ours, theirs)]
+    updates = {name: rms_ratio(moved[0][name], moved[1][name]) for name in names}
     report.worst_of("AdamW updates", updates, tolerance.relative)

@@ -107,18 +107,6 @@ def max_abs(found: Any, expected: Any) -> float:
     return float(np.max(np.abs(found64 - expected64), initial=0.0))
 
 
-def rms_ratio(found: Any, expected: Any) -> float:
-    """Root mean square of the difference over that of the expected values; 0/0 is 0, x/0 is infinite.
-
-    A whole array against its own size: single elements near zero do not blow it up, a wrong array cannot hide in it.
-    """
-    found64, expected64 = _same_shape(found, expected)
-    difference, size = float(np.linalg.norm(found64 - expected64)), float(np.linalg.norm(expected64))
-    if size == 0.0:
-        return 0.0 if difference == 0.0 else math.inf
-    return difference / size
-
-
 def _same_shape(found: Any, expected: Any) -> tuple[np.ndarray, np.ndarray]:
     found64, expected64 = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     if found64.shape != expected64.shape:

@@ -20,8 +20,9 @@ from protomamba.checkpoint.transformers_folder import (
 )
 from protomamba.config import ModelConfig, Sampling
 from protomamba.decode import generate
+from protomamba.kernels.closeness import rms_ratio
 from protomamba.model.sequence_model import SequenceModel
-from protomamba.parity.report import Report, max_abs, missing, rms_ratio, versions
+from protomamba.parity.report import Report, max_abs, missing, versions
 
 Model = TypeVar("Model", bound=nn.Module)
 ABSOLUTE, RELATIVE = 1e-5, 1e-4  # of logits and loss; of gradients, as rms_ratio of each parameter
