@@ -22,11 +22,11 @@ export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-heads test test-reference test-sanitize test-reliability test-slow lint types check bench \
-	parity decoding digits study wheel sdist clean
+.PHONY: help setup demo demo-heads test test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
+	types check bench parity decoding digits study wheel sdist clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and sys.executable + " is Python " + \
@@ -63,10 +63,31 @@ test-reference: $(READY) ## the kernel tests once more, with the reference path 
 PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC)
 	@rm -rf $(SANITIZED)
-	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=ON .
+	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=address,undefined .
 	@ls $(SANITIZED)/protomamba/kernels/libprotomamba_*
 	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
+
+# The kernel tests' cases and float64 answers, for the native runner (tests/native); written anew when the kernels change.
+CASES := build/cases.bin
+$(CASES): $(wildcard $(KERNELS)/csrc/* $(KERNELS)/*.py tests/kernels/*.py tests/native/*.py) | $(READY)
+	@$(BIN)/python -m tests.native.write_cases $@
+	@command -v cmake >/dev/null || $(PIP) cmake
+
+# build/$(1): the libraries and the runner by CMake with the options $(2).
+native = PATH="$$PATH:$(CURDIR)/$(BIN)" && cmake -S . -B build/$(1) -DCMAKE_BUILD_TYPE=Release -DPROTOMAMBA_RUNNER=ON \
+	$(2) >build/$(1).log && cmake --build build/$(1) --parallel 2 >>build/$(1).log || { cat build/$(1).log; exit 1; }
+
+ARM64 := aarch64-linux-gnu
+test-arm64: $(CASES) ## the kernel tests' cases on arm64 (NEON), cross-compiled and emulated (needs what it says)
+	@for tool in $(ARM64)-g++ qemu-aarch64; do command -v $$tool >/dev/null || { echo "test-arm64: $$tool is missing;" \
+		"on Debian and Ubuntu: apt-get install g++-$(ARM64) qemu-user"; exit 1; }; done
+	@$(call native,arm64,-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM64)-g++)
+	@qemu-aarch64 -L /usr/$(ARM64) build/arm64/runner build/arm64/libprotomamba_baseline.so $(CASES)
+
+test-tsan: $(CASES) ## the kernel tests' cases with four threads under ThreadSanitizer
+	@$(call native,tsan,-DPROTOMAMBA_SANITIZE=thread)
+	@TSAN_OPTIONS=halt_on_error=1 build/tsan/runner build/tsan/libprotomamba_baseline.so $(CASES) 4
 
 test-reliability: $(READY) ## all reliability promises at full figures, and one table (a quarter of an hour)
 	@$(BIN)/python -m tests.reliability $(ARGS)
