@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("doctor",),
     ("parity", "bench", "demo"),
     ("export", "decode"),
     ("train",),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba import __version__
-from protomamba.cli import compare, report
+from protomamba.cli import compare, doctor, report
 from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
 from protomamba.config import RunConfig, Sampling, nearest
 from protomamba.errors import ConfigError, UserError
@@ -184,6 +184,7 @@ COMMANDS = {
     "export": ("write a checkpoint for other programs", _configure_export, _export),
     "report": ("runs as one page: curves, settings, tables", report.configure, report.work),
     "compare": ("runs side by side: figures, and what differs", compare.configure, compare.work),
+    "doctor": ("what is slow or missing on this machine", doctor.configure, doctor.work),
     "bench": ("time steps and ops against their matrix products", _configure_bench, _bench),
 }
 

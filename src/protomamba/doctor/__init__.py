@@ -1,0 +1,1 @@
+"""What is slow or missing on this machine, and why."""

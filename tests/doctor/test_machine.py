@@ -1,0 +1,71 @@
+"""Limits of control groups, read from files laid out as the kernel does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protomamba.doctor.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        ({}, Limits(None, None)),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/box\n",
+                "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+                "sys/fs/cgroup/pod/box/memory.max": "max\n",
+            },
+            Limits(None, None),
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/pod/box\n",
+                "sys/fs/cgroup/pod/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/pod/box/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/pod/box/memory.max": "1073741824\n",
+            },
+            Limits(1.5, 1 << 30),
+        ),
+        (  # a container that sees its own group as the top
+            {"proc/self/cgroup": "0::/not/mounted\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"},
+            Limits(0.5, None),
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:memory:/a\n4:cpu,cpuacct:/a\n1:name=systemd:/\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "4096\n",
+            },
+            Limits(2.0, 4096),
+        ),
+    ],
+    ids=["none", "v2-unlimited", "v2-tightest-above", "v2-in-a-container", "v1"],
+)
+def test_the_tightest_limit_counts(tmp_path: Path, files: dict[str, str], limits: Limits) -> None:
+    assert group_limits(tree(tmp_path, files)) == limits
+
+
+def test_cores_and_memory(tmp_path: Path) -> None:
+    siblings = {
+        f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 2},{i % 2 + 2}\n" for i in range(4)
+    }
+    root = tree(tmp_path, {**siblings, "proc/meminfo": "MemTotal: 2048 kB\nMemAvailable:  1024 kB\n"})
+    assert physical_cores({0, 1, 2, 3}, root) == 2 and physical_cores({0, 2}, root) == 1
+    assert physical_cores({0, 1, 2}, tmp_path / "none") == 3
+    assert memory_info(root) == {"MemTotal": 2 << 20, "MemAvailable": 1 << 20} and memory_info(tmp_path / "none") == {}
+    assert allowed_cpus()
