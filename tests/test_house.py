@@ -26,7 +26,7 @@ ROWS = (
     ("export", "decode"),
     ("train",),
     ("model", "data", "checkpoint", "report"),
-    ("kernels", "config_file", "metrics_file", "storage", "bits"),
+    ("kernels", "config_file", "metrics_file", "storage", "output", "bits"),
     ("config",),
     ("errors",),
 )

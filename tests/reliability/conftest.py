@@ -28,14 +28,15 @@ PROMISES = {
     9: "one run in a folder",
     10: "no pickle, no code from files, no network, nothing outside",
     11: "memory and open files stay flat",
+    12: "output that breaks costs its text only",
 }
 ELSEWHERE = {
-    "tests/train/test_checkpoint_faults.py": 2,
-    "tests/train/test_checkpoint_damage.py": 3,
+    "tests/checkpoint/test_checkpoint_faults.py": 2,
+    "tests/checkpoint/test_checkpoint_damage.py": 3,
     "tests/train/test_signals.py": 5,
     "tests/test_bad_input.py": 7,
     "tests/data/test_prefetch.py": 8,
-    "tests/train/test_rundir_lock.py": 9,
+    "tests/checkpoint/test_rundir_lock.py": 9,
 }
 
 

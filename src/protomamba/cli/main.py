@@ -12,6 +12,7 @@ from protomamba.cli import compare, doctor, report
 from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
 from protomamba.config import RunConfig, Sampling, nearest
 from protomamba.errors import ConfigError, UserError
+from protomamba.output import claim_standard_descriptors, safe_standard_streams
 
 
 def _configure_train(parser: Parser) -> None:
@@ -214,6 +215,14 @@ def run(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `protomamba` command: the exit code, with one line on stderr for what a user can mend."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    claim_standard_descriptors()
+    with safe_standard_streams() as (out, _):
+        code = _run_and_explain(arguments)
+        out.flush()
+        return code or _unheard(arguments, out.lost)
+
+
+def _run_and_explain(arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except UserError as error:
@@ -221,8 +230,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"protomamba: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone: nothing is left to say, nor anyone to say it to
-        return 0
     except KeyboardInterrupt:
         return 130
+
+
+# Their work is files: it is done whoever listens.
+MAKES_FILES = ("train", "prepare", "export")
+
+
+def _unheard(arguments: Sequence[str], lost: OSError | None) -> int:
+    """1 where what was printed is all there was to get, and could not be written; a reader that left had enough."""
+    if lost is None or isinstance(lost, BrokenPipeError) or (arguments and arguments[0] in MAKES_FILES):
+        return 0
+    print(f"protomamba: standard output: not written: {lost.strerror}", file=sys.stderr)
+    return 1

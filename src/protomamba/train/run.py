@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from protomamba.checkpoint.lock import RunLock
 from protomamba.config import RunConfig
 from protomamba.data.prefetch import Prefetcher
 from protomamba.errors import UserError
+from protomamba.output import safe
 from protomamba.storage import SaveError
 from protomamba.train.callbacks.console import Console
 from protomamba.train.callbacks.metrics import MetricsLog
@@ -147,7 +149,11 @@ class Run:
         self.folder.require_space(size)
         self.folder.write_config(self.config.to_json())
         start = self.trainer.step if self.resumed else None
-        with MetricsLog(self.folder.metrics, resumed_step=start, warn=self.console.warn) as self.metrics:
+        stop = self.config.on_save_error == "stop"
+        with MetricsLog(
+            self.folder.metrics, resumed_step=start, warn=self.console.warn, must_acknowledge=stop
+        ) as self.metrics:
+            self.console.when_lost(self._tell_lost_output)
             self._announce()
             self.batches = Prefetcher(self.stream, self.config.prefetch_workers, self.config.prefetch_buffer)
             with self.batches:
@@ -155,8 +161,14 @@ class Run:
                 reason = self._fit_or_say_why_not()
                 self.console.stop()
             self.metrics.log("end", step=self.trainer.step, reason=reason, skipped_updates=self.trainer.skipped_total)
+            self.console.when_lost(None)
         self.console.line(goodbye(reason, self.trainer.step, self.folder.folder))
         return STOPPED_EXIT_CODE if reason == "signal" else 0
+
+    def _tell_lost_output(self, error: OSError) -> None:
+        self.metrics.log("output_lost", step=self.trainer.step, error=error.strerror)
+        told = f"standard output: {error.strerror}; the run goes on, its record is {self.folder.metrics}"
+        print(f"protomamba: {told}", file=safe(sys.stderr))
 
     def _fit_or_say_why_not(self) -> str:
         try:

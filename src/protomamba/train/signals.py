@@ -12,6 +12,8 @@ from typing import Any
 
 STOPPED_EXIT_CODE = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that goes away. It is sent by the kernel and once more by the shell: a second one is no wish for haste.
+_HANGUP = signal.SIGHUP
 
 ECHO_S = 0.05
 
@@ -22,10 +24,11 @@ def _set(action: signal.Handlers) -> None:
 
 
 class StopRequest:
-    """While its `with` block lasts, the first SIGTERM or SIGINT sets `requested`, which the loop polls.
+    """While its `with` block lasts, the first SIGTERM, SIGINT or SIGHUP sets `requested`, which the loop polls.
 
-    A second one ends the process at once: the first puts the system's own action back, so that it works even while
-    Python is deep in a kernel. What follows the first within ECHO_S counts as the same one: coreutils' `timeout`
+    A second SIGTERM or SIGINT ends the process at once: the first puts the system's own action back, so that it works
+    even while Python is deep in a kernel. SIGHUP stays ignored from the first signal on, and under `nohup` from the
+    start. What follows the first within ECHO_S counts as the same one: coreutils' `timeout`
     signals the process and then its group. Outside the main thread, where handlers cannot be set, only `request()`
     sets the flag. The handlers found at the start are put back at the end.
     """
@@ -47,6 +50,7 @@ class StopRequest:
         self.signal = signal.Signals(number)
         self._flag.set()
         _set(signal.SIG_IGN)
+        signal.signal(_HANGUP, signal.SIG_IGN)  # a no-op under nohup
         # Not print: a handler may run in the middle of another print to the same stream. The stream may be closed.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.signal.name}: finishing this step and saving; once more ends at once\n".encode())
@@ -55,7 +59,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = {each: signal.signal(each, self._handle) for each in _SIGNALS}
+            nohup = signal.getsignal(_HANGUP) is signal.SIG_IGN
+            wanted = _SIGNALS if nohup else (*_SIGNALS, _HANGUP)
+            self._former = {each: signal.signal(each, self._handle) for each in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """What a person sees of a run: the only owner of console formatting.
 
 On a terminal: a progress bar with time left, tokens a second and loss. Elsewhere: one plain line for each logged step,
-and never a bar, because a log file keeps every redraw.
+and never a bar, because a log file keeps every redraw. A stream that breaks costs its text and nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE
 from rich.console import Console as RichConsole
@@ -25,6 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from protomamba.output import safe
 
 # Columns of a table in a file or pipe, which tell no width.
 FILE_WIDTH = 160
@@ -44,13 +46,18 @@ class Console:
     """Prints a run to `stream` (standard output). `progress`: True bar, False plain lines, None a bar on a terminal."""
 
     def __init__(self, stream: TextIO | None = None, *, progress: bool | None = None) -> None:
+        self._stream = safe(stream or sys.stdout)
         # soft_wrap: a line stays a line, however narrow the terminal or the file is taken to be.
-        self._rich = RichConsole(file=stream or sys.stdout, highlight=False, emoji=False, soft_wrap=True)
+        self._rich = RichConsole(file=cast(TextIO, self._stream), highlight=False, emoji=False, soft_wrap=True)
         if not self._rich.is_terminal and "COLUMNS" not in os.environ:
             self._rich.width = FILE_WIDTH
         self._show_bar = self._rich.is_terminal if progress is None else progress
         self._bar: Progress | None = None
         self._task: Any = None
+
+    def when_lost(self, tell: Callable[[OSError], None] | None) -> None:
+        """Call `tell` once, with the error, when the stream takes no more text: see SafeStream."""
+        self._stream.when_lost(tell)
 
     def line(self, text: str) -> None:
         """One line as it is, above the bar if there is one."""
