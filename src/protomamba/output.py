@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 # How long a stream that was set not to block may stay full before its text is dropped.
 PATIENCE_S = 1.0
@@ -114,7 +114,7 @@ def safe_standard_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
     """While it lasts sys.stdout and sys.stderr are SafeStreams, also where the process has none; yields the two."""
     former = sys.stdout, sys.stderr
     out, err = (safe(stream or _stream_of(number)) for number, stream in enumerate(former, 1))
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
         yield out, err
     finally:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -26,6 +27,45 @@ with StopRequest() as stop:
     print("saved", flush=True)
 sys.exit(STOPPED_EXIT_CODE)
 """
+
+
+def hang_up(mode: str, ignored: bool) -> tuple[str, int]:
+    """What a loop said that was sent SIGHUP twice, and how it ended."""
+    setting = signal.SIG_IGN if ignored else signal.SIG_DFL
+    command = [sys.executable, "-c", LOOP, mode]
+    pipe = subprocess.PIPE
+    before = signal.signal(signal.SIGHUP, setting)
+    try:
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saving\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGHUP)
+        if mode == "slow":
+            time.sleep(0.2)
+            assert process.poll() is None, "a second SIGHUP, of the shell, is no wish for haste"
+            process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    return said, process.returncode
+
+
+def test_a_terminal_that_goes_away_saves_and_its_second_signal_changes_nothing() -> None:
+    said, code = hang_up("quick", ignored=False)
+    assert "SIGHUP: finishing this step and saving" in said and code == STOPPED_EXIT_CODE
+    said, code = hang_up("slow", ignored=False)
+    assert "SIGHUP: finishing this step and saving" in said and code == -signal.SIGTERM
+
+
+def test_under_nohup_it_changes_nothing_at_all() -> None:
+    said, code = hang_up("quick", ignored=True)
+    assert "SIGHUP" not in said and "SIGTERM: finishing" in said and code == STOPPED_EXIT_CODE
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.disk_faults import CountingDisk, FailingDisk
 
 from protomamba.errors import UserError
 from protomamba.metrics_file import read_metrics
-from protomamba.storage import Disk
+from protomamba.storage import Disk, SaveError
 from protomamba.train.callbacks import metrics
 from protomamba.train.callbacks.metrics import MetricsLog
 
@@ -219,6 +220,79 @@ def test_any_call_of_the_log_may_fail(tmp_path: Path) -> None:
         run(path, FailingDisk(n, errno.EIO), told)
         assert steps(path) == [1, 2, 3] and len(list(read_metrics(path))) == 7
         assert told and "Input/output error" in told[0]
+
+
+class Stubborn(FullDisk):
+    """A full disk whose files cannot be cut either: what is torn stays until it is taken back later."""
+
+    def fsync(self, fd: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("room", [1, 30, 60, 100])
+def test_a_torn_line_that_could_not_be_taken_back_is_so_before_the_next(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, disk = tmp_path / "m.jsonl", Stubborn()
+    disk.room = room
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    log = MetricsLog(path, disk=disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "ftruncate", refuse)
+        log.log("train", step=1, loss=0.123456789)
+        log.log("train", step=2, loss=0.123456789)
+    disk.room = 10**6
+    log.close()
+    assert steps(path) == [1, 2] and path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_save_that_nothing_acknowledges_fails_where_that_is_asked(tmp_path: Path, wanted: bool) -> None:
+    disk, path = FullDisk(), tmp_path / "m.jsonl"
+    with MetricsLog(path, must_acknowledge=wanted, disk=disk) as log:
+        log.log("train", step=1)
+        if wanted:
+            with pytest.raises(
+                SaveError, match=r"m\.jsonl: the line that acknowledges step 1 .* bytes needed, .* free"
+            ):
+                log.log("checkpoint", step=1)
+        else:
+            log.log("checkpoint", step=1)
+        disk.room = 10**6
+    assert [event["event"] for event in read_metrics(path)] == ["train", "checkpoint"]
+
+
+def test_rotation_by_copying_and_cutting_leaves_lines_that_parse(tmp_path: Path) -> None:
+    """logrotate's copytruncate cuts the file to nothing under the writer; a refusal later must not fill it up again."""
+    path, disk = tmp_path / "m.jsonl", FullDisk()
+    disk.room = 10**6
+    with MetricsLog(path, disk=disk) as log:
+        for step in range(1, 5):
+            log.log("train", step=step)
+        os.truncate(path, 0)
+        disk.room = 20
+        log.log("train", step=5)
+        os.truncate(path, 0)
+        disk.room = 10**6
+        log.log("train", step=6)
+    assert steps(path) == [5, 6]
+
+
+def test_threads_may_log_beside_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    with MetricsLog(path) as log:
+        threads = [
+            threading.Thread(target=lambda k=k: [log.log("note", worker=k, n=n) for n in range(300)]) for k in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    seen = [(event["worker"], event["n"]) for event in read_metrics(path)]
+    assert sorted(seen) == [(k, n) for k in range(4) for n in range(300)]
 
 
 @pytest.mark.parametrize("seed", range(5))
