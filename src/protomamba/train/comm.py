@@ -1,0 +1,163 @@
+"""One process or many, seen from the training loop: who computes which shard, and sums in one fixed order.
+
+A step is a function of (weights, moments, step, number of gradient shards), never of the number of ranks: the design
+is in docs/scale-out.md. Without torch's launcher there is one rank, which does the same with nobody to send to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from protomamba import kernels
+from protomamba.errors import ConfigError, UserError
+from protomamba.train.comm_layout import Piece
+from protomamba.train.comm_mesh import Alone, Gloo, Mesh
+from protomamba.train.comm_reduce import GradientSum, Plan
+from protomamba.train.comm_tree import fold, share
+from protomamba.train.comm_weights import spread
+
+
+def launched() -> bool:
+    """Whether torch's launcher (torchrun) started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torch's launcher has started it again, after a failure."""
+    return launched() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Comm:
+    """The ranks of a run. All of them call the same methods in the same order.
+
+    `lay` says, at the start and whenever they change, which parameters there are. A step: `shards` says which of its
+    gradient shards are this rank's; `open` begins the sum, `start` takes a shard's gradients as they become ready,
+    `finish` leaves the sums in `.grad` of the pieces this rank owns; after their update `spread` brings every rank the
+    weights.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._plan = Plan({}, mesh.world)
+        self._sum: GradientSum | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    @property
+    def world(self) -> int:
+        return self.mesh.world
+
+    def shards(self, count: int) -> range:
+        """The shards of `count` that this rank computes. ConfigError where there are more ranks than shards."""
+        if self.world > count:
+            raise ConfigError(
+                f"{self.world} ranks for {count} gradient shards: each rank needs one; start at most {count} ranks "
+                f"(torchrun --nproc-per-node), or a new run with --grad-shards {self.world} or more"
+            )
+        return share(count, self.world, self.rank)
+
+    def lay(self, named: Mapping[str, Tensor]) -> None:
+        """The parameters whose gradients are to be added, by name; the same on every rank."""
+        self._plan = Plan(named, self.world)
+
+    def pieces(self) -> list[Piece]:
+        """What of the parameters this rank adds up and updates."""
+        return self._plan.layout.pieces[self.rank]
+
+    def open(self, count: int) -> None:
+        """Begin the sum over `count` shards."""
+        self._sum = GradientSum(self._plan, self.mesh, count)
+
+    def start(self, shard: int, named: Mapping[str, Tensor]) -> None:
+        """Gradients of one of this rank's shards, each parameter once, shards rising; missing ones count as zeros."""
+        assert self._sum is not None, "open() first"
+        self._sum.start(shard, named)
+
+    def finish(self) -> None:
+        """Wait for the sums: see `GradientSum.finish`."""
+        assert self._sum is not None, "open() first"
+        self._sum.finish()
+        self._sum = None
+
+    def square_sums(self) -> list[float]:
+        """The sum of squares of the summed gradient, block by block, on every rank: its norm does not depend on W."""
+        named = self._plan.named
+        blocks = [b for b in self._plan.layout.owned_blocks(self.rank) if named[b.name].grad is not None]
+        own = kernels.square_sums([block.of(_gradient(named[block.name])) for block in blocks])
+        parts = self.mesh.swap(torch.tensor(own, dtype=torch.float64))
+        return [value for part in parts for value in part.tolist()]
+
+    def spread(self) -> None:
+        """Bring every rank the weights that the others have updated."""
+        spread(self._plan, self.mesh)
+
+    def sums(self, shards: Sequence[Sequence[float | int]]) -> list[float]:
+        """The sums over all shards, in float64 and in the tree's order, of what each of this rank's shards holds."""
+        everyone = self.gather(torch.tensor(shards, dtype=torch.float64).reshape(len(shards), -1))
+        leaves = torch.cat(everyone)
+        found: list[float] = fold({(i, i + 1): leaf for i, leaf in enumerate(leaves)}, len(leaves), torch.add).tolist()
+        return found
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in the order of the ranks; they may differ in their first size only."""
+        rows = tensor.shape[1:]
+        parts = self.mesh.swap(tensor.contiguous().view(-1))
+        return [part.view(-1, *rows) for part in parts]
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """UserError, naming rank and both values, unless all ranks give the same facts."""
+        different = self.differences(facts)
+        if different:
+            raise UserError("the ranks differ in what decides the numbers:\n  " + "\n  ".join(different))
+
+    def differences(self, facts: Mapping[str, str]) -> list[str]:
+        """In words, each fact in which a rank differs from rank 0."""
+        packed = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8)
+        told = [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
+        return [
+            f"{name}: rank {rank} has {found.get(name)}, rank 0 has {told[0].get(name)}"
+            for rank, found in enumerate(told)
+            for name in dict.fromkeys([*told[0], *found])
+            if found.get(name) != told[0].get(name)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.mesh.close(error)
+
+
+class Local(Comm):
+    """One process: the default."""
+
+    def __init__(self) -> None:
+        super().__init__(Alone())
+
+
+class Ranks(Comm):
+    """The processes that torch's launcher started, over gloo. RankFailed where one of them does not start."""
+
+    def __init__(self) -> None:
+        super().__init__(Gloo())
+
+
+def join() -> Comm:
+    """The ranks of torch's launcher where it started this process; else this process alone, and no socket."""
+    return Ranks() if launched() else Local()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,174 @@
+"""How tensors get from rank to rank: not at all (`Alone`), or point to point over gloo (`Gloo`)."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from protomamba.errors import UserError
+from protomamba.train.comm_watch import SILENCE_S, START_S, RankFailed, Watch
+
+T = TypeVar("T")
+# One message at most takes this long: a rank that is alive may be writing a checkpoint meanwhile.
+MESSAGE_S = 1_800.0
+POLL_S = 1.0
+# Tags of messages: sizes and contents of `swap`; everything from FREE on is the caller's.
+SIZES, CONTENTS, FREE = 1, 2, 16
+
+
+class Work(Protocol):
+    """A message under way."""
+
+    def wait(self, timeout: timedelta = ...) -> Any: ...
+
+
+class Mesh(Protocol):
+    """Ranks that can send to one another. Messages with one tag between two ranks arrive in order."""
+
+    rank: int
+    world: int
+    sent_bytes: int
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
+    def run(self, blocking: Callable[[], T]) -> T: ...
+    def swap(self, tensor: Tensor) -> list[Tensor]: ...
+    def close(self, error: BaseException | None = None) -> None: ...
+
+
+class Alone:
+    """One process: nothing is sent."""
+
+    rank, world, sent_bytes = 0, 1, 0
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
+        raise RuntimeError("one process alone has nobody to send to")
+
+    receive = send
+
+    def run(self, blocking: Callable[[], T]) -> T:
+        return blocking()
+
+    def swap(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def close(self, error: BaseException | None = None) -> None:
+        pass
+
+
+class Gloo:
+    """The ranks of torch's launcher. Everything that waits does so in a thread of its own, so that a failure is seen.
+
+    RankFailed, with the other rank's reason, from whatever waits for one that has failed.
+    """
+
+    def __init__(self, start_s: float = START_S, silence_s: float = SILENCE_S) -> None:
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        self._dist = dist
+        limit = timedelta(seconds=start_s)
+        store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
+        self.sent_bytes = 0
+        self.watch = Watch(store, self.rank, self.world, silence_s)
+        self.watch.roll_call(start_s)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world, timeout=limit)
+        dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
+        self.watch.start()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="communication", daemon=True).start()
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
+        """Begin to send a contiguous tensor, which must stay as it is until the work has been waited for."""
+        self.sent_bytes += tensor.numel() * tensor.element_size()
+        return self._begin(self._dist.isend, tensor, peer, tag)
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Work:
+        """Begin to receive into a contiguous tensor of the sender's size."""
+        return self._begin(self._dist.irecv, tensor, peer, tag)
+
+    def _begin(self, call: Callable[..., Any], tensor: Tensor, peer: int, tag: int) -> Work:
+        try:
+            work: Work = call(tensor, peer, tag=tag)
+        except RuntimeError as error:
+            raise self.watch.explain(error) from error
+        return work
+
+    def run(self, blocking: Callable[[], T]) -> T:
+        """The result of a function that waits for messages; RankFailed as soon as another rank is known to be gone."""
+        done, outcome = threading.Event(), list[Any]()
+
+        def job() -> None:
+            try:
+                outcome.extend((blocking(), None))
+            except Exception as error:
+                outcome.extend((None, error))
+            done.set()
+
+        self._jobs.put(job)
+        while not done.wait(POLL_S):
+            self.watch.check()
+        result, error = outcome
+        if isinstance(error, RuntimeError):
+            raise self.watch.explain(error) from error
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get()()
+
+    def swap(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's contiguous tensor of one dimension, in the order of the ranks; lengths may differ."""
+        return self.run(lambda: self._swap(tensor))
+
+    def _swap(self, tensor: Tensor) -> list[Tensor]:
+        size = torch.tensor([tensor.numel()])
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        sizes = {rank: torch.empty(1, dtype=torch.int64) for rank in others}
+        incoming = {rank: self.receive(sizes[rank], rank, SIZES) for rank in others}
+        works = [self.send(size, rank, SIZES) for rank in others]
+        works += [self.send(tensor, rank, CONTENTS) for rank in others]
+        found = {self.rank: tensor}
+        for rank in others:
+            wait_for([incoming[rank]])
+            found[rank] = tensor.new_empty(int(sizes[rank]))
+            works.append(self.receive(found[rank], rank, CONTENTS))
+        wait_for(works)
+        return [found[rank] for rank in range(self.world)]
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave together, or tell the others why not."""
+        if error is None:
+            self.swap(torch.zeros(1))
+            self.watch.stop()
+            self._dist.destroy_process_group()
+            return
+        if not isinstance(error, RankFailed):
+            self.watch.give_up(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        # A thread may still wait in gloo for a rank that is gone, and would hold up the end of the process.
+        atexit.register(_leave_at_once)
+
+
+def _leave_at_once() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
+def wait_for(works: Sequence[Work]) -> None:
+    """Wait for messages, in order; RuntimeError where a link broke."""
+    for work in works:
+        work.wait(timedelta(seconds=MESSAGE_S))

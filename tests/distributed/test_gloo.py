@@ -1,0 +1,64 @@
+"""The same over real sockets, between processes; and what the others see when one of them fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from protomamba.train.comm import Local
+from tests.distributed.launch import outcome, start_ranks
+from tests.distributed.test_sums import SHAPES, summed, whole
+from tests.runs import assert_equal
+
+WORKER = ["-m", "tests.distributed.worker"]
+
+
+def saved(folder: Path, world: int) -> list[Any]:
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def test_sums_over_gloo_are_those_of_one_process(tmp_path: Path) -> None:
+    processes = start_ranks(3, [*WORKER, "sums", str(tmp_path)])
+    assert [outcome(process) for process in processes] == [(0, "")] * 3
+    pieces, squares, small = summed(Local())
+    found = saved(tmp_path, 3)
+    assert_equal(whole([each[0] for each in found]), whole([pieces]), "sums")
+    assert_equal([each[1:] for each in found], [(squares, small)] * 3, "squares and small sums")
+
+
+def test_weights_reach_every_process(tmp_path: Path) -> None:
+    processes = start_ranks(2, [*WORKER, "weights", str(tmp_path)])
+    assert [outcome(process) for process in processes] == [(0, "")] * 2
+    one, other = saved(tmp_path, 2)
+    assert_equal(one, other, "weights")
+    assert {float(v) for name in SHAPES for v in one[name].unique()} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("raises", "rank 1: no-such-file.bin: cannot be read"),
+        ("killed", "rank 1 gone without a word: killed"),
+        ("stopped", "rank 1 gave no sign of life for 7 s"),
+    ],
+)
+def test_the_others_say_why_a_rank_failed(task: str, reason: str, tmp_path: Path) -> None:
+    processes = start_ranks(3, [*WORKER, task, str(tmp_path), "--impatient"])
+    try:
+        for survivor in (processes[0], processes[2]):
+            code, errors = outcome(survivor)
+            assert (code, reason in errors.splitlines()[-1]) == (1, True), errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
+    processes = start_ranks(4, [*WORKER, "sums", str(tmp_path), "--impatient"], absent=(1, 2))
+    found = [outcome(process) for process in processes]
+    assert all(code == 1 for code, _ in found)
+    assert "ranks 1, 2 of 4 did not start within 5 s" in found[0][1]

@@ -1,0 +1,67 @@
+"""What the ranks of the tests do: `python -m tests.distributed.worker TASK FOLDER`, as one rank of several."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from protomamba.errors import UserError
+from protomamba.train.comm import Comm, Ranks
+from protomamba.train.comm_mesh import Gloo
+from tests.distributed.test_sums import SHAPES, parameters, summed
+
+SILENCE_S, START_S = 7.0, 5.0
+
+
+def sums(comm: Comm, folder: Path) -> None:
+    torch.save(summed(comm), folder / f"rank-{comm.rank}.pt")
+
+
+def weights(comm: Comm, folder: Path) -> None:
+    named = parameters()
+    comm.lay(named)
+    for piece in comm.pieces():
+        piece.of(named[piece.name].detach()).fill_(1 + comm.rank)
+    comm.spread()
+    torch.save({name: named[name].detach() for name in SHAPES}, folder / f"rank-{comm.rank}.pt")
+
+
+def raises(comm: Comm, folder: Path) -> None:
+    if comm.rank == 1:
+        raise UserError("no-such-file.bin: cannot be read")
+    comm.gather(torch.zeros(1))
+
+
+def killed(comm: Comm, folder: Path) -> None:
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.gather(torch.zeros(1))
+
+
+def stopped(comm: Comm, folder: Path) -> None:
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    comm.gather(torch.zeros(1))
+
+
+TASKS: dict[str, Callable[[Comm, Path], None]] = {f.__name__: f for f in (sums, weights, raises, killed, stopped)}
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    try:
+        with Comm(Gloo(START_S, SILENCE_S)) if "--impatient" in sys.argv else Ranks() as comm:
+            TASKS[sys.argv[1]](comm, Path(sys.argv[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
