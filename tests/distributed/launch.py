@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LIMIT_S = 240
@@ -25,20 +27,34 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
-def start_ranks(world: int, arguments: list[str], absent: tuple[int, ...] = ()) -> list[subprocess.Popen[str]]:
-    """`python ARGUMENTS` as each of `world` ranks, without a launcher; rank 0 holds the store."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**where, RANK=str(rank), LOCAL_RANK=str(rank)),
-        )
-        for rank in range(world)
-        if rank not in absent
-    ]
+# Holds the store, as the launcher's agent does, so that it outlives every rank.
+STORE = """
+import sys, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def started(world: int, arguments: list[str], absent: tuple[int, ...] = ()) -> Iterator[list[subprocess.Popen[str]]]:
+    """`python ARGUMENTS` as each of `world` ranks, by hand; all that still run are killed at the end."""
+    port = str(free_port())
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [_start(["-c", STORE, port], {})]
+    try:
+        for rank in (rank for rank in range(world) if rank not in absent):
+            processes.append(_start(arguments, {**where, "WORLD_SIZE": str(world), "RANK": str(rank)}))
+        yield processes[1:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _start(arguments: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment(**variables))
 
 
 def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from protomamba.train.comm import Local
-from tests.distributed.launch import outcome, start_ranks
+from protomamba.train.comm_watch import RankFailed, Watch
+from tests.distributed.launch import outcome, started
 from tests.distributed.test_sums import SHAPES, summed, whole
 from tests.runs import assert_equal
 
@@ -21,8 +22,8 @@ def saved(folder: Path, world: int) -> list[Any]:
 
 
 def test_sums_over_gloo_are_those_of_one_process(tmp_path: Path) -> None:
-    processes = start_ranks(3, [*WORKER, "sums", str(tmp_path)])
-    assert [outcome(process) for process in processes] == [(0, "")] * 3
+    with started(3, [*WORKER, "sums", str(tmp_path)]) as processes:
+        assert [outcome(process) for process in processes] == [(0, "")] * 3
     pieces, squares, small = summed(Local())
     found = saved(tmp_path, 3)
     assert_equal(whole([each[0] for each in found]), whole([pieces]), "sums")
@@ -30,8 +31,8 @@ def test_sums_over_gloo_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_weights_reach_every_process(tmp_path: Path) -> None:
-    processes = start_ranks(2, [*WORKER, "weights", str(tmp_path)])
-    assert [outcome(process) for process in processes] == [(0, "")] * 2
+    with started(2, [*WORKER, "weights", str(tmp_path)]) as processes:
+        assert [outcome(process) for process in processes] == [(0, "")] * 2
     one, other = saved(tmp_path, 2)
     assert_equal(one, other, "weights")
     assert {float(v) for name in SHAPES for v in one[name].unique()} == {1.0, 2.0}
@@ -41,24 +42,34 @@ def test_weights_reach_every_process(tmp_path: Path) -> None:
     ("task", "reason"),
     [
         ("raises", "rank 1: no-such-file.bin: cannot be read"),
-        ("killed", "rank 1 gone without a word: killed"),
+        ("killed", "rank 1 gone without a word: killed (out of memory?), or its machine or link is down"),
         ("stopped", "rank 1 gave no sign of life for 7 s"),
     ],
 )
 def test_the_others_say_why_a_rank_failed(task: str, reason: str, tmp_path: Path) -> None:
-    processes = start_ranks(3, [*WORKER, task, str(tmp_path), "--impatient"])
-    try:
+    with started(3, [*WORKER, task, str(tmp_path), "--impatient"]) as processes:
         for survivor in (processes[0], processes[2]):
             code, errors = outcome(survivor)
-            assert (code, reason in errors.splitlines()[-1]) == (1, True), errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+            assert (code, errors) == (1, f"error: {reason}\n")
 
 
 def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
-    processes = start_ranks(4, [*WORKER, "sums", str(tmp_path), "--impatient"], absent=(1, 2))
-    found = [outcome(process) for process in processes]
-    assert all(code == 1 for code, _ in found)
-    assert "ranks 1, 2 of 4 did not start within 5 s" in found[0][1]
+    with started(3, [*WORKER, "sums", str(tmp_path), "--impatient"], absent=(1,)) as processes:
+        found = [outcome(process) for process in processes]
+    assert found == [(1, "error: rank 1 of 3 did not start within 5 s\n")] * 2
+
+
+def test_roll_call_names_the_ranks_that_are_missing() -> None:
+    store = torch.distributed.HashStore()
+    store.set("here/2", "1")
+    with pytest.raises(RankFailed, match=r"ranks 1, 3 of 4 did not start within 0.1 s"):
+        Watch(store, 0, 4).roll_call(0.1)
+
+
+def test_the_first_reason_stands() -> None:
+    store = torch.distributed.HashStore()
+    one, other = Watch(store, 0, 2), Watch(store, 1, 2)
+    other.give_up("out of memory")
+    one.give_up("a broken connection")
+    with pytest.raises(RankFailed, match=r"^rank 1: out of memory$"):
+        one.check()

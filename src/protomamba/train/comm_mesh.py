@@ -78,7 +78,10 @@ class Gloo:
 
         self._dist = dist
         limit = timedelta(seconds=start_s)
-        store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
+        try:
+            store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
+        except dist.DistError as error:
+            raise RankFailed(f"the ranks did not meet: {error}; start them with torchrun") from error
         self.sent_bytes = 0
         self.watch = Watch(store, self.rank, self.world, silence_s)
         self.watch.roll_call(start_s)

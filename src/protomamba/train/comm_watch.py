@@ -69,8 +69,11 @@ class Watch:
 
     def give_up(self, reason: str) -> None:
         """Tell the others why this rank ends. The first reason of all stands."""
+        self._accuse(f"rank {self.rank}: {reason}")
+
+    def _accuse(self, reason: str) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set("reason", "", f"rank {self.rank}: {reason}")
+            self.store.compare_set("reason", "", reason)
 
     def check(self) -> None:
         """RankFailed where another rank has given up, or has said nothing for `silence_s`."""
@@ -81,7 +84,7 @@ class Watch:
         except RuntimeError as error:
             raise RankFailed("the launcher is gone (its store does not answer)") from error
         if silent:
-            self.give_up(reason := f"{_ranks(silent)} gave no sign of life for {self.silence_s:g} s")
+            self._accuse(reason := f"{_ranks(silent)} gave no sign of life for {self.silence_s:g} s")
             raise RankFailed(reason)
 
     def _silent(self, limit_s: float) -> list[int]:
@@ -105,8 +108,8 @@ class Watch:
         except (RankFailed, RuntimeError) as found:
             return found if isinstance(found, RankFailed) else RankFailed(str(found))
         who = f"{_ranks(gone)} gone" if gone else f"the link to another rank broke ({error})"
-        self.give_up(reason := f"{who} without a word: killed (out of memory?), or its machine or link is down")
-        return RankFailed(f"rank {self.rank}: {reason}")
+        self._accuse(reason := f"{who} without a word: killed (out of memory?), or its machine or link is down")
+        return RankFailed(reason)
 
 
 def _ranks(numbers: list[int]) -> str:
