@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protomamba.config import RunConfig
+from protomamba.config import DataFields, RunConfig
 from protomamba.data.corpus import SHARD, default_corpus
-from protomamba.train.inputs import open_inputs, training_stream, validation_windows
-from protomamba.train.start import fresh_trainer
+from protomamba.train.build import fresh_trainer
+from protomamba.train.inputs import Held, open_inputs, stream_spec
 from protomamba.train.trainer import MicroBatch, StepStats, Trainer
 
 # Two Mamba layers of width 64 on 8 x 128 bytes a step: what two minutes of one core can bring to its limits.
@@ -47,10 +47,11 @@ class Session:
     @classmethod
     def start(cls, config: RunConfig, trainer: Trainer | None = None) -> Session:
         """From a configuration; `trainer` goes on where one is given."""
-        inputs = open_inputs(config)
-        stream = training_stream(inputs, config)
+        data = config.project(DataFields)
+        inputs = open_inputs(data, seed=config.seed, corpus=config.out_dir / "corpus")
+        stream = inputs.training.stream(stream_spec(data, config.seed))
         assert inputs.validation is not None
-        windows = validation_windows(inputs.validation, config, EVAL_BATCHES)
+        windows = Held(inputs.validation, stream_spec(data, config.seed), EVAL_BATCHES)
         held_out = [(b.tokens_BL, b.targets_BL, b.reset_BL) for b in windows]
 
         def batches(index: int) -> MicroBatch:
@@ -60,16 +61,16 @@ class Session:
         return cls(trainer or fresh_trainer(config, inputs.vocab_size, None)[0], batches, held_out)
 
     def train(self, steps: int) -> list[StepStats]:
-        return [self.trainer.train_step(*self.batches(self.trainer.step)) for _ in range(steps)]
+        return [self.trainer.train_step(*self.batches(self.trainer.global_step)) for _ in range(steps)]
 
     def run(self, steps: int, ms: float, points: int, multiple: int = 1) -> None:
         """Lay the schedule over `steps` more and take them; held-out figures at the start and `points` times after."""
-        start = self.trainer.step
+        start = self.trainer.global_step
         self.trainer.schedule_start, self.trainer.schedule_steps = start, steps
         self._note(0.0, [])
         for point in range(points):
             goal = start + round(steps * (point + 1) / points / multiple) * multiple
-            taken = self.train(goal - self.trainer.step)
+            taken = self.train(goal - self.trainer.global_step)
             self._note((goal - start) * ms / 1e3, taken)
 
     def _note(self, seconds: float, taken: list[StepStats]) -> None:
@@ -77,7 +78,7 @@ class Session:
         found = self.trainer.evaluate(self.held_out)
         active = sum(bool(stats.ff_loss) for stats in taken) / max(1, len(taken))
         figures = {"loss": found.loss, "accuracy": found.accuracy, "local_active": active}
-        self.curve.append({"step": self.trainer.step, "seconds": seconds, **figures})
+        self.curve.append({"step": self.trainer.global_step, "seconds": seconds, **figures})
 
 
 def costs(sessions: Mapping[str, Session], steps: int, turns: int) -> dict[str, float]:

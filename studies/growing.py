@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from common import Session, corpus_config, costs, new_figure, write_between_marks
 
-from protomamba.train.start import fresh_trainer
+from protomamba.train.build import fresh_trainer
 from protomamba.train.trainer import Trainer
 
 COMMAND = "python studies/growing.py"
@@ -136,7 +136,7 @@ def saved_bytes(session: Session) -> int:
 
 
 def state_bytes(session: Session) -> int:
-    moments = session.trainer.optimizer.moments().values()
+    moments = session.trainer.optimizer.state().values()
     return sum(tensor.nbytes for each in moments for tensor in each.values())
 
 

@@ -45,7 +45,7 @@ def test_weights_and_moments_are_the_files(name: str) -> None:
     assert len(held) > 5
     for key, value in held.items():
         assert same(weights[key], value), key
-    moments = trainer.optimizer.state_dict()["moments"]
+    moments = trainer.optimizer.state()
     for key, value in stored.items():
         if key.startswith("optimizer.moments."):
             parameter, _, slot = key.removeprefix("optimizer.moments.").rpartition(".")

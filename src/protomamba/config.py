@@ -126,6 +126,8 @@ class TrainFields(Schema):
         None, ge=0, description="linear warm-up before the decay; auto = 2 % of the steps"
     )
     lr_min_scale: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay as a fraction of lr")
+    optimizer: str = Field("adamw", description="adamw or package.module:Class")
+    optimizer_option: tuple[str, ...] = Field((), description="a setting of the optimizer, KEY=VALUE; repeatable")
     weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW decoupled weight decay (matrices only)")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the second moment")
@@ -293,6 +295,30 @@ MAY_CHANGE = frozenset(
     # where the data lies may change; what it is may not, and is checked by its checksums
     | {"token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )
+
+
+def parse_option(text: str, flag_name: str) -> tuple[str, str]:
+    """KEY=VALUE as a field's name and its text. ConfigError for anything else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{flag_name} {text!r}: expected KEY=VALUE")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def part_settings(schema: type[Schema], fields: Schema, options: Iterable[str], flag_name: str) -> Any:
+    """The settings of a part: the fields of the run that have the names of its own, then its options, KEY=VALUE each.
+
+    Raises ConfigError for an option that the part does not have, with the nearest name, or a value out of bounds.
+    """
+    values = {name: getattr(fields, name) for name in schema.model_fields if hasattr(fields, name)}
+    for key, text in (parse_option(option, flag_name) for option in options):
+        if key not in schema.model_fields:
+            known = ", ".join(schema.model_fields) or "none"
+            raise ConfigError(
+                f"{flag_name} {key}: unknown setting{nearest(key, schema.model_fields)}; there are: {known}"
+            )
+        values[key] = text
+    return schema(**values)
 
 
 def flag(name: str) -> str:

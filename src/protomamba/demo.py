@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba.checkpoint import file as checkpoint
-from protomamba.config import RunConfig, Sampling
+from protomamba.config import DataFields, RunConfig, Sampling
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.decode import generate
 from protomamba.errors import UserError
 from protomamba.metrics_file import read_metrics
+from protomamba.train.build import train
 from protomamba.train.callbacks.console import Console
-from protomamba.train.inputs import majority_share, open_inputs, validation_windows
-from protomamba.train.run import train
+from protomamba.train.inputs import Held, open_inputs, stream_spec
 from protomamba.train.trainer import Trainer
 
 HEADS = ("hpn", "softmax")
@@ -52,17 +52,14 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
     for head in heads:
         config = demo_config(head, folder)
         trainer = Trainer.from_checkpoint(checkpoint.load(config.out_dir / "latest.safetensors"))
-        held_out = open_inputs(config).validation
-        assert held_out is not None
-        windows = [
-            (b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(held_out, config, EVALUATION_BATCHES)
-        ]
-        found = trainer.evaluate(windows)
-        baseline = majority_share([targets for _, targets, _ in windows])
+        data = config.project(DataFields)
+        inputs = open_inputs(data, seed=config.seed, corpus=folder / "corpus")
+        assert inputs.validation is not None
+        found = trainer.evaluate(Held(inputs.validation, stream_spec(data, config.seed), EVALUATION_BATCHES))
         seconds = training_seconds(config.out_dir / "metrics.jsonl")
         perplexity = "-" if found.perplexity is None else f"{found.perplexity:.3f}"
-        figures = f"{seconds:.0f} {found.loss:.4f} {perplexity} {found.accuracy:.4f} {baseline:.4f}"
-        rows.append((head, trainer.step, *figures.split()))
+        figures = f"{seconds:.0f} {found.loss:.4f} {perplexity} {found.accuracy:.4f} {found.majority:.4f}"
+        rows.append((head, trainer.global_step, *figures.split()))
         console.line(f"\nA sample of the {head} model after {PROMPT!r} (temperature 0.7, top-p 0.9):\n")
         console.line(sample(trainer))
     console.line("")

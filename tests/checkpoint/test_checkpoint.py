@@ -252,7 +252,7 @@ def test_a_malformed_file_with_right_checksums_is_refused(tmp_path: Path, change
 
 def test_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     write_with(tmp_path / "c.safetensors", lambda metadata: metadata.update(version=7))
-    with pytest.raises(CheckpointError, match=r"c\.safetensors: version: format 7, .* reads up to 1: use a newer"):
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: version: format 7, .* reads up to 2: use a newer"):
         checkpoint.load(tmp_path / "c.safetensors")
 
 
@@ -260,19 +260,19 @@ def test_an_older_version_loads_through_each_migration(tmp_path: Path, monkeypat
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, {"model": {"w": torch.ones(2)}}, config={"rate": 0.5})
 
-    def rename_rate(old: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
-        return checkpoint.Checkpoint({"lr": old.config["rate"]}, old.parts, old.info, 2)
+    def rename_rate(parts: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return parts, {"lr": config["rate"]}
 
-    def add_counter(old: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
-        return checkpoint.Checkpoint(old.config, {**old.parts, "trainer": {"skipped": 0}}, old.info, 3)
+    def add_counter(parts: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {**parts, "trainer": {"skipped": 0}}, config
 
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
-    monkeypatch.setattr(checkpoint, "MIGRATIONS", {1: rename_rate, 2: add_counter})
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 4)
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {2: rename_rate, 3: add_counter})
     loaded = checkpoint.load(path)
-    assert loaded.config == {"lr": 0.5} and loaded.parts["trainer"] == {"skipped": 0} and loaded.version == 3
+    assert loaded.config == {"lr": 0.5} and loaded.parts["trainer"] == {"skipped": 0} and loaded.version == 4
     assert loaded.parts["model"]["w"].tolist() == [1, 1]
-    monkeypatch.setattr(checkpoint, "MIGRATIONS", {2: add_counter})
-    with pytest.raises(CheckpointError, match="format 1, and there is no migration from 1"):
+    monkeypatch.setattr(checkpoint, "MIGRATIONS", {3: add_counter})
+    with pytest.raises(CheckpointError, match="format 2, and there is no migration from 2"):
         checkpoint.load(path)
 
 

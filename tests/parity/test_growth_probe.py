@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,15 +96,15 @@ def test_a_layer_that_never_trains_is_seen(tokens: Path, monkeypatch: pytest.Mon
 
 
 def test_a_frozen_parameter_that_moves_is_seen(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update = Trainer.update
+    step = Trainer.train_step
 
-    def drift(self: Trainer, batches: object) -> object:
-        stats = update(self, batches)  # type: ignore[arg-type]
+    def drift(self: Trainer, *batches: Any) -> object:
+        stats = step(self, *batches)
         with torch.no_grad():
             self.model.layers[0].mixer.D.add_(1e-3)  # type: ignore[union-attr]
         return stats
 
-    monkeypatch.setattr(Trainer, "update", drift)
+    monkeypatch.setattr(Trainer, "train_step", drift)
     report = growth.run(RunConfig(**PROBE, token_file=tokens))
     assert failed(report) == {"frozen parameters that moved"}
 
@@ -112,7 +113,7 @@ def test_lost_moments_and_changed_weights_are_seen(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(tmp_path / "base", tokens, "--base-layers", 2, "--target-layers", 2, "--steps", 2) == 0
-    monkeypatch.setattr("protomamba.train.optim.Optimizer.load_moments", lambda self, moments: None)
+    monkeypatch.setattr("protomamba.train.optim.AdamW.load_state", lambda self, state: None)
     config = RunConfig(**{**PROBE, "freeze": "none"}, token_file=tokens, init_from=tmp_path / "base/latest.safetensors")
     assert failed(growth.run(config)) == {"old moments that differ"}
 

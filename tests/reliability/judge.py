@@ -48,7 +48,7 @@ def same_training(uncut: Path, other: Path) -> str | None:
             at = next((a["step"] for a, b in zip(ours, theirs, strict=False) if a != b), "the end")
             return f"{name} lines differ at step {at}: {len(ours)} and {len(theirs)} lines"
     one, two = (checkpoint.load(folder / "latest.safetensors").parts for folder in (uncut, other))
-    found = _unequal({**one, "progress": {}}, {**two, "progress": {}}, "latest")
+    found = _unequal({**one, "callbacks": {}}, {**two, "callbacks": {}}, "latest")
     left = [path.name for path in other.iterdir() if path.name.endswith(".tmp")]
     return found or (f"left behind: {left}" if left else None)
 

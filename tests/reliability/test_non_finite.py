@@ -43,7 +43,7 @@ def batch(rng: random.Random) -> tuple[Tensor, Tensor]:
 def kept(trainer: Trainer) -> dict[str, Tensor]:
     """All that an update changes, by name, copied."""
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    moments = trainer.optimizer.moments()
+    moments = trainer.optimizer.state()
     return weights | {f"{n} {k}": t.clone() for n, slots in moments.items() for k, t in slots.items()}
 
 
@@ -66,7 +66,7 @@ def poison(
         element = rng.randrange(tensor.numel())
         return name, tensor.register_hook(spoil).remove
     if place in ("exp_avg", "exp_avg_sq"):
-        target = trainer.optimizer.moments()[name][place]
+        target = trainer.optimizer.state()[name][place]
     else:
         target = tensor.data
     row = int(tokens_BL.view(-1)[rng.randrange(tokens_BL.numel())]) * 8 if place == "sample" else 0

@@ -94,7 +94,7 @@ def test_without_backpropagation_only_d_moves_by_its_local_gradient() -> None:
             )
         else:
             assert torch.equal(parameter, before[name]), name
-    assert trainer.optimizer.moments() == {}
+    assert trainer.optimizer.state() == {}
     assert trainer.train_step(tokens_BL, tokens_BL).bp_applied
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig
-from protomamba.train.optim import Optimizer, decays, first_non_finite, learning_rate, total_norm
+from protomamba.train.optim import Optimizer, decays, first_non_finite, learning_rate, make_optimizer, total_norm
+
+
+def adamw(model: torch.nn.Module, **settings: Any) -> Optimizer:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return make_optimizer(named, TrainConfig(**settings))
+
 
 DECAYED = {
     "embedding.weight",
@@ -51,21 +58,20 @@ def test_the_schedule_at_its_corners() -> None:
 def test_an_update_is_adamw_with_the_clipped_gradient() -> None:
     weight = torch.nn.Linear(3, 2, bias=False)
     start, gradient = weight.weight.detach().clone(), torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
-    optimizer = Optimizer(weight, TrainConfig(weight_decay=0.1), scales={"weight": 0.5})
+    optimizer = adamw(weight, weight_decay=0.1)
     weight.weight.grad = gradient.clone()
-    optimizer.update(lr=0.2, shrink=0.25)
+    optimizer.step(lr=0.1, scale=0.25)
     expected = start * (1 - 0.1 * 0.1) - 0.1 * (gradient / 4) / ((gradient / 4).abs() + 1e-8)
     torch.testing.assert_close(weight.weight.detach(), expected)
-    moments = optimizer.moments()["weight"]
+    moments = optimizer.state()["weight"]
     torch.testing.assert_close(moments["exp_avg"], 0.1 * gradient / 4)
 
 
 def test_nothing_to_train_is_allowed() -> None:
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    optimizer = Optimizer(frozen, TrainConfig(), {})
-    optimizer.zero_grad()
-    optimizer.update(0.1)
-    assert optimizer.state_dict() == {"moments": {}} and total_norm(optimizer.gradients().values()) == 0.0
+    optimizer = adamw(frozen)
+    optimizer.step(0.1)
+    assert optimizer.state() == {} and total_norm([]) == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -81,23 +87,20 @@ def test_large_finite_values_are_not_mistaken_for_infinity() -> None:
 
 
 def test_moments_of_another_shape_are_refused() -> None:
-    small, large = (
-        Optimizer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=0, n_class=n)), TrainConfig(), {})
-        for n in (3, 40)
-    )
+    small, large = (adamw(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=0, n_class=n))) for n in (3, 40))
     for optimizer in (small, large):
         for parameter in optimizer.named.values():
             parameter.grad = torch.ones_like(parameter)
-        optimizer.update(1e-3)
-    with pytest.raises(ValueError, match=r"head.prototypes: moments of shape \(3, 8\) for a parameter of \(40, 8\)"):
-        large.load_moments(small.moments())
+        optimizer.step(1e-3)
+    with pytest.raises(ValueError, match=r"head.prototypes: exp_avg of shape \(3, 8\) for a parameter of \(40, 8\)"):
+        large.load_state(small.state())
 
 
 def test_it_knows_how_much_its_state_will_grow() -> None:
-    optimizer = Optimizer(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1)), TrainConfig(), {})
+    optimizer = adamw(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1)))
     to_come = optimizer.bytes_to_come()
     for parameter in optimizer.named.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.update(1e-3)
-    held = sum(x.numel() * x.element_size() for state in optimizer.moments().values() for x in state.values())
+    optimizer.step(1e-3)
+    held = sum(x.numel() * x.element_size() for state in optimizer.state().values() for x in state.values())
     assert held == to_come and optimizer.bytes_to_come() == 0

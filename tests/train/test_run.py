@@ -89,7 +89,7 @@ def test_auto_starts_fresh_then_goes_on_and_a_fresh_run_does_not_bury_another(
     out = tmp_path / "run"
     assert train(out, tokens, "--steps", 5, "--resume", "auto") == 0
     assert train(out, tokens, "--steps", 5, "--resume", "auto") == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     assert train(out, tokens, "--steps", 5) == 1
     assert "go on with it by --resume auto" in capsys.readouterr().err
 

@@ -44,7 +44,7 @@ def test_accumulated_micro_batches_are_one_batch_whatever_their_valid_targets() 
     targets_BL[0, 3:] = -100
     one, many = make(), make()
     whole = one.train_step(tokens_BL, targets_BL)
-    parts = many.update([(tokens_BL[:1], targets_BL[:1], None), (tokens_BL[1:], targets_BL[1:], None)])
+    parts = many.train_step(*[(tokens_BL[:1], targets_BL[:1], None), (tokens_BL[1:], targets_BL[1:], None)])
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5) and parts.tokens == whole.tokens
     assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
 
@@ -53,7 +53,7 @@ def test_clipping_bounds_the_norm_that_is_reported_before_it() -> None:
     trainer = make(grad_clip_norm=1e-3)
     stats = trainer.train_step(*batch())
     assert stats.clipped and stats.grad_norm is not None and stats.grad_norm > 1e-3
-    norm = math.sqrt(sum(float(g.square().sum()) for g in trainer.optimizer.gradients().values()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in trainer.gradients().values()))
     assert norm == pytest.approx(1e-3, rel=1e-4)
     assert not make(grad_clip_norm=1e6).train_step(*batch()).clipped
 
@@ -73,14 +73,14 @@ def test_nan_and_inf_anywhere_skip_the_update_and_poison_nothing(where: str, bad
     elif where == "gradient":
         poisoned.register_hook(lambda gradient: gradient * bad)
     else:
-        trainer.optimizer.moments()["layers.0.mixer.in_proj.weight"][where][0, 0] = bad
+        trainer.optimizer.state()["layers.0.mixer.in_proj.weight"][where][0, 0] = bad
     before = weights(trainer)
-    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in trainer.optimizer.moments().items()}
+    moments = {n: {k: v.clone() for k, v in m.items()} for n, m in trainer.optimizer.state().items()}
     stats = trainer.train_step(tokens_BL, targets_BL)
     assert stats.skipped_update and trainer.skipped_total == 1 and trainer.skipped_in_row == 1
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
-    for name, slots in trainer.optimizer.moments().items():
+    for name, slots in trainer.optimizer.state().items():
         assert all(torch.equal(slots[k].nan_to_num(), moments[name][k].nan_to_num()) for k in slots), name
 
 
@@ -143,25 +143,25 @@ def test_a_loaded_trainer_goes_on_to_the_bit(head: str, tmp_path: Path) -> None:
     cut.save_checkpoint(tmp_path / "c.safetensors")
     again = Trainer.load_checkpoint(tmp_path / "c.safetensors")
     found += run(again, 5, 12)
-    assert found == losses and again.step == 12 and again.tokens_seen == straight.tokens_seen
+    assert found == losses and again.global_step == 12 and again.tokens_seen == straight.tokens_seen
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(again)[name], tensor), name
-    for name, slots in straight.optimizer.moments().items():
-        assert all(torch.equal(slots[k], again.optimizer.moments()[name][k]) for k in slots), name
+    for name, slots in straight.optimizer.state().items():
+        assert all(torch.equal(slots[k], again.optimizer.state()[name][k]) for k in slots), name
 
 
 def test_growing_keeps_the_moments_of_the_old_layers_under_their_new_names() -> None:
     trainer = make()
     trainer.train_step(*batch())
-    old = {n: {k: v.clone() for k, v in m.items()} for n, m in trainer.optimizer.moments().items()}
+    old = {n: {k: v.clone() for k, v in m.items()} for n, m in trainer.optimizer.state().items()}
     trainer.expand(4, "specific:0,2")
-    moments = trainer.optimizer.moments()
+    moments = trainer.optimizer.state()
     for name, slots in renamed_layers(old, [None, 0, None, 1]).items():
         assert all(torch.equal(slots[k], moments[name][k]) for k in slots), name
     assert not any(name.startswith(("layers.0.", "layers.2.")) for name in moments)
     trainer.train_step(*batch(1))
     trainer.train_step(*batch(2))
-    steps = {n: int(m["step"]) for n, m in trainer.optimizer.moments().items()}
+    steps = {n: int(m["step"]) for n, m in trainer.optimizer.state().items()}
     assert steps["layers.0.mixer.out_proj.weight"] == 2 and steps["layers.1.mixer.out_proj.weight"] == 3
 
 

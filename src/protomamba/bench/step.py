@@ -76,7 +76,7 @@ def forward_backward(trainer: Trainer, tokens_BL: Tensor, targets_BL: Tensor) ->
     """Loss and gradients of the whole model, embedding and head included, without the optimizer."""
 
     def run() -> None:
-        trainer.optimizer.zero_grad()
+        trainer.zero_grad()
         trainer.model(tokens_BL, targets_BL).backward()
 
     return run

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from protomamba.checkpoint import layout
 from protomamba.checkpoint.encode import TreeEncoder, decode, tensor_names
 from protomamba.checkpoint.layout import CheckpointError, Header, TensorRecord
+from protomamba.checkpoint.migrations import MIGRATIONS
 from protomamba.storage import DISK, Disk, DurabilityUnknownError, NotCommittedError, SaveError, commit
 
 __all__ = [
@@ -65,9 +66,8 @@ class Checkpoint:
     version: int
 
 
-# What a file of version n lacks to be one of version n + 1 is done by MIGRATIONS[n], on the decoded content.
-FORMAT_VERSION = 1
-MIGRATIONS: dict[int, Callable[[Checkpoint], Checkpoint]] = {}
+# What a file of version n lacks to be one of version n + 1 is done by MIGRATIONS[n], on the decoded parts and config.
+FORMAT_VERSION = 2
 
 
 def save(
@@ -206,7 +206,8 @@ def _mapping(value: Any) -> dict[Any, Any]:
 def _migrate(path: Path, checkpoint: Checkpoint) -> Checkpoint:
     for version in range(checkpoint.version, FORMAT_VERSION):
         try:
-            checkpoint = MIGRATIONS[version](checkpoint)
+            parts, config = MIGRATIONS[version](checkpoint.parts, checkpoint.config)
+            checkpoint = replace(checkpoint, parts=parts, config=config, version=version + 1)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(path, "version", f"migration from format {version} failed: {error!r}") from error
     return checkpoint

@@ -12,15 +12,14 @@ from typing import Any
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
-from protomamba.config import ModelConfig, RunConfig, Sampling
+from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
 from protomamba.data.prepare import prepare
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate
 from protomamba.errors import ConfigError, UserError
+from protomamba.train.build import load_named_code, use_machine
 from protomamba.train.callbacks.console import Console
-from protomamba.train.inputs import majority_share, open_inputs, validation_windows
-from protomamba.train.run import use_machine
-from protomamba.train.start import load_named_code
+from protomamba.train.inputs import Held, open_inputs, stream_spec
 from protomamba.train.trainer import Trainer, build_model
 
 
@@ -32,21 +31,25 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     _refuse_other_code(loaded, RunConfig(**given))
     trainer = Trainer.from_checkpoint(loaded)
     config = _data_config(path, loaded, given, trainer.model.config)
-    use_machine(config)
-    inputs = open_inputs(config)
-    tokens = inputs.training if given.keys() & {"token_file", "token_dir"} else inputs.validation
-    if tokens is None:
+    use_machine(config.threads, config.kernels)
+    data = config.project(DataFields)
+    inputs = open_inputs(data, seed=config.seed, corpus=config.out_dir / "corpus")
+    all_given = bool(given.keys() & {"token_file", "token_dir"})
+    source = inputs.training if all_given else inputs.validation
+    if source is None:
         raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
-    windows = [(b.tokens_BL, b.targets_BL, b.reset_BL) for b in validation_windows(tokens, config, batches)]
-    found = trainer.evaluate(windows)
+    found = trainer.evaluate(Held(source, stream_spec(data, config.seed), batches))
+    if not found.targets:
+        raise UserError("the batches to evaluate hold no target")
     figures: dict[str, str | int | float | None] = {
-        "data": str(config.token_file or config.token_dir) if tokens is inputs.training else "held out by the run",
+        "data": str(config.token_file or config.token_dir) if all_given else "held out by the run",
         "loss": found.loss,
+        "nll": found.nll,
         "accuracy": found.accuracy,
-        "majority_accuracy": majority_share([targets for _, targets, _ in windows]),
+        "majority_accuracy": found.majority,
         "perplexity": found.perplexity,
         "targets": found.targets,
-        "step": trainer.step,
+        "step": trainer.global_step,
     }
     if as_json:
         print(json.dumps(figures))
@@ -79,7 +82,7 @@ def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model
     if given_tokens:
         base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
         base |= {"label_file": None, "val_label_file": None, "val_ratio": 0.0}
-    config = RunConfig(**{**base, **given, "vocab_size": model.vocab_size})
+    config = RunConfig.recorded({**base, **given, "vocab_size": model.vocab_size})
     if model.n_class is not None and not config.label_file:
         raise ConfigError(f"the model tells {model.classes} classes apart: give their labels with --label-file")
     return config.replace(n_class=model.classes if config.label_file else None)
@@ -94,7 +97,7 @@ def _shown(value: float | int | str) -> str:
 def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine: RunConfig) -> int:
     """Print what follows each prompt; text where the run has a tokenizer, tokens elsewhere."""
     loaded = checkpoint.load(arguments.checkpoint)
-    use_machine(machine)
+    use_machine(machine.threads, machine.kernels)
     _refuse_other_code(loaded, machine)
     model = build_model(loaded).eval()
     if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):

@@ -21,7 +21,7 @@ def _configure_train(parser: Parser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from protomamba.train.run import train
+    from protomamba.train.build import train
 
     return train(run_config(arguments))
 

@@ -29,6 +29,9 @@ class BatchSource(Protocol):
     def batch(self, index: int) -> Batch:
         """Batch number `index`; called from several threads at once."""
 
+    def cursor(self, index: int) -> Mapping[str, Any]:
+        """The place before batch `index`, for people; `epoch` in it is shown with each step."""
+
     def state_dict(self) -> dict[str, Any]:
         """The place of `position`."""
 

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from protomamba.config import RunConfig
+from protomamba.config import DataFields, RunConfig
 from protomamba.data.stream import BatchStream
 from protomamba.errors import ConfigError
 from protomamba.model.growth import new_positions
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, versions
-from protomamba.train.inputs import open_inputs, training_stream
-from protomamba.train.run import use_machine
-from protomamba.train.start import InitialWeights, adapt_to_weights, fresh_trainer, read_initial_weights
+from protomamba.train.build import InitialWeights, adapt_to_weights, fresh_trainer, read_initial_weights, use_machine
+from protomamba.train.inputs import open_inputs, stream_spec
 from protomamba.train.trainer import MicroBatch, Trainer, renamed_layers
 
 # New parameters move from the second update on; one more shows that they go on.
@@ -43,14 +42,15 @@ def run(config: RunConfig, steps: int | None = None) -> Report:
     steps = max(steps or UPDATES * config.bp_cadence_steps, 2 * config.bp_cadence_steps)
     if config.steps < steps:
         raise ConfigError(f"--steps {config.steps}: the probe needs {steps}, for two updates by backpropagation")
-    use_machine(config)
+    use_machine(config.threads, config.kernels)
     weights = read_initial_weights(config.init_from) if config.init_from else None
     config = adapt_to_weights(config, weights) if weights else config
     with tempfile.TemporaryDirectory(prefix="protomamba-parity-") as scratch:
         config = config.replace(out_dir=Path(scratch))
-        inputs = open_inputs(config)
-        config = inputs.resolve(config)
-        return _probe(config, weights, training_stream(inputs, config), inputs.vocab_size, steps)
+        inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
+        config = config.replace(**inputs.decided)
+        stream = inputs.training.stream(stream_spec(config.project(DataFields), config.seed))
+        return _probe(config, weights, stream, inputs.vocab_size, steps)
 
 
 def _probe(
@@ -117,7 +117,7 @@ def check_inherited(
     different = [name for name in expected if different_values(expected[name], found[name])]
     report.check("old tensors that differ", len(different), 0, _counted(len(expected), "tensors", different))
     if weights and weights.moments:
-        kept, present = renamed_layers(weights.moments, origins), grown.optimizer.moments()
+        kept, present = renamed_layers(weights.moments, origins), grown.optimizer.state()
         trained = grown.optimizer.named
         lost = [
             name
@@ -132,7 +132,7 @@ def train(trainer: Trainer, stream: BatchStream, grad_accum: int, steps: int) ->
     """Take `steps` train steps; all parameters before the first, after the first backpropagation, and at the end."""
     watched = [snapshot(trainer.model)]
     for step in range(steps):
-        stats = trainer.update([_batch(stream, step * grad_accum + part) for part in range(grad_accum)])
+        stats = trainer.train_step(*(stream.batch(step * grad_accum + part) for part in range(grad_accum)))
         if stats.bp_applied and len(watched) == 1:
             watched.append(snapshot(trainer.model))
     return [*watched, snapshot(trainer.model)]
@@ -158,7 +158,7 @@ def check_movement(report: Report, trainer: Trainer, watched: list[Named], posit
     wrong = [name for name in frozen if name in moved]
     if frozen:
         report.check("frozen parameters that moved", len(wrong), 0, _counted(len(frozen), "parameters", wrong))
-        held = [name for name in frozen if name in trainer.optimizer.moments()]
+        held = [name for name in frozen if name in trainer.optimizer.state()]
         report.check("frozen parameters with optimizer state", len(held), 0, _counted(len(frozen), "parameters", held))
     report.facts["moved"] = moved_parts(moved) or "nothing"
 

@@ -106,7 +106,6 @@ def make_inputs(trainer: Trainer, seed: int) -> Arrays:
     """
     rng, config, model = np.random.default_rng(seed), trainer.config, trainer.model
     inputs: Arrays = {}
-    rates = {f"head.{name}": scale for name, scale in model.head.learning_rate_scales().items()}
     for name, parameter in model.named_parameters():
         start = parameter.detach().numpy()
         start = start + (0.1 * rng.standard_normal(start.shape)).astype(start.dtype)
@@ -114,7 +113,7 @@ def make_inputs(trainer: Trainer, seed: int) -> Arrays:
         inputs[f"param/{name}"] = start / np.linalg.norm(start, axis=-1, keepdims=True) if on_sphere else start
         inputs[f"sphere/{name}"] = np.array(on_sphere)
         inputs[f"decay/{name}"] = np.array(decays(name, parameter))
-        inputs[f"rate/{name}"] = np.array(rates.get(name, 1.0))
+        inputs[f"rate/{name}"] = np.array(1.0)
     hyper = {"lr": config.lr, "beta1": config.beta1, "beta2": config.beta2, "eps": config.adam_eps}
     hyper |= {"weight_decay": config.weight_decay, "clip": config.grad_clip_norm}
     inputs |= {f"hyper/{name}": np.array(value) for name, value in hyper.items()}

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from protomamba.bits import same
@@ -25,10 +24,13 @@ from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.metrics_file import read_metrics
 from protomamba.parity.report import Report, versions
+from protomamba.train.build import build_run, load_named_code
+from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.console import Console
-from protomamba.train.run import Run, use_machine
+from protomamba.train.resume import Resumed, find_resume
+from protomamba.train.run import Run
 from protomamba.train.signals import StopRequest
-from protomamba.train.start import Resumed, find_resume, load_named_code
+from protomamba.train.trainer import StepStats
 
 DEFAULT_STEPS = 5
 UNCUT, RESUMED = "uncut.safetensors", "latest.safetensors"
@@ -57,11 +59,11 @@ def _probe(config: RunConfig, steps: int) -> Report:
     model = start.trainer.model
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    start.execute()
+    start.fit()
     # The uncut result and its lines go aside: the second run writes to the same folder, as a resumed run does.
     (folder / RESUMED).rename(folder / UNCUT)
     uncut_lines = _train_lines(folder, after=steps)
-    _resume_in_fresh_process(folder / f"step-{steps:08d}.safetensors", 2 * steps, start.config)
+    _resume_in_fresh_process(folder / f"step-{steps:08d}.safetensors", 2 * steps, config)
     uncut, resumed = checkpoint.load(folder / UNCUT).parts, checkpoint.load(folder / RESUMED).parts
     report = Report("resume", facts={**versions("torch"), "steps": f"{steps} + {steps}", "seed": str(config.seed)})
     compare_steps(report, uncut_lines, _train_lines(folder, after=steps))
@@ -72,23 +74,20 @@ def _probe(config: RunConfig, steps: int) -> Report:
     return report
 
 
-class _StopAt(Console):
-    """Shows nothing, and asks the run to stop, as a signal would, once it has done `last` steps."""
+class _StopAt(Callback):
+    """Asks the run to stop, as a signal would, once it has done `last` steps."""
 
-    def __init__(self, stop: StopRequest, last: int) -> None:
-        super().__init__(io.StringIO(), progress=False)
-        self.stop_request, self.last = stop, last
+    def __init__(self, last: int) -> None:
+        self.last = last
 
-    def step(self, step: int, fields: Mapping[str, Any], *, logged: bool) -> None:
-        if step >= self.last:
-            self.stop_request.request()
+    def on_step(self, run: Run, stats: StepStats) -> None:
+        if stats.step >= self.last:
+            run.stop("signal")
 
 
 def _start(config: RunConfig, resumed: Resumed | None, last: int) -> Run:
-    use_machine(config)
-    torch.manual_seed(config.seed)
-    stop = StopRequest()
-    return Run(config, resumed, stop, _StopAt(stop, last))
+    silent = Console(io.StringIO(), progress=False)
+    return build_run(config, resumed, StopRequest(), silent, [_StopAt(last)])
 
 
 def _resume_in_fresh_process(path: Path, last: int, config: RunConfig) -> None:
@@ -109,7 +108,7 @@ def main(path: str, last: int, layer: str, head: str) -> int:
     resumed = find_resume(config)
     if resumed is None:
         raise UserError(f"{path}: nothing to resume")
-    _start(resumed.config, resumed, last).execute()
+    _start(resumed.config, resumed, last).fit()
     return 0
 
 

@@ -6,17 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from protomamba.config import RunConfig
+from protomamba.config import DataFields
 from protomamba.data.corpus import default_corpus
 from protomamba.data.labels import LabelledSequences, open_labelled
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
 from protomamba.data.source import Source, StreamSpec
-from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
-from protomamba.errors import ConfigError, UserError
+from protomamba.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,37 @@ class Inputs:
         """What the readers of the data want the user to know."""
         return list(dict.fromkeys([*self.training.notes, *(self.validation.notes if self.validation else ())]))
 
-    def resolve(self, config: RunConfig) -> RunConfig:
-        """`config` with what the data decides."""
-        return config.replace(vocab_size=self.vocab_size, n_class=self.n_class, eos_token=self.eos_token)
+    @property
+    def decided(self) -> dict[str, int | None]:
+        """The fields of a run's configuration that the data decides."""
+        return {"vocab_size": self.vocab_size, "n_class": self.n_class, "eos_token": self.eos_token}
 
 
-def open_inputs(config: RunConfig) -> Inputs:
-    """Open, index and check the data of a run. Raises UserError naming the file and what is wrong with it."""
+@dataclass(frozen=True)
+class Held:
+    """The validation batches of a run: the same ones each time they are iterated, `count` of them, None for all."""
+
+    source: Source
+    spec: StreamSpec
+    count: int | None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.source.eval_batches(self.spec, self.count)
+
+
+def open_inputs(config: DataFields, *, seed: int, corpus: Path) -> Inputs:
+    """Open, index and check the data of a run. Raises UserError naming the file and what is wrong with it.
+
+    seed: of the drawing of held-out sequences. corpus: where the default corpus is built if no tokens are named.
+    """
     if config.label_file or config.val_label_file or config.n_class:
-        return _open_labelled(config)
+        return _open_labelled(config, seed)
     training = _open(config.token_file, config.token_dir, "--token", config.shard_ext)
-    training = training or default_corpus(config.out_dir / "corpus")
+    training = training or default_corpus(corpus)
     tokenizer = training.info.tokenizer
     validation = _open(config.val_token_file, config.val_token_dir, "--val-token", config.shard_ext)
     if validation is None and config.val_ratio > 0:
-        training, validation = training.split(config.val_ratio, config.seed)
+        training, validation = training.split(config.val_ratio, seed)
     vocab_size = config.vocab_size or infer_vocab(training, *([validation] if validation else []))
     for shards in filter(None, (training, validation)):
         shards.check_vocab(vocab_size)
@@ -58,7 +70,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     return Inputs(training, validation, vocab_size, tokenizer, eos_token=_eos_token(config, training))
 
 
-def _eos_token(config: RunConfig, shards: ShardSet) -> int | None:
+def _eos_token(config: DataFields, shards: ShardSet) -> int | None:
     """--eos-token, or, where the state is to stop at it, what `prepare` wrote into the folder's manifest."""
     if config.eos_token is not None or not config.reset_at_eos:
         return config.eos_token
@@ -67,7 +79,7 @@ def _eos_token(config: RunConfig, shards: ShardSet) -> int | None:
     return shards.manifest.eos_token
 
 
-def _open_labelled(config: RunConfig) -> Inputs:
+def _open_labelled(config: DataFields, seed: int) -> Inputs:
     """Sequences with their labels: of the run, held out, and how many tokens and classes there are."""
     if not (config.token_file and config.label_file):
         raise ConfigError("--label-file, --val-label-file and --n-class go with --token-file and --label-file together")
@@ -83,7 +95,7 @@ def _open_labelled(config: RunConfig) -> Inputs:
     if config.val_token_file and config.val_label_file:
         validation = open_labelled(config.val_token_file, config.val_label_file)
     elif config.val_ratio > 0:
-        training, validation = training.split(config.val_ratio, config.seed)
+        training, validation = training.split(config.val_ratio, seed)
     sets = [each for each in (training, validation) if each is not None]
     vocab_size = config.vocab_size or 1 + max(each.max_token for each in sets)
     n_class = config.n_class or 1 + max(each.max_label for each in sets)
@@ -100,32 +112,14 @@ def _open(file: Path | None, folder: Path | None, prefix: str, ext: str) -> Shar
     return open_token_dir(folder, ext) if folder else None
 
 
-def stream_spec(config: RunConfig) -> StreamSpec:
+def stream_spec(config: DataFields, seed: int) -> StreamSpec:
     """How the run cuts its data."""
     return StreamSpec(
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        seed=config.seed,
+        seed=seed,
         packed=config.packed_sequences,
         shuffle_shards=config.shuffle_shards,
         eos_token=config.eos_token,
         reset_at_eos=config.reset_at_eos,
     )
-
-
-def training_stream(inputs: Inputs, config: RunConfig) -> BatchStream:
-    """The order of training windows or sequences."""
-    return inputs.training.stream(stream_spec(config))
-
-
-def validation_windows(held_out: Source, config: RunConfig, count: int | None) -> Iterator[Batch]:
-    """The same windows (sequences) each time, spread over the set; `count` batches, None for all."""
-    return held_out.eval_batches(stream_spec(config), count)
-
-
-def majority_share(targets: list[Tensor]) -> float:
-    """The share of the commonest target: the accuracy of always guessing it."""
-    valid = torch.cat([t[t >= 0].flatten() for t in targets])
-    if not valid.numel():
-        raise UserError("the validation windows hold no target")
-    return float(torch.bincount(valid).max()) / valid.numel()

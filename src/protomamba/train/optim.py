@@ -1,18 +1,19 @@
-"""AdamW over named parameters, its groups by one rule, and the learning rate as a pure function of the step."""
+"""Optimizers by name, what of a model decays, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from protomamba import kernels
-from protomamba.config import TrainFields
+from protomamba.config import Schema, TrainFields, part_settings
+from protomamba.model.registry import resolve
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
@@ -44,85 +45,136 @@ def learning_rate(step: int, total: int, config: TrainFields) -> float:
     return config.lr * (config.lr_min_scale + (1 - config.lr_min_scale) * cosine)
 
 
-class Optimizer:
-    """torch's fused AdamW whose state is kept by parameter name, so that it survives growing and freezing.
+class Optimizer(Protocol):
+    """What moves the parameters. Its state goes by parameter name, so that it survives growing and freezing.
 
-    scales: factors on the learning rate of single parameters, by name.
+    One of your own is made as `Class(named, config)`: the trainable parameters by name, and an instance of its nested
+    `Config(Schema)`, whose fields --optimizer-option sets. Derived from `OptimizerBase` it needs `slots` and `step`.
     """
 
-    def __init__(self, model: nn.Module, config: TrainFields, scales: Mapping[str, float]) -> None:
-        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._adamw: torch.optim.AdamW | None = None
-        if self.named:
-            self._adamw = torch.optim.AdamW(
-                self._groups(config, scales),
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.adam_eps,
-                fused=True,
-            )
+    slots: ClassVar[tuple[str, ...]]  # the tensors it keeps for a parameter, as they are called in the state
+    named: dict[str, nn.Parameter]
 
-    def _groups(self, config: TrainFields, scales: Mapping[str, float]) -> list[dict[str, Any]]:
-        groups: dict[tuple[bool, float], list[Tensor]] = {}
-        for name, parameter in self.named.items():
-            groups.setdefault((decays(name, parameter), scales.get(name, 1.0)), []).append(parameter)
-        return [
-            {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0, "scale": scale}
-            for (decay, scale), parameters in groups.items()
-        ]
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """One update at rate `lr` with every gradient multiplied by `scale` (clipping)."""
 
-    def zero_grad(self) -> None:
-        for parameter in self.named.values():
-            parameter.grad = None
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The slots of each parameter that has been updated, in place: not copies."""
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients of the last backward pass by parameter name; parameters it did not reach are missing."""
-        return {name: p.grad for name, p in self.named.items() if p.grad is not None}
-
-    def update(self, lr: float, shrink: float = 1.0) -> None:
-        """One AdamW update at rate `lr` with every gradient multiplied by `shrink` (clipping)."""
-        if self._adamw is None:
-            return
-        for group in self._adamw.param_groups:
-            group["lr"] = lr * group["scale"]
-        divisor = None
-        if shrink != 1.0 and all(p.dtype == torch.float32 for p in self.named.values()):
-            # The fused step divides the gradients by this on its way: a pass over them less than scaling them before.
-            divisor = torch.tensor(1.0 / shrink, dtype=torch.float32)
-        elif shrink != 1.0:
-            torch._foreach_mul_(list(self.gradients().values()), shrink)  # the fused divisor is a float32
-        self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
-        self._adamw.step()
-
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """The state of each parameter that has been updated: step (count), exp_avg, exp_avg_sq."""
-        if self._adamw is None:
-            return {}
-        state = self._adamw.state
-        return {name: {k: state[p][k] for k in MOMENTS} for name, p in self.named.items() if p in state}
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over a state by name; names that are not trained here are left out. ValueError for another shape."""
 
     def bytes_to_come(self) -> int:
         """How much larger the state gets once every parameter has been updated."""
+
+
+class OptimizerBase:
+    """The bookkeeping of an optimizer whose slots are tensors kept by parameter name."""
+
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    class Config(Schema):
+        """The settings of --optimizer-option."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
+        self.named = dict(named)
+        self.config = config
+        self._state: dict[str, dict[str, Tensor]] = {}
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        raise NotImplementedError(f"{type(self).__name__}: give `step(lr, scale)`")
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        return self._state
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name in self.named.keys() & state.keys():
+            self.check(name, state[name])
+            self._state[name] = {slot: tensor.clone() for slot, tensor in state[name].items()}
+
+    def check(self, name: str, slots: Mapping[str, Tensor]) -> None:
+        """ValueError unless the slots are ours, and those of more than one element have the parameter's shape."""
+        shape = self.named[name].shape
+        if set(slots) != set(self.slots):
+            raise ValueError(f"{name}: a state of {', '.join(slots)}, expected {', '.join(self.slots)}")
+        for slot, tensor in slots.items():
+            if tensor.ndim == len(shape) and tensor.shape != shape:
+                # A fused update would read and write beyond the smaller of the two.
+                raise ValueError(f"{name}: {slot} of shape {tuple(tensor.shape)} for a parameter of {tuple(shape)}")
+
+    def bytes_to_come(self) -> int:
+        fresh = (p for name, p in self.named.items() if name not in self.state())
+        return sum(len(self.slots) * p.numel() * p.element_size() for p in fresh)
+
+
+class AdamW(OptimizerBase):
+    """torch's fused AdamW (Loshchilov & Hutter 2019): decoupled decay on matrices only, see `decays`."""
+
+    slots = ("step", "exp_avg", "exp_avg_sq")
+
+    class Config(Schema):
+        weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled weight decay (matrices only)")
+        beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+        beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+        adam_eps: float = Field(1e-8, gt=0, le=1, description="epsilon")
+
+    def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
+        super().__init__(named, config)
+        self._adamw: torch.optim.AdamW | None = None
+        if self.named:
+            betas = config.beta1, config.beta2
+            self._adamw = torch.optim.AdamW(self._groups(), lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: dict[bool, list[Tensor]] = {}
+        for name, parameter in self.named.items():
+            groups.setdefault(decays(name, parameter), []).append(parameter)
+        return [
+            {"params": parameters, "weight_decay": self.config.weight_decay if decay else 0.0}
+            for decay, parameters in groups.items()
+        ]
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        if self._adamw is None:
+            return
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        divisor = None
+        if scale != 1.0 and all(p.dtype == torch.float32 for p in self.named.values()):
+            # The fused step divides the gradients by this on its way: a pass over them less than scaling them before.
+            divisor = torch.tensor(1.0 / scale, dtype=torch.float32)
+        elif scale != 1.0:
+            # The fused divisor is a float32.
+            torch._foreach_mul_([p.grad for p in self.named.values() if p.grad is not None], scale)
+        self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
+        self._adamw.step()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        if self._adamw is None:
+            return {}
+        state = self._adamw.state
+        return {name: {k: state[p][k] for k in self.slots} for name, p in self.named.items() if p in state}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name, parameter in self.named.items():
+            if self._adamw is not None and name in state:
+                self.check(name, state[name])
+                self._adamw.state[parameter] = {k: state[name][k].clone() for k in self.slots}
+
+    def bytes_to_come(self) -> int:
         fresh = [p for p in self.named.values() if self._adamw is not None and p not in self._adamw.state]
         return sum(2 * p.numel() * p.element_size() + torch.float32.itemsize for p in fresh)
 
-    def load_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over moments by name; names that are not trained here are left out. ValueError for another shape."""
-        for name, parameter in self.named.items():
-            if self._adamw is not None and name in moments:
-                shape = moments[name]["exp_avg"].shape
-                if shape != parameter.shape:
-                    # torch's fused update would read and write beyond the smaller of the two.
-                    raise ValueError(
-                        f"{name}: moments of shape {tuple(shape)} for a parameter of {tuple(parameter.shape)}"
-                    )
-                self._adamw.state[parameter] = {k: moments[name][k].clone() for k in MOMENTS}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"moments": self.moments()}
+OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.load_moments(state["moments"])
+
+def make_optimizer(named: Mapping[str, nn.Parameter], config: TrainFields) -> Optimizer:
+    """The optimizer that the configuration names, over `named`, with its settings. ConfigError for a wrong one."""
+    kind: Any = resolve(config.optimizer, OPTIMIZERS, OptimizerBase, "optimizer")
+    settings = part_settings(kind.Config, config, config.optimizer_option, "--optimizer-option")
+    made: Optimizer = kind(named, settings)
+    return made
 
 
 def total_norm(gradients: Iterable[Tensor]) -> float:

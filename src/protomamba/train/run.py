@@ -1,334 +1,355 @@
-"""A whole training run: start or resume, the loop, validation, checkpoints, metrics, and how it ends."""
+"""A run: the loop over a stream, with validation, checkpoints, and callbacks that watch it."""
 
 from __future__ import annotations
 
-import math
-import sys
+import contextlib
+import random
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from protomamba import kernels
-from protomamba.checkpoint.file import estimate_bytes
-from protomamba.checkpoint.folder import RunDir, make_folder
+from protomamba import __version__
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.file import Checkpoint, estimate_bytes
+from protomamba.checkpoint.folder import Resumable, RunDir, find_resumable, make_folder
 from protomamba.checkpoint.lock import RunLock
-from protomamba.config import RunConfig
-from protomamba.data.prefetch import Prefetcher
+from protomamba.data.prefetch import BatchSource, Prefetcher
 from protomamba.errors import UserError
-from protomamba.output import safe
 from protomamba.storage import SaveError
-from protomamba.train.callbacks.console import Console
-from protomamba.train.callbacks.metrics import MetricsLog
-from protomamba.train.environment import describe_environment
-from protomamba.train.inputs import Inputs, majority_share, open_inputs, training_stream, validation_windows
-from protomamba.train.run_header import default_notes, goodbye, header, idle_flags
-from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
-from protomamba.train.start import (
-    Resumed,
-    adapt_to_weights,
-    find_resume,
-    fresh_trainer,
-    load_named_code,
-    read_initial_weights,
-    resume_trainer,
-    run_folder,
-)
-from protomamba.train.trainer import MicroBatch, StepStats, Trainer
-
-COLLAPSE_COSINE = 0.9
-
-
-def train(config: RunConfig, console: Console | None = None) -> int:
-    """Run `protomamba train`. Returns the exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
-
-    Raises UserError (exit 1) and ConfigError (exit 2).
-    """
-    folder = run_folder(config)
-    if config.resume not in (None, "auto") and not Path(config.resume).exists():
-        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
-    make_folder(folder)
-    load_named_code(config)
-    with StopRequest() as stop, RunLock(folder):
-        resumed = find_resume(config)
-        config = resumed.config if resumed else config
-        use_machine(config)
-        torch.manual_seed(config.seed)
-        with console or Console(progress=config.progress) as shown:
-            return Run(config, resumed, stop, shown).execute()
-
-
-def use_machine(config: RunConfig) -> None:
-    """Torch's threads and the kernels, as the configuration says, and sums in a fixed order; for the whole process."""
-    # Of what a run uses, only the gradient of plain indexing is affected, in a user's layer or head: with several
-    # threads torch would add it up in any order. Memory is not filled: that only finds bugs, and costs a pass.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    kernels.set_kernels(config.kernels)
-
-
-@dataclass
-class Progress:
-    """What a run remembers from validation to validation; part of every checkpoint."""
-
-    best_val_loss: float | None = None
-    best_step: int | None = None
-    stale_validations: int = 0
-    first_val_loss: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update(state)
+from protomamba.train.callbacks.base import Callback
+from protomamba.train.callbacks.best import Best
+from protomamba.train.callbacks.recorder import MetricsRecorder
+from protomamba.train.run_header import describe_environment
+from protomamba.train.signals import StopRequest
+from protomamba.train.trainer import AnyBatch, StepStats, Trainer
 
 
 class Run:
-    """One process's part of a run. Everything that must survive it is in `parts`."""
+    """Trains to the trainer's target step over a stream, and leaves a run folder that can be resumed to the bit.
 
-    def __init__(self, config: RunConfig, resumed: Resumed | None, stop: StopRequest, console: Console) -> None:
-        self.stop, self.console, self.resumed = stop, console, resumed
-        self.folder = RunDir(config.out_dir, config.keep_last)
-        notes: list[str] = resumed.warnings if resumed else []
-        if resumed is None or resumed.path.resolve().parent != self.folder.folder.resolve():
-            self.folder.refuse_if_occupied()
-        weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
-        config = adapt_to_weights(config, weights) if weights else config
-        self.inputs: Inputs = open_inputs(config)
-        self.config = self.inputs.resolve(config)
-        self.stream = training_stream(self.inputs, self.config)
-        self.progress = Progress()
-        if resumed:
-            self.trainer = self._restore(resumed)
-        else:
-            self.trainer, built = fresh_trainer(self.config, self.inputs.vocab_size, weights)
-            notes = [*notes, *built]
-        self._require_validation()
-        self._clock, self._clock_step = time.perf_counter(), self.trainer.step
-        self._majority: float | None = None
-        self._former_best: tuple[float | None, int | None] = None, None
-        self.notes = [*notes, *self.inputs.notes, *default_notes(self.config), *idle_flags(self.config)]
+        Run(trainer, stream, validation, folder="runs/mine", resume="auto").fit()
 
-    def _require_validation(self) -> None:
-        """UserError, before any training, if what is held out is too short for a window."""
-        try:
-            if self.inputs.validation is not None:
-                next(validation_windows(self.inputs.validation, self.config, 1))
-        except UserError as error:
-            if self.config.val_token_file or self.config.val_token_dir:
-                raise
-            ratio = f"--val-ratio {self.config.val_ratio:g}"
-            raise UserError(
-                f"held out by {ratio}: {error}; or another --val-ratio (0 holds nothing out), or --val-token-file"
-            ) from None
+    stream: a `BatchSource`: batches that are a function of their number, such as `TokenStream` or `DatasetStream`.
+    validation: batches as `Trainer.evaluate` takes them, the same ones each time (a list, or anything that can be
+        iterated again); None validates nothing.
+    folder: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller holds,
+        is taken as it is.
+    resume: None starts fresh and refuses a folder that holds a run, "auto" goes on if it does, a path or `Resumable`
+        goes on from that checkpoint.
+    further_steps: train that many more after a resume, on a schedule of their own; None goes on to the recorded target.
+    prefetch: threads that read ahead, and batches they keep ready.
+    record, tensors: plain values and tensors by name that each checkpoint is to carry along.
+    """
 
-    def _restore(self, resumed: Resumed) -> Trainer:
-        trainer = resume_trainer(resumed)
-        self.stream.load_state_dict(resumed.checkpoint.parts["stream"])
-        self.progress.load_state_dict(resumed.checkpoint.parts["progress"])
-        if trainer.step == trainer.schedule_start:
-            self.progress.stale_validations = 0  # --steps N: further steps, with patience of their own
-        newest = self.folder.adopt(resumed.path, resumed.checkpoint)
-        if newest > trainer.step:
-            resumed.warnings.append(
-                f"steps {trainer.step + 1:,} to {newest:,} in {self.folder.folder} are abandoned: the run replaces "
-                "their checkpoints, their metrics go to metrics.superseded.jsonl; another --out-dir keeps them"
-            )
-        if self.progress.best_step == trainer.step:
-            self.folder.keep_as_best(resumed.path)  # a kill between the two names of one save left best behind
-        return trainer
+    def __init__(
+        self,
+        trainer: Trainer,
+        stream: BatchSource,
+        validation: Iterable[AnyBatch] | None = None,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | RunDir | None = None,
+        *,
+        log_every: int = 20,
+        val_every: int = 200,
+        save_every: int = 200,
+        grad_accum: int = 1,
+        patience: int = 0,
+        keep_last: int = 1,
+        on_save_error: Literal["stop", "continue"] = "stop",
+        prefetch: tuple[int, int] = (0, 16),
+        resume: str | Path | Resumable | None = None,
+        further_steps: int | None = None,
+        record: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Any] | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        if validation is not None and iter(validation) is validation:
+            raise TypeError("validation: each validation reads it anew, but it can be iterated only once; give a list")
+        self.trainer, self.stream, self.validation = trainer, stream, validation
+        self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
+        self.grad_accum, self.keep_last, self.on_save_error, self.prefetch = (
+            grad_accum,
+            keep_last,
+            on_save_error,
+            prefetch,
+        )
+        self.best = Best(patience)
+        self.folder: RunDir | None = folder if isinstance(folder, RunDir) else None
+        self._folder_path = None if folder is None or isinstance(folder, RunDir) else Path(folder)
+        self._given_callbacks = tuple(callbacks)
+        self.callbacks: list[Callback] = [self.best, *callbacks]
+        self._resume, self._further_steps = resume, further_steps
+        self.record, self.tensors = dict(record or {}), dict(tensors or {})
+        self.resumed_from: Path | None = None
+        self.error: BaseException | None = None
+        self.is_logged = self.saved_best = False
+        self.speed: dict[str, float] = {}
+        self._own_stop, self._stop = stop is None, stop or StopRequest()
+        self._reason: str | None = None
+        self._clock, self._clock_step = time.perf_counter(), 0
 
-    def execute(self) -> int:
-        """Train to the end, or to a signal; the exit code."""
-        size = estimate_bytes(self.parts(), config=self.configs()) + self.trainer.optimizer.bytes_to_come()
-        self.folder.require_space(size)
-        self.folder.write_config(self.config.to_json())
-        start = self.trainer.step if self.resumed else None
-        stop = self.config.on_save_error == "stop"
-        with MetricsLog(
-            self.folder.metrics, resumed_step=start, warn=self.console.warn, must_acknowledge=stop
-        ) as self.metrics:
-            self.console.when_lost(self._tell_lost_output)
-            self._announce()
-            self.batches = Prefetcher(self.stream, self.config.prefetch_workers, self.config.prefetch_buffer)
-            with self.batches:
-                self.console.start(self.trainer.target_step, self.trainer.step)
-                reason = self._fit_or_say_why_not()
-                self.console.stop()
-            self.metrics.log("end", step=self.trainer.step, reason=reason, skipped_updates=self.trainer.skipped_total)
-            self.console.when_lost(None)
-        self.console.line(goodbye(reason, self.trainer.step, self.folder.folder))
-        return STOPPED_EXIT_CODE if reason == "signal" else 0
+    # What a callback may ask for.
 
-    def _tell_lost_output(self, error: OSError) -> None:
-        self.metrics.log("output_lost", step=self.trainer.step, error=error.strerror)
-        told = f"standard output: {error.strerror}; the run goes on, its record is {self.folder.metrics}"
-        print(f"protomamba: {told}", file=safe(sys.stderr))
+    def stop(self, reason: str = "stopped") -> None:
+        """End after the step in hand, with a checkpoint; `reason` is told and recorded."""
+        self._reason = self._reason or reason
 
-    def _fit_or_say_why_not(self) -> str:
-        try:
-            return self.fit()
-        except UserError as error:
-            skipped = self.trainer.skipped_total
-            self.metrics.log("end", step=self.trainer.step, reason="failed", error=str(error), skipped_updates=skipped)
-            raise
+    def note(self, text: str) -> None:
+        """Say something to whoever watches."""
+        self._tell("on_message", text, False)
+
+    def warn(self, text: str) -> None:
+        """Say something that the user should look at."""
+        self._tell("on_message", text, True)
+
+    def output_lost(self, error: OSError) -> None:
+        """Say that standard output takes no more text."""
+        self._tell("on_output_lost", error)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run is, for its record: environment, parameters, seed, where it came from and where it goes."""
+        model = self.trainer.model
+        return {
+            **describe_environment(),
+            "parameters": model.parameter_count(),
+            "trainable_parameters": model.parameter_count(trainable_only=True),
+            "precision": self.trainer.config.precision,
+            "seed": self.trainer.config.seed,
+            "resumed_from": str(self.resumed_from) if self.resumed_from else None,
+            "target_step": self.trainer.target_step,
+        }
+
+    def step_fields(self, stats: StepStats) -> dict[str, Any]:
+        """The figures of a step as they stand in metrics.jsonl."""
+        epoch = self.stream.cursor(self.stream.position).get("epoch", 0)
+        return {**asdict(stats), **self.speed, "epoch": int(epoch)}
+
+    # The run.
 
     def fit(self) -> str:
-        """The loop. Returns why it ended: done, early_stopping or signal."""
-        if self.trainer.step >= self.trainer.target_step:
-            self.console.line(f"nothing to do: the run has reached its target; to train on: {self._further()}")
-        elif self._out_of_patience():
-            self.console.line(f"nothing to do: the run has stopped early; to train on: {self._further()}")
+        """Train to the target step, or until something ends it. Returns why: done, early_stopping, signal, or what a
+        callback said.
+
+        Raises UserError for what the user can mend; whatever is raised, metrics.jsonl says that the run failed.
+        """
+        with contextlib.ExitStack() as held:
+            if self._own_stop:
+                held.enter_context(self._stop)
+            if self._folder_path is not None:
+                make_folder(self._folder_path)
+                held.enter_context(RunLock(self._folder_path))
+                self.folder = RunDir(self._folder_path, self.keep_last)
+            return self._fit()
+
+    def _fit(self) -> str:
+        if self.folder is not None:
+            self.callbacks.insert(1, MetricsRecorder(self.folder.metrics))
+        notes = self._begin()
+        self._check_space()
+        reason = "failed"
+        try:
+            self._tell("on_start")
+            for note in notes:
+                self.note(note)
+            with Prefetcher(self.stream, *self.prefetch) as self._batches:
+                self._reset_clock()
+                reason = self._loop()
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            self._tell("on_end", reason)
+        return reason
+
+    def _loop(self) -> str:
+        trainer = self.trainer
+        if trainer.global_step >= trainer.target_step:
+            self.note(f"already complete; to continue: {self._continue_command()}")
+        elif self.best.out_of_patience:
+            self.note(f"already stopped early; to continue: {self._continue_command()}")
             return "early_stopping"
-        while self.trainer.step < self.trainer.target_step:
-            stats = self.trainer.update([self._next_batch() for _ in range(self.config.grad_accum)])
+        while trainer.global_step < trainer.target_step:
+            stats = trainer.train_step(*(next(self._batches) for _ in range(self.grad_accum)))
             self._report(stats)
-            best = self._validate() if self._due(self.config.val_every) else False
-            if self.stop.requested or best or self._due(self.config.save_every):
+            best = self._validate() if self._due(self.val_every) else False
+            if self._stop.requested:
+                self.stop("signal")
+            if self.best.out_of_patience:
+                self.stop("early_stopping")
+            if self._reason or best or self._due(self.save_every):
                 self._save(best)
-            if self.stop.requested:
-                return "signal"
-            if self._out_of_patience():
-                self._save(best=False)
-                return "early_stopping"
+            if self._reason:
+                return self._reason
         return "done"
 
-    def _further(self) -> str:
-        return f"protomamba train --resume {self.folder.latest} --steps N (N further steps)"
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return bool(patience) and self.progress.stale_validations >= patience
-
-    def _next_batch(self) -> MicroBatch:
-        batch = next(self.batches)
-        return batch.tokens_BL, batch.targets_BL, batch.reset_BL
+    def _continue_command(self) -> str:
+        path = self.folder.latest if self.folder else "CHECKPOINT"
+        return f"protomamba train --resume {path} --steps N (N further steps)"
 
     def _due(self, every: int) -> bool:
-        return self.trainer.step % every == 0 or self.trainer.step == self.trainer.target_step
+        return self.trainer.global_step % every == 0 or self.trainer.global_step == self.trainer.target_step
 
     def _report(self, stats: StepStats) -> None:
-        """Write and show a step that is due; a terminal's bar moves at each."""
-        logged = self._due(self.config.log_every) or stats.skipped_update
+        self.is_logged = self._due(self.log_every) or stats.skipped_update
         elapsed, steps = time.perf_counter() - self._clock, stats.step - self._clock_step
-        speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
-        fields = {**asdict(stats), **speed, "epoch": int(self.stream.cursor(self.stream.position)["epoch"])}
-        if logged:
-            self.metrics.log("train", **fields)
-            self._clock, self._clock_step = time.perf_counter(), stats.step
+        self.speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
+        self._tell("on_step", stats)
+        if self.is_logged:
+            self._reset_clock()
         if stats.skipped_update:
-            self.console.warn(f"step {stats.step}: NaN or Inf, update skipped ({self.trainer.skipped_total} so far)")
-        self.console.step(stats.step, fields, logged=logged)
+            self.warn(f"step {stats.step}: NaN or Inf, update skipped ({self.trainer.skipped_total} so far)")
+
+    def _reset_clock(self) -> None:
+        self._clock, self._clock_step = time.perf_counter(), self.trainer.global_step
 
     def _validate(self) -> bool:
-        """Loss and accuracy on the fixed windows; whether the loss is the best so far."""
-        if self.inputs.validation is None:
+        """Evaluate the validation batches; whether the result is the best so far."""
+        if self.validation is None:
             return False
-        windows = [
-            (b.tokens_BL, b.targets_BL, b.reset_BL)
-            for b in validation_windows(self.inputs.validation, self.config, self.config.eval_batches)
-        ]
-        if self._majority is None:
-            self._majority = majority_share([targets for _, targets, _ in windows])
-        found = self.trainer.evaluate(windows, calibrate=True)
-        progress, step = self.progress, self.trainer.step
-        finite = math.isfinite(found.loss)
-        best = finite and (progress.best_val_loss is None or found.loss < progress.best_val_loss)
-        self._former_best = progress.best_val_loss, progress.best_step
-        if best:
-            progress.best_val_loss, progress.best_step, progress.stale_validations = found.loss, step, 0
-        else:
-            progress.stale_validations += 1
-        if finite and progress.first_val_loss is None:
-            progress.first_val_loss = found.loss
-        self.metrics.log(
-            "validation",
-            step=step,
-            val_loss=found.loss,
-            val_accuracy=found.accuracy,
-            majority_accuracy=self._majority,
-            val_perplexity=found.perplexity,
-            targets=found.targets,
-            best=best,
-        )
-        self.console.line(
-            f"step {step:>7,}  val_loss {found.loss:.4f}  val_accuracy {found.accuracy:.4f}"
-            f"  (always guessing the commonest: {self._majority:.4f}){'  best' if best else ''}"
-        )
-        self._warn_of_collapse(found.loss, found.accuracy)
-        self._clock, self._clock_step = time.perf_counter(), step
-        return best
+        result = self.trainer.evaluate(self.validation, calibrate=True)
+        if not result.targets:
+            raise UserError("the validation batches hold no target")
+        self._tell("on_validation", result)
+        self._reset_clock()
+        return result.best
 
-    def _warn_of_collapse(self, loss: float, accuracy: float) -> None:
-        """The loss alone cannot show that all prototypes have drifted together; accuracy and their distances can."""
-        figures = self.trainer.model.head.diagnostics()
-        cosine = figures.get("nearest_cosine", 0.0)
-        falling = self.progress.first_val_loss is not None and loss < 0.9 * self.progress.first_val_loss
-        if cosine > COLLAPSE_COSINE:
-            self.console.warn(
-                f"collapse: the prototypes' mean nearest-neighbour cosine is {cosine:.3f}; "
-                "use --prototypes fixed or raise --separation"
-            )
-        elif falling and self._majority is not None and accuracy <= self._majority:
-            self.console.warn(
-                f"collapse? the loss falls, but accuracy {accuracy:.4f} is not above guessing the commonest class"
-            )
+    # What is kept.
 
     def _save(self, best: bool) -> None:
-        step, started = self.trainer.step, time.perf_counter()
-        info = {"val_loss": self.progress.best_val_loss} if best else {}
+        if self.folder is None:
+            return
+        step, started = self.trainer.global_step, time.perf_counter()
+        info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
+        self.saved_best = best
         try:
             report = self.folder.save(self.parts(), config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:
-            if self.config.on_save_error == "stop":
+            if self.on_save_error == "stop":
                 raise
-            if best and not self.folder.holds_best(step):  # a later validation has the former one to beat
-                self.progress.best_val_loss, self.progress.best_step = self._former_best
-            self.console.warn(f"{error}; training goes on (--on-save-error continue)")
-            self.metrics.log("checkpoint_failed", step=step, error=str(error))
+            self._tell("on_save_error", error)
+            self.warn(f"{error}; training goes on (--on-save-error continue)")
         else:
             self.folder.write_state(self._mirror())
-            path = str(report.path.name)
-            self.metrics.log("checkpoint", step=step, path=path, bytes=report.bytes, save_ms=report.save_ms, best=best)
+            self._tell("on_save", report)
         self._clock += time.perf_counter() - started
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """Everything a checkpoint of this run holds."""
-        return {
-            **self.trainer.parts(),
-            "stream": self.stream.state_dict(),
-            "progress": self.progress.state_dict(),
-        }
+        kept = {each.name: each.state_dict() for each in self.callbacks if _has_state(each)}  # type: ignore[attr-defined]
+        parts = {**self.trainer.parts(), "stream": self.stream.state_dict(), "callbacks": kept}
+        return {**parts, "tensors": self.tensors} if self.tensors else parts
 
     def configs(self) -> dict[str, Any]:
-        """What a checkpoint says beside its parts: the configurations, and the tokenizer so that it speaks text."""
-        return {**self.trainer.configs(), "run": self.config.to_json(), "tokenizer": self.inputs.tokenizer}
+        """What a checkpoint says beside its parts: the version that wrote it, the configurations, and the record."""
+        return {"protomamba": __version__, **self.trainer.configs(), **self.record}
 
     def _mirror(self) -> dict[str, Any]:
-        """run_state.json: the cursor, best loss and patience, for people."""
-        state = self.trainer.state_dict()
-        return {**state, **self.progress.state_dict(), "cursor": self.stream.cursor(self.stream.position)}
+        """run_state.json: the cursor, best figures and patience, for people."""
+        state = {**self.trainer.state_dict(), **self.best.state_dict()}
+        return {**state, "cursor": self.stream.cursor(self.stream.position)}
 
-    def _announce(self) -> None:
-        """The header on the console, and the run event."""
-        environment, model = describe_environment(), self.trainer.model
-        resumed_from = str(self.resumed.path) if self.resumed else None
-        self.metrics.log(
-            "run",
-            step=self.trainer.step,
-            **environment,
-            parameters=model.parameter_count(),
-            trainable_parameters=model.parameter_count(trainable_only=True),
-            precision=self.config.precision,
-            seed=self.config.seed,
-            resumed_from=resumed_from,
-            target_step=self.trainer.target_step,
-        )
-        self.console.header(header(environment, self.trainer, self.config, self.stream.describe(), resumed_from))
-        for note in self.notes:
-            self.console.line(f"note: {note}")
+    def _check_space(self) -> None:
+        if self.folder is not None:
+            size = estimate_bytes(self.parts(), config=self.configs()) + self.trainer.optimizer.bytes_to_come()
+            self.folder.require_space(size)
+            self.folder.write_config(self.record.get("run") or self.trainer.configs())
+
+    # How it begins.
+
+    def _begin(self) -> list[str]:
+        """Resume, or make sure that no other run is buried; what the user should know of it."""
+        found = self._find()
+        if self.folder is not None and (found is None or found.path.resolve().parent != self.folder.folder.resolve()):
+            self.folder.refuse_if_occupied()
+        return self._restore(found) if found else []
+
+    def _find(self) -> Resumable | None:
+        if self._resume is None or isinstance(self._resume, Resumable):
+            return self._resume
+        if self._resume == "auto":
+            if self.folder is None:
+                raise ValueError('resume="auto" needs a folder')
+            return find_resumable(self.folder.folder)
+        return Resumable(Path(self._resume), checkpoint.load(self._resume))
+
+    def _restore(self, found: Resumable) -> list[str]:
+        loaded, trainer = found.checkpoint, self.trainer
+        notes = [*found.warnings, *version_notes(loaded)]
+        if "stream" not in loaded.parts:
+            raise UserError(f"{found.path}: holds no run to resume; it has weights and optimizer state only")
+        trainer.restore(loaded)
+        self.stream.load_state_dict(loaded.parts["stream"])
+        notes += self._restore_callbacks(loaded)
+        self.resumed_from = found.path
+        if self._further_steps is not None:
+            trainer.further(self._further_steps)
+            notes.append(
+                f"warm-up and decay start anew over these {self._further_steps:,} further steps; "
+                "leave --steps out to go on to the run's own target"
+            )
+        if trainer.global_step == trainer.schedule_start:
+            self.best.stale_validations = 0  # further steps have patience of their own
+        return notes + (self._adopt(found) if self.folder is not None else [])
+
+    def _restore_callbacks(self, loaded: Checkpoint) -> list[str]:
+        states = dict(loaded.parts.get("callbacks", {}))
+        for each in self.callbacks:
+            if each.name in states and _has_state(each):
+                each.load_state_dict(states.pop(each.name))  # type: ignore[attr-defined]
+        return [
+            f"the checkpoint's state of the callback {name} is dropped: the run does not have it" for name in states
+        ]
+
+    def _adopt(self, found: Resumable) -> list[str]:
+        """Go on with the folder's own run; what is given up of it where an older checkpoint was chosen."""
+        assert self.folder is not None
+        step, newest = self.trainer.global_step, self.folder.adopt(found.path, found.checkpoint)
+        if self.best.best_step == step:
+            self.folder.keep_as_best(found.path)  # a kill between the two names of one save left best behind
+        if newest <= step:
+            return []
+        return [
+            f"steps {step + 1:,} to {newest:,} in {self.folder.folder} are abandoned: the run replaces their "
+            "checkpoints, their metrics go to metrics.superseded.jsonl; another --out-dir keeps them"
+        ]
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        """Call every callback that has given the event; one of the user's does not touch the run's random numbers."""
+        for each in list(self.callbacks):
+            method: Callable[..., None] = getattr(each, event)
+            if getattr(type(each), event) is getattr(Callback, event):
+                continue
+            with _random_state_kept() if each in self._given_callbacks else contextlib.nullcontext():
+                method(self, *arguments)
+
+
+def version_notes(loaded: Checkpoint) -> list[str]:
+    """A line where another version of the package wrote the checkpoint."""
+    wrote = loaded.config.get("protomamba", "0.1.0")
+    if wrote == __version__:
+        return []
+    return [
+        f"the checkpoint was written by protomamba {wrote}, this is {__version__}: resuming is exact to the bit "
+        "within a version only"
+    ]
+
+
+def _has_state(callback: Callback) -> bool:
+    return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the generators of torch, Python and numpy back where they were."""
+    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

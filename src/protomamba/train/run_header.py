@@ -1,40 +1,48 @@
-"""What a run says of itself at its start and end."""
+"""What a run says of itself at its start and end: what it ran on, of what shape, what its flags mean."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
 from pathlib import Path
 from typing import Any
 
+from protomamba import __version__, kernels
 from protomamba.config import RunConfig, flag
 from protomamba.train.trainer import Trainer
 
 
-def header(
-    environment: Mapping[str, Any], trainer: Trainer, config: RunConfig, data: str, resumed_from: str | None
-) -> dict[str, str]:
+def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None) -> dict[str, str]:
     """The lines at the start, by name: with what, of what shape, on what data, from where to where."""
-    model = trainer.model
+    environment, model, config = describe_environment(), trainer.model, trainer.config
+    shape = model.config
     parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
-    layers = f"{len(model.layers)} x {config.layer}, d_model {config.d_model}, d_state {config.d_state}"
+    layers = f"{len(model.layers)} x {shape.layer}, d_model {shape.d_model}, d_state {shape.d_state}"
     return {
         "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
         f"torch {environment['torch']}, python {environment['python']}",
         "kernels": f"{environment['kernels']} ({environment['cpu_level']}), {config.precision} products by "
-        f"{environment['matmul']}, {environment['threads']} threads",
-        "model": f"{layers}, {config.head} head over {model.config.classes:,} classes; "
+        f"{environment['matmul']}, {counted(environment['threads'], 'thread')}",
+        "model": f"{layers}, {shape.head} head over {shape.classes:,} classes; "
         f"{parameters:,} parameters, {moving:,} trainable",
         "data": data,
-        "run": f"steps {trainer.step:,} to {trainer.target_step:,}, seed {config.seed}, "
-        f"in {config.out_dir}" + (f", resumed from {resumed_from}" if resumed_from else ""),
+        "run": f"steps {trainer.global_step:,} to {trainer.target_step:,}, seed {config.seed}, "
+        f"in {folder}" + (f", resumed from {resumed_from}" if resumed_from else ""),
     }
 
 
-def goodbye(reason: str, step: int, folder: Path) -> str:
+def counted(count: int, thing: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def goodbye(reason: str, step: int, folder: Path | None) -> str:
     """The last line: how the run ended and what there is to do."""
     if reason == "signal":
-        return f"stopped by a signal: step {step:,}; go on: protomamba train --resume auto --out-dir {folder}"
-    return f"{reason.replace('_', ' ')}: step {step:,}; checkpoints and metrics are in {folder}"
+        kept = f"; to continue: protomamba train --resume auto --out-dir {folder}" if folder else ""
+        return f"stopped by a signal: step {step:,}{kept}"
+    return f"{reason.replace('_', ' ')}: step {step:,}" + (
+        f"; checkpoints and metrics are in {folder}" if folder else ""
+    )
 
 
 # Fields that only one layer or head reads, and which.
@@ -68,3 +76,31 @@ def default_notes(config: RunConfig) -> list[str]:
     if config.freeze != "none":
         notes.append(f"frozen layers {config.freeze}: they never change; --freeze none trains all")
     return notes
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, commit where the sources are a checkout; kernel path, CPU level, matrix products, threads."""
+    path = kernels.describe()
+    return {
+        "protomamba": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **path,
+        "threads": int(path["threads"]),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package is imported from, read from .git without running git."""
+    git = Path(__file__).resolve().parents[3] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head[:12]
+        name = head.removeprefix("ref: ")
+        if (git / name).is_file():
+            return (git / name).read_text().strip()[:12]
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0][:12] for line in packed if line.endswith(" " + name)), None)
+    except OSError:
+        return None

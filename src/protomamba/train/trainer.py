@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import ModelConfig, TrainConfig, TrainFields
+from protomamba.data.windows import Batch
 from protomamba.errors import UserError
 from protomamba.kernels import keep_freed_memory
 from protomamba.model.registry import refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.local import LocalSignals, combine
-from protomamba.train.optim import Optimizer, first_non_finite, learning_rate, total_norm
+from protomamba.train.optim import Optimizer, first_non_finite, learning_rate, make_optimizer, total_norm
 
 MAX_SKIPPED_IN_A_ROW = 10
-MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # tokens (B, L), targets (B, L), reset (B, L) or None
+MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # inputs (B, L), targets (B, L), reset (B, L) or None
+AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,40 @@ class StepStats:
     skipped_update: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Validation:
-    """Held-out loss and accuracy (nearest prototype), and the calibrated perplexity where the head has one."""
+    """Held-out figures: mean loss and accuracy (nearest prototype) over `targets`.
+
+    nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
+    majority: the share of the commonest target, which is the accuracy of always predicting it.
+    best: whether it is the best of its run so far. more: what else is to stand in its line of metrics.jsonl.
+    """
 
     loss: float
     accuracy: float
-    perplexity: float | None
+    nll: float | None
     targets: int
+    majority: float = 0.0
+    best: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll)."""
+        return None if self.nll is None else math.exp(min(700.0, self.nll))
+
+    def fields(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of it."""
+        return {
+            "val_loss": self.loss,
+            "val_nll": self.nll,
+            "val_accuracy": self.accuracy,
+            "majority_accuracy": self.majority,
+            "val_perplexity": self.perplexity,
+            "targets": self.targets,
+            "best": self.best,
+            **self.more,
+        }
 
 
 class NonFiniteError(UserError):
@@ -63,11 +92,16 @@ class Trainer:
     """
 
     def __init__(self, model: SequenceModel, config: TrainConfig | None = None) -> None:
+        if not isinstance(model, SequenceModel):
+            raise TypeError(
+                f"Trainer takes a SequenceModel, not {type(model).__name__}: give it the model itself (`.module` of a "
+                "DataParallel or DistributedDataParallel); several processes train it under torchrun"
+            )
         keep_freed_memory()
         self.model = model
         self.config: TrainFields = config or TrainConfig()
         self.model.precision = self.config.precision
-        self.step = 0
+        self.global_step = 0
         self.schedule_start = 0
         self.schedule_steps = self.config.steps
         self.skipped_in_row = 0
@@ -80,36 +114,44 @@ class Trainer:
         """The step at which the schedule ends."""
         return self.schedule_start + self.schedule_steps
 
-    def train_step(self, tokens_BL: Tensor, targets_BL: Tensor, reset_BL: Tensor | None = None) -> StepStats:
-        """One step on one batch, int64 (B, L) each; targets below 0 are ignored. See `update` for accumulation."""
-        return self.update([(tokens_BL, targets_BL, reset_BL)])
+    def further(self, steps: int) -> None:
+        """Lay a new schedule, warm-up included, over `steps` further steps."""
+        self.schedule_start, self.schedule_steps = self.global_step, steps
 
-    def update(self, batches: Sequence[MicroBatch]) -> StepStats:
-        """One step over micro-batches: the gradient is that of the mean loss over all their targets.
+    def train_step(self, *batches: Tensor | AnyBatch | None) -> StepStats:
+        """One step, on one batch or on several micro-batches: the gradient is that of the mean loss over all targets.
 
-        On a step without backpropagation (bp_cadence_steps) only the layers' D move, by their local gradients.
-        Raises NonFiniteError as `fail_on_non_finite` says, or after ten skipped updates in a row.
+            train_step(inputs, targets)    train_step(inputs, targets, reset)    train_step(batch, batch, ...)
+
+        inputs: int64 (B, L); targets: int64 (B, L), ignored where negative; reset: bool (B, L), True where a document
+        starts. A batch is a `Batch`, or a pair or triple of such tensors. On a step without backpropagation
+        (bp_cadence_steps) only the layers' D move, by their local gradients. Raises NonFiniteError as
+        `fail_on_non_finite` says, or after ten skipped updates in a row.
         """
-        backpropagate = (self.step + 1) % self.config.bp_cadence_steps == 0
-        lr = learning_rate(self.step - self.schedule_start, self.schedule_steps, self.config)
+        whole: Any = [batches] if isinstance(batches[0], Tensor) else batches
+        return self._step([micro_batch(batch) for batch in whole])
+
+    def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
+        backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
+        lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
         signals = LocalSignals()
-        self.optimizer.zero_grad()
+        self.zero_grad()
         with torch.set_grad_enabled(backpropagate):
             loss, targets = self._forward(batches, signals, backpropagate)
         ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
-        grad_norm = total_norm(self.optimizer.gradients().values()) if backpropagate else None
+        grad_norm = total_norm(self.gradients().values()) if backpropagate else None
         culprit = self._non_finite(loss, grad_norm, local)
         clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
         if culprit is None:
-            shrink = self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0
+            scale = self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0
             # Without a target there is nothing to follow, not even the moments.
-            self._apply(lr, local, shrink, backpropagate and targets > 0)
-        tokens = sum(tokens_BL.numel() for tokens_BL, _, _ in batches)
+            self._apply(lr, local, scale, backpropagate and targets > 0)
+        tokens = sum(targets_BL.numel() for _, targets_BL, _ in batches)
         self.tokens_seen += tokens
-        self.step += 1
+        self.global_step += 1
         self._guard(culprit)
         return StepStats(
-            step=self.step,
+            step=self.global_step,
             loss=loss,
             lr=lr,
             tokens=tokens,
@@ -120,6 +162,15 @@ class Trainer:
             clipped=clipped and culprit is None,
             skipped_update=culprit is not None,
         )
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the last backward pass by parameter name; parameters it did not reach are missing."""
+        return {name: p.grad for name, p in self.optimizer.named.items() if p.grad is not None}
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.optimizer.named.values():
+            parameter.grad = None
 
     def _forward(self, batches: Sequence[MicroBatch], signals: LocalSignals, backpropagate: bool) -> tuple[float, int]:
         """The mean loss over all targets, and how many; with `backpropagate` gradients are left in the parameters."""
@@ -157,9 +208,9 @@ class Trainer:
                 conflicts += conflict
         return sum(losses) / len(losses), conflicts, alone
 
-    def _apply(self, lr: float, local: Mapping[Tensor, Tensor], shrink: float, backpropagate: bool) -> None:
+    def _apply(self, lr: float, local: Mapping[Tensor, Tensor], scale: float, backpropagate: bool) -> None:
         if backpropagate:
-            self.optimizer.update(lr, shrink)
+            self.optimizer.step(lr, scale)
             self.model.head.post_step()
         with torch.no_grad():
             for weight, gradient_E in local.items():
@@ -174,10 +225,10 @@ class Trainer:
         if grad_norm is not None or not math.isfinite(loss):
             suspects = {**dict(self.model.named_parameters()), **suspects}
         if grad_norm is not None:
-            for name, moments in self.optimizer.moments().items():
-                suspects |= {f"{name} (optimizer {key})": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            for name, slots in self.optimizer.state().items():
+                suspects |= {f"{name} (optimizer {slot})": x for slot, x in slots.items() if x.ndim or slot != "step"}
             if not math.isfinite(grad_norm):
-                suspects |= {f"{name} (gradient)": g for name, g in self.optimizer.gradients().items()}
+                suspects |= {f"{name} (gradient)": g for name, g in self.gradients().items()}
         found = first_non_finite(suspects) or (None if math.isfinite(loss) else "the loss")
         # Finite gradients whose squares overflow would make the second moment infinite for good.
         overflow = grad_norm is not None and not math.isfinite(grad_norm)
@@ -188,33 +239,40 @@ class Trainer:
         if culprit is None:
             self.skipped_in_row = 0
             return
-        self.optimizer.zero_grad()
+        self.zero_grad()
         self.skipped_in_row += 1
         self.skipped_total += 1
         if self.config.fail_on_non_finite:
-            raise NonFiniteError(f"step {self.step}: NaN or Inf in {culprit}; stopped as --fail-on-non-finite asks")
+            raise NonFiniteError(
+                f"step {self.global_step}: NaN or Inf in {culprit}; stopped as --fail-on-non-finite asks"
+            )
         if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"step {self.step}: NaN or Inf in {culprit}, {self.skipped_in_row} updates in a row skipped; "
+                f"step {self.global_step}: NaN or Inf in {culprit}, {self.skipped_in_row} updates in a row skipped; "
                 f"lower --lr (now {self.config.lr:g}) or set --grad-clip-norm in a new run, "
                 "which --init-from starts from the last checkpoint's weights"
             )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatch], calibrate: bool = False) -> Validation:
-        """Loss, accuracy and perplexity over `batches`, weighted by their targets; no weight changes.
+    def evaluate(self, batches: Iterable[AnyBatch], calibrate: bool = False) -> Validation:
+        """Loss, accuracy and cross entropy over `batches`, weighted by their targets; no weight changes.
 
-        calibrate: first fit the head's probabilities to these batches (all of their z are held at once).
+        batches: of what `train_step` takes: Batch, (inputs, targets) or (inputs, targets, reset); a DataLoader will do.
+        calibrate: first fit the head's probabilities to these batches (all of their features are held at once).
         """
         was_training = self.model.training
         self.model.eval()
         try:
-            features = ((self.model.features(tokens, reset_BL=reset)[0], targets) for tokens, targets, reset in batches)
+            features = (
+                (self.model.features(inputs, reset_BL=reset)[0], targets)
+                for inputs, targets, reset in map(micro_batch, batches)
+            )
             if calibrate:
                 held = list(features)
                 self.model.head.calibrate(held)
                 features = (pair for pair in held)
-            parts = [self.model.head.evaluate(z_BLD, targets_BL) for z_BLD, targets_BL in features]
+            seen = TargetCounts()
+            parts = [self.model.head.evaluate(z_BLD, seen.add(targets_BL)) for z_BLD, targets_BL in features]
         finally:
             self.model.train(was_training)
         count = max(1, sum(part.count for part in parts))
@@ -223,36 +281,37 @@ class Trainer:
         return Validation(
             loss=sum(part.loss_sum for part in parts) / count,
             accuracy=sum(part.correct for part in parts) / count,
-            perplexity=math.exp(min(700.0, -sum(likelihoods) / count)) if likelihoods else None,
+            nll=-sum(likelihoods) / count if likelihoods else None,
             targets=sum(part.count for part in parts),
+            majority=seen.majority / count,
         )
 
     def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
-        moments = self.optimizer.moments()
+        slots = self.optimizer.state()
         origins = self.model.grow(target, placement, seed)
         self.optimizer = self._new_optimizer()
-        self.optimizer.load_moments(renamed_layers(moments, origins))
+        self.optimizer.load_state(renamed_layers(slots, origins))
 
     def freeze(self, policy: str = "none", embedding: bool = False) -> None:
         """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its moments."""
-        moments = self.optimizer.moments()
+        slots = self.optimizer.state()
         self.model.freeze(policy, embedding)
         self.optimizer = self._new_optimizer()
-        self.optimizer.load_moments(moments)
+        self.optimizer.load_state(slots)
 
     def state_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in TRAINER_STATE}
+        return {stored: getattr(self, name) for stored, name in TRAINER_STATE.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        for name in TRAINER_STATE:
-            setattr(self, name, state[name])
+        for stored, name in TRAINER_STATE.items():
+            setattr(self, name, state[stored])
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """What a checkpoint holds of the training itself, by name."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"moments": self.optimizer.state()},
             "trainer": self.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
@@ -262,7 +321,7 @@ class Trainer:
         policy, embedding = self.model.frozen
         return {
             "model": self.model.config.model_dump(mode="json"),
-            "train": {name: getattr(self.config, name) for name in TrainFields.model_fields},
+            "train": self.config.model_dump(mode="json", include=set(TrainFields.model_fields)),
             "frozen": {"layers": policy, "embedding": embedding, "parameters": self._frozen_names()},
         }
 
@@ -270,8 +329,8 @@ class Trainer:
         return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
 
     def save_checkpoint(self, path: str | Path) -> checkpoint.SaveReport:
-        """Write everything needed to go on, to the bit, to one file, atomically. Raises CheckpointError."""
-        return checkpoint.save(Path(path), self.parts(), config=self.configs(), info={"step": self.step})
+        """Write everything needed to go on, to the bit, to one file, atomically. Raises SaveError."""
+        return checkpoint.save(Path(path), self.parts(), config=self.configs(), info={"step": self.global_step})
 
     @classmethod
     def load_checkpoint(cls, path: str | Path) -> Self:
@@ -281,19 +340,66 @@ class Trainer:
     @classmethod
     def from_checkpoint(cls, loaded: checkpoint.Checkpoint) -> Self:
         """A trainer from a checkpoint already read and verified."""
-        model = build_model(loaded)
-        trainer = cls(model, TrainConfig(**loaded.config["train"]))
-        trainer.optimizer.load_state_dict(loaded.parts["optimizer"])
-        trainer.load_state_dict(loaded.parts["trainer"])
-        torch.set_rng_state(loaded.parts["rng"]["torch"])
+        trainer = cls(build_model(loaded), TrainConfig.recorded(loaded.config["train"]))
+        trainer.restore(loaded)
         return trainer
 
+    def restore(self, loaded: checkpoint.Checkpoint) -> None:
+        """Take over the weights, slots, counts and random numbers of a checkpoint of a trainer like this one.
+
+        UserError naming each setting in which this trainer is another; the number of steps may be.
+        """
+        mine = self.configs()
+        wrong = [
+            f"{key}: the checkpoint has {loaded.config[part].get(key)!r}, this trainer {value!r}"
+            for part in ("model", "train")
+            for key, value in mine[part].items()
+            if key != "steps" and key in loaded.config[part] and loaded.config[part][key] != value
+        ]
+        if wrong:
+            raise UserError("the checkpoint is of another trainer:\n  " + "\n  ".join(wrong))
+        self.model.load_state_dict(loaded.parts["model"])
+        self.optimizer.load_state(loaded.parts["optimizer"]["moments"])
+        self.load_state_dict(loaded.parts["trainer"])
+        torch.set_rng_state(loaded.parts["rng"]["torch"])
+
     def _new_optimizer(self) -> Optimizer:
-        scales = {f"head.{name}": scale for name, scale in self.model.head.learning_rate_scales().items()}
-        return Optimizer(self.model, self.config, scales)
+        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return make_optimizer(named, self.config)
 
 
-TRAINER_STATE = ("step", "schedule_start", "schedule_steps", "skipped_in_row", "skipped_total", "tokens_seen")
+def micro_batch(batch: AnyBatch) -> MicroBatch:
+    """(inputs, targets, reset or None) of a Batch, or of a pair or triple of tensors. TypeError for anything else."""
+    if isinstance(batch, Batch):
+        return batch.tokens_BL, batch.targets_BL, batch.reset_BL
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise TypeError(
+            f"a batch is (inputs, targets), (inputs, targets, reset) or a Batch, not {type(batch).__name__}"
+        )
+    inputs, targets, *reset = batch
+    return inputs, targets, reset[0] if reset else None
+
+
+class TargetCounts:
+    """How often each target was seen."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, targets_BL: Tensor) -> Tensor:
+        classes, counts = torch.unique(targets_BL[targets_BL >= 0], return_counts=True)
+        self._counts.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+        return targets_BL
+
+    @property
+    def majority(self) -> int:
+        """Occurrences of the commonest."""
+        return max(self._counts.values(), default=0)
+
+
+# In a checkpoint -> here.
+_SAME = ("schedule_start", "schedule_steps", "skipped_in_row", "skipped_total", "tokens_seen")
+TRAINER_STATE = {"step": "global_step", **{name: name for name in _SAME}}
 
 
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:

@@ -74,10 +74,6 @@ class Head(nn.Module, ABC):
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
         raise ConfigError(f"--tie-embedding: {type(self).__name__} cannot share the embedding; the softmax head can")
 
-    def learning_rate_scales(self) -> dict[str, float]:
-        """Factors on the learning rate of the head's parameters, by name; 1 where missing."""
-        return {}
-
     def post_step(self) -> None:
         """Called after each update of the parameters."""
 

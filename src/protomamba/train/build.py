@@ -1,0 +1,240 @@
+"""From a configuration to the parts of a run, once: model and trainer, stream, validation, callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomamba import kernels
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.folder import LATEST, RunDir, make_folder
+from protomamba.checkpoint.lock import RunLock
+from protomamba.checkpoint.transformers_folder import read_transformers_folder
+from protomamba.config import ArchitectureFields, DataFields, ModelConfig, RunConfig, TrainConfig, flag
+from protomamba.data.stream import BatchStream
+from protomamba.data.windows import Batch
+from protomamba.errors import ConfigError, UserError
+from protomamba.model.registry import load_named, refuse_unnamed
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.callbacks.base import Callback
+from protomamba.train.callbacks.collapse import CollapseWatch
+from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.progress import Progress
+from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
+from protomamba.train.resume import Resumed, find_resume, run_folder
+from protomamba.train.run import Run
+from protomamba.train.run_header import default_notes, header, idle_flags
+from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
+from protomamba.train.trainer import Trainer, renamed_layers
+
+# The flags whose value may name code of the user's own.
+CODE_FLAGS = ("layer", "head", "optimizer")
+
+
+def train(config: RunConfig, console: Console | None = None) -> int:
+    """Run `protomamba train`. Returns the exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
+
+    Raises UserError (exit 1) and ConfigError (exit 2).
+    """
+    folder = run_folder(config)
+    if config.resume not in (None, "auto") and not Path(config.resume).exists():
+        raise UserError(f"--resume {config.resume}: there is no such checkpoint")
+    make_folder(folder)
+    load_named_code(config)
+    with StopRequest() as stop, RunLock(folder):
+        resumed = find_resume(config)
+        config = resumed.config if resumed else config
+        with console or Console(progress=config.progress) as shown:
+            run = build_run(config, resumed, stop, shown)
+            reason = run.fit()
+    return STOPPED_EXIT_CODE if reason == "signal" else 0
+
+
+def load_named_code(config: RunConfig) -> None:
+    """Import the code that the user named; what only a checkpoint names stays unloaded."""
+    for what in set(CODE_FLAGS) & config.given:
+        load_named(getattr(config, what), what)
+
+
+def use_machine(threads: int | None, kernel_mode: str) -> None:
+    """Torch's threads and the kernels, as asked, and sums in a fixed order; for the whole process."""
+    # Of what a run uses, only the gradient of plain indexing is affected, in a user's layer or head: with several
+    # threads torch would add it up in any order. Memory is not filled: that only finds bugs, and costs a pass.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if threads:
+        torch.set_num_threads(threads)
+    kernels.set_kernels(kernel_mode)
+
+
+@dataclass
+class Parts:
+    """What a configuration resolves to; `config` is it resolved, for the record only."""
+
+    config: RunConfig
+    trainer: Trainer
+    inputs: Inputs
+    stream: BatchStream
+    validation: Held | None
+    notes: list[str]
+
+
+def build_run(
+    config: RunConfig, resumed: Resumed | None, stop: StopRequest, console: Console, callbacks: Sequence[Callback] = ()
+) -> Run:
+    """The run that a configuration describes, or the checkpoint it resumes. The caller holds the folder's lock."""
+    use_machine(config.threads, config.kernels)
+    torch.manual_seed(config.seed)
+    parts = build_parts(config, resumed)
+    config, trainer = parts.config, parts.trainer
+    resumed_from = str(resumed.found.path) if resumed else None
+    shown = Progress(console, header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from), parts.notes)
+    return Run(
+        trainer,
+        parts.stream,
+        parts.validation,
+        (shown, CollapseWatch(), *callbacks),
+        RunDir(config.out_dir, config.keep_last),
+        log_every=config.log_every,
+        val_every=config.val_every,
+        save_every=config.save_every,
+        grad_accum=config.grad_accum,
+        patience=config.early_stopping_patience,
+        on_save_error=config.on_save_error,
+        prefetch=(config.prefetch_workers, config.prefetch_buffer),
+        resume=resumed.found if resumed else None,
+        further_steps=resumed.further_steps if resumed else None,
+        record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer},
+        stop=stop,
+    )
+
+
+def build_parts(config: RunConfig, resumed: Resumed | None = None) -> Parts:
+    """Open the data, build the model as the flags, given weights or the checkpoint say. UserError, ConfigError."""
+    weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
+    config = adapt_to_weights(config, weights) if weights else config
+    inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
+    config = config.replace(**inputs.decided)
+    spec = stream_spec(config.project(DataFields), config.seed)
+    stream = inputs.training.stream(spec)
+    if resumed:
+        trainer, notes = Trainer.from_checkpoint(resumed.found.checkpoint), list[str]()
+    else:
+        trainer, notes = fresh_trainer(config, inputs.vocab_size, weights)
+    validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
+    _require_validation(validation, config)
+    notes = [*notes, *inputs.notes, *default_notes(config), *idle_flags(config)]
+    return Parts(config, trainer, inputs, stream, validation, notes)
+
+
+def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -> None:
+    """UserError, before any training, if what is held out is too short for a window."""
+    try:
+        if validation is not None:
+            next(iter(validation))
+    except UserError as error:
+        if config.val_token_file or config.val_token_dir:
+            raise
+        ratio = f"--val-ratio {config.val_ratio:g}"
+        raise UserError(
+            f"held out by {ratio}: {error}; or another --val-ratio (0 holds nothing out), or --val-token-file"
+        ) from None
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights to start from: a model shape, its tensors by our names, and the moments of a checkpoint that grows."""
+
+    source: Path
+    model: ModelConfig
+    state: dict[str, Tensor]
+    moments: dict[str, Any]
+
+
+def read_initial_weights(path: Path) -> InitialWeights:
+    """A protomamba checkpoint, or a folder of transformers' MambaForCausalLM. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"--init-from {path}: there is no such checkpoint or folder")
+    if path.is_dir() and not (path / LATEST).is_file():
+        fields, state = read_transformers_folder(path)
+        return InitialWeights(path, ModelConfig(**{"head": "softmax", **fields}), state, {})
+    loaded = checkpoint.load(path)
+    moments = loaded.parts.get("optimizer", {}).get("moments", {})
+    return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments)
+
+
+def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
+    """The run's configuration with the shape that `weights` have; ConfigError where a given flag contradicts it.
+
+    The head is the run's own. Without --target-layers the model does not grow.
+    """
+    given = config.given
+    refuse_unnamed(weights.model.layer, "layer")
+    shape = {n: getattr(weights.model, n) for n in ArchitectureFields.model_fields if n not in _HEAD_FIELDS}
+    shape |= {"vocab_size": weights.model.vocab_size, "base_layers": weights.model.n_layer}
+    wrong = [
+        f"{flag(name)}: the weights have {value}, given {getattr(config, name)}"
+        for name, value in shape.items()
+        if name in given and getattr(config, name) != value
+    ]
+    if wrong:
+        raise ConfigError(f"--init-from {weights.source}: contradicts the flags given:\n  " + "\n  ".join(wrong))
+    target = config.target_layers if "target_layers" in given else weights.model.n_layer
+    return config.replace(**shape, target_layers=target)
+
+
+_HEAD_FIELDS = ("head", "prototypes", "separation", "tie_embedding")
+
+
+def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | None) -> tuple[Trainer, list[str]]:
+    """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
+    shape = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers)
+    model = SequenceModel(shape, seed=config.seed)
+    notes, moments = _load_weights(model, weights) if weights else ([], {})
+    origins: list[int | None] = list(range(config.base_layers))
+    if config.final_layers != config.base_layers:
+        with _naming_the_default(config, "placement", "append"):
+            origins = model.grow(config.final_layers, config.placement, seed=config.seed + 1)
+    with _naming_the_default(config, "freeze", "none"):
+        model.freeze(config.freeze, config.freeze_embedding)
+    trainer = Trainer(model, config.project(TrainConfig))
+    if moments and config.final_layers != config.base_layers:
+        trainer.optimizer.load_state(renamed_layers(moments, origins))
+        notes.append("the old layers keep their optimizer moments; the new ones start with none")
+    return trainer, notes
+
+
+@contextmanager
+def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[None]:
+    """An error about a value that is the documented default, which the user need not have given, says so."""
+    try:
+        yield
+    except ConfigError as error:
+        if getattr(config, name) != RunConfig.default(name):
+            raise
+        raise ConfigError(f"{error}; it is the default: give {flag(name)} {instead}, or what you want") from None
+
+
+def _load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
+    """Loads what fits; what the user should know about it, and the moments of what was loaded."""
+    same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
+    if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
+        raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
+    state, moments = (
+        {k: v for k, v in each.items() if same_head or not k.startswith("head.")}
+        for each in (weights.state, weights.moments)
+    )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
+    if lost:
+        raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
+    notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
+    if not same_head:
+        notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts fresh")
+    return notes, moments

@@ -1,0 +1,49 @@
+"""What watches a run: told of each step, validation and save, and kept in its checkpoints if it has a state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from protomamba.checkpoint.file import SaveReport
+    from protomamba.storage import SaveError
+    from protomamba.train.run import Run
+    from protomamba.train.trainer import StepStats, Validation
+
+
+class Callback:
+    """Base of every callback: each method does nothing until you give it.
+
+    One that has `state_dict()` and `load_state_dict(state)` (plain values and tensors) enters the checkpoint under
+    `name`. What it draws from the random generators of torch, numpy and Python does not change the run. An exception
+    stops the run as any error does. `run` is the `Run`: its trainer, its folder (or None), `run.stop(reason)`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What its state is called in a checkpoint: two callbacks of one run have different names."""
+        return f"{type(self).__module__}:{type(self).__qualname__}"
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, after a resume."""
+
+    def on_step(self, run: Run, stats: StepStats) -> None:
+        """After each step; `run.is_logged` says whether it is one that --log-every shows, `run.speed` how fast."""
+
+    def on_validation(self, run: Run, result: Validation) -> None:
+        """After each validation; `result.best` says whether it is the best so far."""
+
+    def on_save(self, run: Run, report: SaveReport) -> None:
+        """After each checkpoint that was written."""
+
+    def on_save_error(self, run: Run, error: SaveError) -> None:
+        """After one that could not be, where the run goes on all the same."""
+
+    def on_message(self, run: Run, text: str, warning: bool) -> None:
+        """For each line that the run, or a callback by `run.note` and `run.warn`, has to say."""
+
+    def on_output_lost(self, run: Run, error: OSError) -> None:
+        """Once, when standard output takes no more text; the run goes on."""
+
+    def on_end(self, run: Run, reason: str) -> None:
+        """At the end: `done`, `early_stopping`, `signal`, `failed`, or what a callback gave to `run.stop`."""

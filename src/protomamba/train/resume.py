@@ -1,0 +1,65 @@
+"""Which checkpoint a run goes on from, and what the flags given with it may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.folder import Resumable, find_resumable
+from protomamba.config import MAY_CHANGE, RunConfig, flag
+from protomamba.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint a run goes on from, and the configuration it then has."""
+
+    found: Resumable
+    config: RunConfig
+    further_steps: int | None  # train this many more, on a schedule of their own; None = to the recorded target
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run is: --out-dir, or the folder of the checkpoint that --resume names."""
+    if config.resume in (None, "auto") or "out_dir" in config.given:
+        return config.out_dir
+    return Path(str(config.resume)).parent
+
+
+def find_resume(config: RunConfig) -> Resumed | None:
+    """The checkpoint that --resume names, or finds (`auto`); None for a fresh start.
+
+    Raises UserError for a path that is not there or not whole, ConfigError for flags that contradict the checkpoint.
+    """
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        found = find_resumable(config.out_dir)
+        return _resumed(config, found) if found else None
+    path = Path(config.resume)
+    return _resumed(config, Resumable(path, checkpoint.load(path)))
+
+
+def _resumed(config: RunConfig, found: Resumable) -> Resumed:
+    path, loaded = found.path, found.checkpoint
+    if "run" not in loaded.config or "stream" not in loaded.parts:
+        raise UserError(
+            f"{path}: holds no run to resume (the library saved it); start from its weights with --init-from {path}"
+        )
+    saved = RunConfig.recorded(loaded.config["run"])
+    contradictions = [
+        f"{flag(name)}: the checkpoint has {getattr(saved, name)}, given {getattr(config, name)}"
+        for name in RunConfig.model_fields
+        if name in config.given and name not in MAY_CHANGE and getattr(config, name) != getattr(saved, name)
+    ]
+    if contradictions:
+        raise ConfigError(
+            f"{path}: contradicts the flags given; leave them out, or start a new run:\n  "
+            + "\n  ".join(contradictions)
+        )
+    changes = {name: getattr(config, name) for name in config.given & MAY_CHANGE} | {"out_dir": run_folder(config)}
+    further = changes.get("steps")
+    if config.resume == "auto" and further == saved.steps:
+        further = None  # the command line of the run itself, once more
+    return Resumed(found, saved.replace(**changes), further)
