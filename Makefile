@@ -4,6 +4,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 NAME ?= growing
+REF ?= HEAD~1
 KERNELS := src/protomamba/kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest
@@ -23,7 +24,7 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
-	types check bench parity decoding digits study wheel sdist clean
+	types check bench bench-compare parity decoding digits study wheel sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -106,6 +107,9 @@ check: lint types ## lint and types
 bench: $(READY) ## time steps against their matrix products and write docs/bench.md (about 10 minutes)
 	@$(BIN)/protomamba bench --precision fp32,bf16 --sections steps,threads,lengths --threads 1 \
 		--markdown docs/bench.md $(ARGS)
+
+bench-compare: $(READY) ## time the step against another commit's, in turns: REF=HEAD~1 (some minutes)
+	@$(BIN)/python -m protomamba.bench.compare $(REF) $(ARGS)
 
 $(READY_PARITY): $(READY)
 	@echo "installing jax and transformers into $(VENV)"

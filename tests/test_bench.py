@@ -29,7 +29,6 @@ needs_native = pytest.mark.skipif(not native.available()[0], reason="no native k
 @pytest.fixture(autouse=True)
 def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(shapes, "VOCABULARY", 300)
-    monkeypatch.setattr(ops, "VOCABULARY", 300)
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(memory, "peak_rss_mib", lambda *_: 1.0)
     monkeypatch.setattr(step, "peak_rss_mib", lambda *_: 1.0)

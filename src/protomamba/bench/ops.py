@@ -12,7 +12,7 @@ from torch import Tensor
 from protomamba import kernels
 from protomamba.bench.checks import TOLERANCES, assert_close, kernels_set
 from protomamba.bench.floor import own_floor, products
-from protomamba.bench.shapes import VOCABULARY, Shape
+from protomamba.bench.shapes import Shape
 from protomamba.bench.timing import interleave
 from protomamba.errors import ConfigError
 from protomamba.kernels.cases import CASES, Case, Inputs, Sizes
@@ -36,7 +36,7 @@ def sizes_of(shape: Shape) -> Sizes:
         N=config.d_state,
         R=1 if compact else config.time_step_rank,
         K=config.d_conv,
-        V=VOCABULARY,
+        V=shape.vocab_size,
         S=SAMPLED,
     )
 

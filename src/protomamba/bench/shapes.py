@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from protomamba.bench.child import batch
 from protomamba.config import ModelConfig, TrainConfig, nearest
 from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import SequenceModel
@@ -28,6 +28,11 @@ class Shape:
     d_model: int
     layers: int
     layer: str = "mamba"
+    classes: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.classes or VOCABULARY
 
     @property
     def tokens(self) -> int:
@@ -36,16 +41,15 @@ class Shape:
     @property
     def text(self) -> str:
         kind = "" if self.layer == "mamba" else f", {self.layer}"
+        kind += f", V {self.classes}" if self.classes else ""
         return f"{self.name}: {self.batch} x {self.length}, {self.d_model}, {self.layers}{kind}"
 
     def config(self) -> ModelConfig:
-        return ModelConfig(vocab_size=VOCABULARY, d_model=self.d_model, n_layer=self.layers, layer=self.layer)
+        return ModelConfig(vocab_size=self.vocab_size, d_model=self.d_model, n_layer=self.layers, layer=self.layer)
 
     def batches(self) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (B, L), drawn evenly: the same ones each time."""
-        drawn = torch.Generator().manual_seed(1)
-        tokens_BL = torch.randint(VOCABULARY, (self.batch, self.length), generator=drawn)
-        return tokens_BL, torch.randint(VOCABULARY, (self.batch, self.length), generator=drawn)
+        """Tokens and the targets after them, (B, L) each, with the frequencies of text: the same ones each time."""
+        return batch(self.batch, self.length, self.vocab_size)
 
 
 NAMED = {
@@ -56,6 +60,7 @@ NAMED = {
         Shape("L", 2, 1024, 512, 6),
         Shape("one-row", 1, 2048, 512, 6),
         Shape("compact", 8, 64, 512, 2, "compact"),
+        Shape("demo", 8, 256, 128, 2, classes=256),
     )
 }
 
