@@ -63,7 +63,7 @@ def test_a_build_that_fails_says_which(tmp_path: Path, capfd: pytest.CaptureFixt
     (tmp_path / "protomamba" / "__init__.py").write_text("")
     with pytest.raises(UserError, match=f"the process of {tmp_path} ended with 1; its error is above"):
         compare.Build(tmp_path, TINY)
-    assert "cannot import name 'ModelConfig'" in capfd.readouterr().err
+    assert "no attribute 'SequenceModel'" in capfd.readouterr().err
 
 
 def test_a_commit_is_checked_out_beside_and_taken_away_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import protomamba
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -31,11 +33,10 @@ def batch(rows: int, length: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def build(task: dict[str, Any]) -> Any:
     """A trainer that clips and updates on every step."""
-    from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
-
     torch.set_num_threads(task["threads"])
-    model = SequenceModel(ModelConfig(**task["model"]), seed=0)
-    return Trainer(model, TrainConfig(bp_cadence_steps=1, ff_lr=0.0, grad_clip_norm=1e-3, **task["train"]))
+    model = protomamba.SequenceModel(protomamba.ModelConfig(**task["model"]), seed=0)
+    config = protomamba.TrainConfig(bp_cadence_steps=1, ff_lr=0.0, grad_clip_norm=1e-3, **task["train"])
+    return protomamba.Trainer(model, config)
 
 
 def main() -> None:

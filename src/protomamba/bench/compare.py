@@ -181,7 +181,7 @@ def _compare_all(chosen: argparse.Namespace, console: Console) -> None:
     title = f"{chosen.precision}, {chosen.threads} threads, {chosen.pairs} pairs, {chosen.clock} clock"
     table = Table(title=f"Training step, here against {chosen.ref} ({title})", title_justify="left")
     for heading in ("shape", "old ms", "new ms", "new / old", "95 % of the median"):
-        table.add_column(heading, justify="left" if heading == "shape" else "right")
+        table.add_column(heading, justify="left" if heading == "shape" else "right", no_wrap=True)
     with checkout(new.parent, chosen.ref) as old:
         for shape in shapes:
             found = compare(old, new, task_of(shape, chosen.precision, chosen.threads, chosen.clock), chosen.pairs)
