@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from protomamba.cli import main as cli
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import matmul, native
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.callbacks.console import rich_console
 
 TINY = Shape("tiny", 2, 16, 32, 2)
 COMPACT = Shape("tiny compact", 2, 16, 32, 2, "compact")
@@ -284,3 +286,14 @@ def test_cells_are_short() -> None:
         "3",
     ]
     assert report.shown(timing.Ratio(1.234, 1.1, 2)) == "1.23 (1.10-2.00)"
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    out = io.StringIO()
+    names = [f"a shape with a rather long name, number {number}" for number in range(9)]
+    rows = [{"shape": name, "forward and backward of a whole block": 1234.5} for name in names]
+    report.show([report.Section("Steps", rows)], {"machine": "m"}, rich_console(out))
+    text = out.getvalue()
+    assert all(name in text for name in names) and "forward and backward of a whole block" in text and "…" not in text
+    assert max(map(len, text.splitlines())) < 500, "no wider than it needs"

@@ -9,7 +9,7 @@ import pytest
 
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.cli.main import COMMANDS, main
-from protomamba.config import RunConfig, flag
+from protomamba.config import RunConfig, flag, value_type
 from tests.runs import token_file, train
 
 # The CLI reference of the crate this succeeds, and command-line.md's further flags: name and default, as documented.
@@ -145,3 +145,33 @@ def test_the_flags_are_the_schema() -> None:
     assert {flag(name) for name in RunConfig.model_fields} >= {
         f"--{e.split()[0]}" for e in re.split(r"[|\n]", DOCUMENTED) if e.strip()
     }
+
+
+def test_threads_are_called_threads_by_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("some text\n")
+    for word in ("--threads", "--jobs"):
+        out = str(tmp_path / word)
+        assert main(["prepare", str(tmp_path / "text.txt"), "--out-dir", out, word, "2"]) == 0
+        assert main(["prepare", str(tmp_path / "text.txt"), "--out-dir", out, word, "0"]) == 2
+        assert "--threads 0: expected an integer >= 1" in capsys.readouterr().err
+    for command in ("train", "eval", "generate", "bench", "prepare"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--threads" in capsys.readouterr().out, command
+
+
+def test_a_flag_of_two_values_names_both(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    two = [name for name in RunConfig.model_fields if value_type(RunConfig.model_fields[name].annotation) is bool]
+    assert two and all(f"{flag(name)} 0|1 " in shown for name in two)
+
+
+def test_parity_lists_its_own_flags_and_takes_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["parity", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--random" in shown and "--d-model" not in shown and "protomamba train --help" in shown
+    assert main(["parity", "resume", "--d-modle", "8"]) == 2
+    assert "did you mean --d-model?" in capsys.readouterr().err

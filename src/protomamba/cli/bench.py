@@ -10,7 +10,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from protomamba.bench import report
 from protomamba.bench.ops import measure_op
@@ -20,6 +19,7 @@ from protomamba.bench.step import measure_step
 from protomamba.bench.sweeps import lengths_table, threads_table
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import available, keep_freed_memory
+from protomamba.train.callbacks.console import rich_console
 
 SECTIONS = ("steps", "threads", "lengths")
 PRECISIONS = ("fp32", "bf16")
@@ -52,7 +52,7 @@ def bench(arguments: Namespace) -> int:
     if arguments.json:
         print(json.dumps(report.to_json(sections, about)))
     else:
-        report.show(sections, about, Console(soft_wrap=True))
+        report.show(sections, about, rich_console())
     return 0
 
 

@@ -45,11 +45,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_fields(
-    parser: Parser, names: Sequence[str], schema: type[Schema] = RunConfig, of_checkpoint: str | None = None
+    parser: Parser,
+    names: Sequence[str],
+    schema: type[Schema] = RunConfig,
+    of_checkpoint: str | None = None,
+    hidden: bool = False,
 ) -> None:
     """One flag for each named field of a schema, documented with its default; given ones land in `field:*`.
 
-    of_checkpoint: shown as the default instead, where a checkpoint's own value is used.
+    of_checkpoint: shown as the default instead, where a checkpoint's own value is used. hidden: taken and not listed.
     """
     groups: dict[str, Any] = {}
     for name in names:
@@ -57,13 +61,14 @@ def add_fields(
         group = groups.setdefault(title, parser.add_argument_group(title) if title and len(names) > 20 else parser)
         field = schema.model_fields[name]
         description = str(field.description).replace("%", "%%")
+        default = of_checkpoint or _shown_default(schema.default(name), description)
         repeat: dict[str, Any] = {"action": "append"} if is_repeatable(field.annotation) else {}
         group.add_argument(
             flag(name),
             dest=f"field:{name}",
             default=argparse.SUPPRESS,
             metavar=_metavar(field.annotation),
-            help=f"{description} [{of_checkpoint or _shown_default(schema.default(name), description)}]",
+            help=argparse.SUPPRESS if hidden else f"{description} [{default}]",
             **repeat,
         )
 

@@ -15,9 +15,9 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
 
 
-def _configure_train(parser: Parser) -> None:
+def _configure_train(parser: Parser, hidden: bool = False) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with the same names; flags win")
-    add_fields(parser, list(RunConfig.model_fields))
+    add_fields(parser, list(RunConfig.model_fields), hidden=hidden)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -87,7 +87,15 @@ def _configure_prepare(parser: Parser) -> None:
     parser.add_argument(
         "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="threads; the bytes do not depend on it [1]")
+    jobs = ("--threads", "--jobs")
+    parser.add_argument(
+        *jobs,
+        dest="jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads; the bytes do not depend on it [%(default)s]",
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -111,7 +119,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _configure_export(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--format", choices=("transformers",), default="transformers", help="[%(default)s]")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", "--out-dir", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -133,7 +141,8 @@ def _configure_parity(parser: Parser) -> None:
     parser.add_argument("--random", type=int, default=0, metavar="N", help="kernels: N random shapes too [%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object; a list of them for all")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the same JSON to a file")
-    _configure_train(parser)
+    parser.epilog = "The flags of train set the model and the data of a probe: protomamba train --help lists them."
+    _configure_train(parser, hidden=True)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def prepare(
     called with bytes read and bytes in all. A stopped call with the same arguments goes on where it was; a finished one
     returns at once. UserError for inputs that cannot be read as told, and for a folder that holds something else.
     """
-    for name, value, least in (("--shard-tokens", shard_tokens, 2), ("--jobs", jobs, 1)):
+    for name, value, least in (("--shard-tokens", shard_tokens, 2), ("--threads", jobs, 1)):
         if value < least:
             raise ConfigError(f"{name} {value}: expected an integer >= {least}")
     sources = find_sources([Path(each) for each in inputs], format)
@@ -210,7 +210,7 @@ def _encoded(sources: Sequence[Source], field: str, tokenizer: Tokenizer, jobs: 
 
 @contextlib.contextmanager
 def _no_inner_threads() -> Iterator[None]:
-    """Keep the tokenizers library to the calling thread, so that --jobs is what it says."""
+    """Keep the tokenizers library to the calling thread, so that --threads is what it says."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,9 +17,7 @@ from rich.table import Table
 
 from protomamba import kernels
 from protomamba.errors import UserError
-
-# Of a table that goes into a file or a pipe, which have no width of their own.
-WIDTH = 140
+from protomamba.train.callbacks.console import rich_console
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Report:
 
     def print(self, console: Console | None = None) -> None:
         """The report as a table for people, worst news included."""
-        console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+        console = console or rich_console()
         caption = " · ".join(f"{name} {value}" for name, value in self.facts.items())
         table = Table(title=self.title, caption=caption or None, title_justify="left", caption_justify="left")
         for heading, side in (("check", "left"), ("worst error", "right"), ("tolerance", "right"), ("", "left")):

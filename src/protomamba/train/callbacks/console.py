@@ -28,8 +28,8 @@ from rich.table import Table
 
 from protomamba.output import safe
 
-# Columns of a table in a file or pipe, which tell no width.
-FILE_WIDTH = 160
+# Columns in a file or pipe, which tell no width: a table is as wide there as it needs, and no wider.
+FILE_WIDTH = 10_000
 
 # Order and format of the fields of a plain line; a field without a value is left out.
 _STEP_FIELDS = {
@@ -42,15 +42,21 @@ _STEP_FIELDS = {
 }
 
 
+def rich_console(stream: TextIO | None = None) -> RichConsole:
+    """The console of the rich library for `stream` (standard output), of our width, without guesses at markup."""
+    # soft_wrap: a line stays a line, however narrow the terminal or the file is taken to be.
+    console = RichConsole(file=stream, highlight=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
+    return console
+
+
 class Console:
     """Prints a run to `stream` (standard output). `progress`: True bar, False plain lines, None a bar on a terminal."""
 
     def __init__(self, stream: TextIO | None = None, *, progress: bool | None = None) -> None:
         self._stream = safe(stream or sys.stdout)
-        # soft_wrap: a line stays a line, however narrow the terminal or the file is taken to be.
-        self._rich = RichConsole(file=cast(TextIO, self._stream), highlight=False, emoji=False, soft_wrap=True)
-        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
-            self._rich.width = FILE_WIDTH
+        self._rich = rich_console(cast(TextIO, self._stream))
         self._show_bar = self._rich.is_terminal if progress is None else progress
         self._bar: Progress | None = None
         self._task: Any = None
