@@ -219,7 +219,7 @@ def test_bad_arguments_and_missing_inputs(tmp_path: Path, texts: Path) -> None:
         ({"inputs": [tmp_path / "nothing"]}, UserError, "expected files or folders with text, found none"),
         ({"format": "xml"}, ConfigError, "--format xml: expected one of auto, text, bytes, jsonl, parquet"),
         ({"shard_tokens": 1}, ConfigError, "--shard-tokens 1"),
-        ({"jobs": 0}, ConfigError, "--jobs 0"),
+        ({"jobs": 0}, ConfigError, "--threads 0"),
         ({"train_bpe": 100}, ConfigError, "--train-bpe 100: expected at least 257"),
         ({"train_bpe": 300, "tokenizer": str(texts / "a.txt")}, ConfigError, "give one of them"),
         ({"tokenizer": str(tmp_path / "none.json")}, UserError, "none.json: cannot be read"),
