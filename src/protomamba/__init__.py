@@ -13,30 +13,45 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from protomamba.config import ModelConfig, RunConfig, Sampling, TrainConfig
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
+    from protomamba.data.dataset_stream import DatasetStream
     from protomamba.decode import generate
     from protomamba.errors import ConfigError, UserError
     from protomamba.model.heads.base import Head
     from protomamba.model.mixers.base import Layer
     from protomamba.model.sequence_model import SequenceModel
+    from protomamba.train.callbacks.base import Callback
+    from protomamba.train.callbacks.collapse import CollapseWatch
+    from protomamba.train.callbacks.progress import Progress
+    from protomamba.train.run import Run
     from protomamba.train.trainer import StepStats, Trainer, Validation
 
 _HOMES = {
     "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
+    "protomamba.data.dataset_stream": ("DatasetStream",),
     "protomamba.errors": ("ConfigError", "UserError"),
     "protomamba.decode": ("generate",),
     "protomamba.model.heads.base": ("Head",),
     "protomamba.model.mixers.base": ("Layer",),
     "protomamba.model.sequence_model": ("SequenceModel",),
+    "protomamba.train.callbacks.base": ("Callback",),
+    "protomamba.train.callbacks.collapse": ("CollapseWatch",),
+    "protomamba.train.callbacks.progress": ("Progress",),
+    "protomamba.train.run": ("Run",),
     "protomamba.train.trainer": ("StepStats", "Trainer", "Validation"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Callback",
+    "CollapseWatch",
     "ConfigError",
+    "DatasetStream",
     "Head",
     "Layer",
     "ModelConfig",
+    "Progress",
+    "Run",
     "RunConfig",
     "Sampling",
     "SequenceModel",

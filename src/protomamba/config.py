@@ -246,6 +246,9 @@ class RunFields(Schema):
     early_stopping_patience: int = Field(
         0, ge=0, description="validations without improvement before stopping (0 = off)"
     )
+    callback: tuple[str, ...] = Field(
+        (), description="package.module:Class of your own that watches the run; repeatable"
+    )
     threads: int | None = Field(None, ge=1, le=1_024, description="torch's threads; auto = torch's choice")
     kernels: Literal["auto", "native", "reference"] = Field(
         "auto", description="native kernels, the slow reference, or what works"
@@ -291,7 +294,7 @@ class Sampling(Schema):
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
-    | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
+    | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume", "callback"}
     # where the data lies may change; what it is may not, and is checked by its checksums
     | {"token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )

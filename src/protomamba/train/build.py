@@ -20,7 +20,7 @@ from protomamba.config import ArchitectureFields, DataFields, ModelConfig, RunCo
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
-from protomamba.model.registry import load_named, refuse_unnamed
+from protomamba.model.registry import load_named, refuse_unnamed, resolve
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
@@ -60,6 +60,8 @@ def load_named_code(config: RunConfig) -> None:
     """Import the code that the user named; what only a checkpoint names stays unloaded."""
     for what in set(CODE_FLAGS) & config.given:
         load_named(getattr(config, what), what)
+    for name in config.callback:
+        load_named(name, "callback")
 
 
 def use_machine(threads: int | None, kernel_mode: str) -> None:
@@ -99,7 +101,7 @@ def build_run(
         trainer,
         parts.stream,
         parts.validation,
-        (shown, CollapseWatch(), *callbacks),
+        (shown, CollapseWatch(), *(make_callback(name) for name in config.callback), *callbacks),
         RunDir(config.out_dir, config.keep_last),
         log_every=config.log_every,
         val_every=config.val_every,
@@ -113,6 +115,16 @@ def build_run(
         record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer},
         stop=stop,
     )
+
+
+def make_callback(name: str) -> Callback:
+    """The user's own callback `package.module:Class`, made without arguments. ConfigError where that is not one."""
+    kind: Any = resolve(name, {}, Callback, "callback")
+    try:
+        made: Callback = kind()
+    except TypeError as error:
+        raise ConfigError(f"--callback {name}: cannot be made without arguments: {error}") from None
+    return made
 
 
 def build_parts(config: RunConfig, resumed: Resumed | None = None) -> Parts:

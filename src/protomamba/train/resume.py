@@ -59,6 +59,7 @@ def _resumed(config: RunConfig, found: Resumable) -> Resumed:
             + "\n  ".join(contradictions)
         )
     changes = {name: getattr(config, name) for name in config.given & MAY_CHANGE} | {"out_dir": run_folder(config)}
+    changes["callback"] = config.callback  # code of the user's own runs where the user names it, not a checkpoint
     further = changes.get("steps")
     if config.resume == "auto" and further == saved.steps:
         further = None  # the command line of the run itself, once more

@@ -340,7 +340,9 @@ class Trainer:
     @classmethod
     def from_checkpoint(cls, loaded: checkpoint.Checkpoint) -> Self:
         """A trainer from a checkpoint already read and verified."""
-        trainer = cls(build_model(loaded), TrainConfig.recorded(loaded.config["train"]))
+        config = TrainConfig.recorded(loaded.config["train"])
+        refuse_unnamed(config.optimizer, "optimizer")
+        trainer = cls(build_model(loaded), config)
         trainer.restore(loaded)
         return trainer
 
