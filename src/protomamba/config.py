@@ -90,7 +90,11 @@ class ArchitectureFields(Schema):
         "learned", description="hpn head: prototypes trained, or placed once and kept"
     )
     separation: float = Field(
-        20.0, ge=0, le=1e6, description="hpn head, learned prototypes: weight of the separation term"
+        20.0,
+        ge=0,
+        le=1e6,
+        description="hpn head, learned prototypes: 0 = the gradient of (1 - cos)^2 alone, which "
+        "collapses; any other value = that of cross entropy, its size is unused",
     )
     tie_embedding: bool = Field(False, description="softmax head: share its matrix with the embedding")
 

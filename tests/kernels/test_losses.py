@@ -41,6 +41,30 @@ def test_against_the_twin(level: str, loss: Loss, shape: tuple[int, int, int]) -
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_weights_make_it_a_weighted_mean(level: str, loss: Loss) -> None:
+    targets_T, weight_T = torch.randint(-2, 7, (50,)), torch.rand(50)
+    weight_T[::5] = 0.0
+
+    def op(z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (loss(z, weight, targets_T, weight_T),)  # type: ignore[call-arg]
+
+    def twin(z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        each = torch.stack([twin_of(loss)(z[t : t + 1], weight, targets_T[t : t + 1]) for t in range(50)])
+        kept_T = weight_T.double() * (targets_T >= 0)
+        return ((each * kept_T).sum() / kept_T.sum(),)
+
+    compare(op, twin, {"z": torch.randn(50, 8), "weight": torch.randn(7, 8)})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+def test_without_a_weight_above_0_the_loss_is_0(level: str, loss: Loss) -> None:
+    z_TD = torch.randn(3, 4, requires_grad=True)
+    value = loss(z_TD, torch.randn(5, 4), torch.tensor([0, 1, -1]), torch.zeros(3))  # type: ignore[call-arg]
+    value.backward()
+    assert value.item() == 0.0 and z_TD.grad is not None and not z_TD.grad.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_without_a_target_the_loss_is_0_and_so_are_the_gradients(level: str, loss: Loss) -> None:
     z_TD, weight_VD = torch.randn(5, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     value = loss(z_TD, weight_VD, torch.tensor([-100, -1, -1, -100, -5]))

@@ -20,7 +20,7 @@ def test_without_jax_the_command_says_what_to_install(monkeypatch, tmp_path):
 
 
 def make_trainer(layer="mamba", head="hpn"):
-    config = jax_check.ModelConfig(**jax_check.SHAPE, **jax_check.HEADS[head], layer=layer, separation=0.0)
+    config = jax_check.ModelConfig(**jax_check.SHAPE, **jax_check.HEADS[head], layer=layer)
     return Trainer(SequenceModel(config, seed=0), jax_check.TRAINING)
 
 
@@ -40,7 +40,10 @@ def test_the_decay_set_written_to_the_file(layer):
     assert decaying == expected | ({"in_proj.weight"} if layer == "mamba" else set())
 
 
-@pytest.mark.parametrize(("dtype", "layer", "head"), [("float32", "mamba", "hpn"), ("float64", "compact", "softmax")])
+@pytest.mark.parametrize(
+    ("dtype", "layer", "head"),
+    [("float32", "mamba", "hpn"), ("float64", "compact", "hpn"), ("float64", "compact", "softmax")],
+)
 def test_ours_and_jax_agree(tmp_path, dtype, layer, head):
     pytest.importorskip("jax")
     report = jax_check.run(1, dtype, layer, head, tmp_path)
@@ -55,7 +58,7 @@ def test_every_case_agrees():
     pytest.importorskip("jax")
     report = jax_check.run_all(0)
     assert report.ok, report.to_json()
-    assert len(report.rows) == 2 * 2 * 3 * 5
+    assert len(report.rows) == 2 * 2 * 4 * 5
 
 
 SABOTAGE = {

@@ -33,6 +33,7 @@ NOT_DECAYED = {
     "layers.0.mixer.conv1d.bias",
     "layers.0.mixer.dt_proj.bias",
     "norm_f.weight",
+    "head.log_scale",
     "head.prototypes",
 }
 

@@ -95,7 +95,7 @@ _NORM = Arguments(
 )  # fmt: skip
 _PROTOTYPE_LOSS = Arguments(
     "T D V: int",
-    "z prototypes targets cosine inverse_z inverse_p loss: pointer",
+    "z prototypes targets weight cosine inverse_z inverse_p loss: pointer",
     "factor: float", "dcosine dz dprototypes: pointer",
 )  # fmt: skip
 
@@ -108,6 +108,11 @@ OPS = {
     "norm_backward": _NORM,
     "prototype_loss_forward": _PROTOTYPE_LOSS,
     "prototype_loss_backward": _PROTOTYPE_LOSS,
+    "sphere_softmax": Arguments(
+        "T S: int", "scale: float", "rows log_chance place own rate down dlog_scale: pointer"
+    ),
+    "sphere_turn": Arguments("T D: int", "unit inverse gradient: pointer"),
+    "sphere_unit": Arguments("T D: int", "x unit inverse: pointer"),
     "square_sums": Arguments("count: int", "sizes data sums: pointer"),
     "product": Arguments("T rows columns x_stride: int", "x w y: pointer"),
     "transpose": Arguments("rows columns in_row: int", "x out: pointer"),

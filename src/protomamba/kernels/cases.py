@@ -132,7 +132,8 @@ def _loss(classes: str) -> Callable[[Sizes, Generator | None], Inputs]:
 def _separated(s: Sizes, g: Generator | None) -> Inputs:
     sample_S = torch.randperm(s.V, generator=g)[: s.S].sort().values
     log_chance_S = -torch.rand(len(sample_S), generator=g)
-    return {**_loss("prototypes_VD")(s, g), "sample_S": sample_S, "log_chance_S": log_chance_S}
+    more = {"log_scale": torch.tensor(1.7), "sample_S": sample_S, "log_chance_S": log_chance_S}
+    return {**_loss("prototypes_VD")(s, g), **more}
 
 
 def _product(s: Sizes, g: Generator | None) -> Inputs:
@@ -232,7 +233,7 @@ CASES = {
     "prototype_loss": Case(_loss("prototypes_VD"), _called("prototype_loss"), ("z_TD", "prototypes_VD")),
     "softmax_loss": Case(_loss("weight_VD"), _called("softmax_loss"), ("z_TD", "weight_VD")),
     "separated_prototype_loss": Case(
-        _separated, _called("separated_prototype_loss", sharpness=20.0, weight=3.0), ("z_TD", "prototypes_VD")
+        _separated, _called("separated_prototype_loss"), ("z_TD", "prototypes_VD", "log_scale")
     ),
     "product": Case(_product, _called("product"), ()),
     "mamba_block": Case(_block(False), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),

@@ -13,20 +13,35 @@ from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.native import Library
 
 
-def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Mean over targets y >= 0 of (1 - cos(z, p_y))^2: see `reference.prototype_loss`, which this equals.
+def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """Mean over targets y >= 0 of (1 - cos(z, p_y))^2, weighted by `weight_T` where that is given: see
+    `reference.prototype_loss`, which this equals.
 
     Costs O(T D) whatever V is, but for clearing the prototypes' gradient. Native for float32. ValueError for shapes
     that do not fit and for a target of V or more.
     """
-    sizes = check_shapes("prototype_loss", z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T)
+    sizes = check_shapes(
+        "prototype_loss", z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, weight_T=weight_T
+    )
     check_targets("prototype_loss", targets_T, sizes["V"])
     library = native.select("prototype_loss", z_TD, (torch.float32,))
     if library is None:
-        return reference.prototype_loss(z_TD, prototypes_VD, targets_T)
-    z, prototypes = z_TD.contiguous(), prototypes_VD.float().contiguous()
-    loss: Tensor = native.apply(_PrototypeLoss, library, z, prototypes, targets_T.long().contiguous())
+        return reference.prototype_loss(z_TD, prototypes_VD, targets_T, weight_T)
+    z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
+    prototypes = prototypes_VD.float().contiguous()
+    loss: Tensor = native.apply(_PrototypeLoss, library, z, prototypes, targets, weight)
     return loss
+
+
+def valid_tokens(z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z, targets and float32 weights of the tokens whose target counts, contiguous: the others cost nothing."""
+    kept_T = targets_T >= 0
+    z, targets, weight = z_TD, targets_T.long(), None if weight_T is None else weight_T.float()
+    if not bool(kept_T.all()):
+        kept_K = kept_T.nonzero()[:, 0]
+        z, targets = z.index_select(0, kept_K), targets.index_select(0, kept_K)
+        weight = None if weight is None else weight.index_select(0, kept_K)
+    return z.contiguous(), targets.contiguous(), None if weight is None else weight.contiguous()
 
 
 def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
@@ -38,40 +53,44 @@ def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
 
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        loss, angles = prototype_loss_forward(library, z, prototypes, targets)
-        ctx.save_for_backward(z, prototypes, targets, *angles)
+    def forward(
+        ctx: Any, library: Library, z: Tensor, prototypes: Tensor, targets: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        loss, angles = prototype_loss_forward(library, z, prototypes, targets, weight)
+        ctx.save_for_backward(z, prototypes, targets, weight, *angles)
         ctx.library = library
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        z, prototypes, targets, *angles = ctx.saved_tensors
-        _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
+        z, prototypes, targets, weight, *angles = ctx.saved_tensors
+        _, needs_z, needs_prototypes, _, _ = ctx.needs_input_grad
         dz, dprototypes = prototype_loss_backward(
-            ctx.library, z, prototypes, targets, Angles(*angles), float(dloss), None, needs_z, needs_prototypes
+            ctx.library, z, prototypes, targets, weight, Angles(*angles), float(dloss), None, needs_z, needs_prototypes
         )
-        return None, dz, dprototypes, None
+        return None, dz, dprototypes, None, None
 
 
 class Angles(NamedTuple):
-    """Of each token with a target, (T,): its cosine to its prototype, 1 / |z|, 1 / |prototype|. Others: undefined."""
+    """Of each token, (T,): its cosine to its prototype, 1 / |z|, 1 / |prototype|."""
 
     cosine: Tensor
     inverse_z: Tensor
     inverse_p: Tensor
 
 
-def prototype_loss_forward(library: Library, z: Tensor, prototypes: Tensor, targets: Tensor) -> tuple[Tensor, Angles]:
-    """The loss of contiguous float32 (T, D), (V, D) and int64 (T,), and what its backward pass needs."""
+def prototype_loss_forward(
+    library: Library, z: Tensor, prototypes: Tensor, targets: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Angles]:
+    """The loss of contiguous float32 (T, D), (V, D), (T,) and int64 (T,), and what its backward pass needs."""
     n_token, width = z.shape
     loss, angles = native.floats(), Angles(*native.floats(3, n_token))
     library.prototype_loss_forward(
         T=n_token, D=width, V=prototypes.shape[0], factor=0.0,
-        z=z, prototypes=prototypes, targets=targets, **angles._asdict(), loss=loss,
+        z=z, prototypes=prototypes, targets=targets, weight=weight, **angles._asdict(), loss=loss,
     )  # fmt: skip
-    return loss / _count(targets), angles
+    return loss / total_weight(targets, weight), angles
 
 
 def prototype_loss_backward(
@@ -79,6 +98,7 @@ def prototype_loss_backward(
     z: Tensor,
     prototypes: Tensor,
     targets: Tensor,
+    weight: Tensor | None,
     angles: Angles,
     dloss: float,
     dcosine_T: Tensor | None,
@@ -89,12 +109,14 @@ def prototype_loss_backward(
     dz = torch.empty_like(z) if needs_z else None
     dprototypes = torch.empty_like(prototypes) if needs_prototypes else None
     library.prototype_loss_backward(
-        T=z.shape[0], D=z.shape[1], V=prototypes.shape[0], factor=dloss / _count(targets),
-        z=z, prototypes=prototypes, targets=targets, **angles._asdict(),
+        T=z.shape[0], D=z.shape[1], V=prototypes.shape[0], factor=dloss / total_weight(targets, weight),
+        z=z, prototypes=prototypes, targets=targets, weight=weight, **angles._asdict(),
         dcosine=dcosine_T, dz=dz, dprototypes=dprototypes,
     )  # fmt: skip
     return dz, dprototypes
 
 
-def _count(targets: Tensor) -> int:
-    return max(int((targets >= 0).sum()), 1)
+def total_weight(targets: Tensor, weight: Tensor | None) -> float:
+    """What a sum over tokens, all of them with a target, is divided by for their mean; 1 where nothing counts."""
+    total = float(len(targets)) if weight is None else float(weight.double().sum())
+    return total if total > 0 else 1.0

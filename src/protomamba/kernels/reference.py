@@ -8,6 +8,7 @@ argument unless a docstring says otherwise; recurrent states have the dtype of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -183,73 +184,93 @@ def unit(x_TD: Tensor) -> Tensor:
     return torch.where(short_T1, torch.zeros_like(x_TD), direction_TD)
 
 
-def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor) -> Tensor:
+def prototype_loss(z_TD: Tensor, prototypes_VD: Tensor, targets_T: Tensor, weight_T: Tensor | None = None) -> Tensor:
     """Hyperspherical prototype loss (Mettes, van der Pol & Snoek 2019, arXiv 1901.10514, equation 2).
 
         loss = mean over targets y >= 0 of (1 - cos(z, p_y))^2
 
-    z (T, D), prototypes (V, D) of any length, targets (T,) int64; those below 0 are ignored; 0 without any.
-    A z or p shorter than 1e-12 has cosine 0 and no gradient. Touches only the rows of the targets.
+    z (T, D), prototypes (V, D) of any length, targets (T,) int64; those below 0 are ignored; 0 without any. The mean is
+    weighted by `weight_T` (T,) >= 0 where that is given. A z or p shorter than 1e-12 has cosine 0 and no gradient.
+    Touches only the rows of the targets.
     """
     dtype = compute_dtype(z_TD)
     valid_T = targets_T >= 0
-    count = int(valid_T.sum())
     z = unit(z_TD[valid_T].to(dtype))
     # index_select, not indexing: with several threads the gradient of indexing adds up in any order.
     p = unit(prototypes_VD.index_select(0, targets_T[valid_T]).to(dtype))
-    return (1.0 - (z * p).sum(-1)).square().sum() / max(count, 1)
+    return weighted_mean((1.0 - (z * p).sum(-1)).square(), None if weight_T is None else weight_T[valid_T])
 
 
-def crowding(
+def weighted_mean(loss_T: Tensor, weight_T: Tensor | None) -> Tensor:
+    """The mean of the losses, weighted where weights are given; 0 without a loss that counts."""
+    if weight_T is None:
+        return loss_T.sum() / max(len(loss_T), 1)
+    total = float(weight_T.double().sum())
+    return (loss_T * weight_T.to(loss_T.dtype)).sum() / (total if total > 0 else 1.0)
+
+
+def sampled_cross_entropy(
     z_TD: Tensor,
     prototypes_VD: Tensor,
+    log_scale: Tensor,
     targets_T: Tensor,
-    sample_S: Tensor,
-    log_chance_S: Tensor,
-    sharpness: float,
+    sample_S: Tensor | None = None,
+    log_chance_S: Tensor | None = None,
+    weight_T: Tensor | None = None,
 ) -> Tensor:
-    """How much wrong classes crowd the targets (T,), all of them >= 0: a soft hinge on the nearest wrong one.
+    """Cross entropy, in nats, over the logits s cos(z, p_k), s = exp(log_scale), from a sample of the wrong classes.
 
-        mean over t of  1/s log(1 + sum_k exp(s (cos(z_t, p_k) - cos(z_t, p_y))) / q_k),   k in the sample without y
+        mean over t of  log(1 + sum_k exp(s cos(z_t, p_k) - s cos(z_t, p_y)) / q_k),   k in the sample without y
 
-    s = sharpness; q_k, given as its log, is the chance of class k to be in the sample (S,), in rising order: the
-    sum estimates that over all classes without bias (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007).
+    Targets (T,) are all >= 0. sample_S: int64 classes in rising order, all V without it; q_k, given as its log, is the
+    chance of class k to be in the sample, 1 without it: the sum estimates that over all classes without bias, its
+    logarithm does not (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007). Weighted as in `prototype_loss`.
     """
+    classes_S = torch.arange(len(prototypes_VD)) if sample_S is None else sample_S
     z = unit(z_TD.to(compute_dtype(z_TD)))
-    own_T = sharpness * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
-    others_TS = sharpness * (z @ unit(prototypes_VD.index_select(0, sample_S).to(z.dtype)).t()) - log_chance_S.to(
-        z.dtype
-    )
-    others_TS = others_TS.masked_fill(sample_S == targets_T[:, None], -1e9)
-    return F.softplus(others_TS.logsumexp(-1) - own_T).mean() / sharpness
+    s = log_scale.to(z.dtype).exp()
+    own_T = s * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
+    others_TS = s * (z @ unit(prototypes_VD.index_select(0, classes_S).to(z.dtype)).t())
+    if log_chance_S is not None:
+        others_TS = others_TS - log_chance_S.to(z.dtype)
+    others_TS = others_TS.masked_fill(classes_S == targets_T[:, None], -math.inf)
+    nobody_TS = torch.full_like(others_TS[:, :1], -1e30)  # so that a sample of the own class alone has a logarithm
+    return weighted_mean(F.softplus(torch.cat([others_TS, nobody_TS], -1).logsumexp(-1) - own_T), weight_T)
 
 
 def separated_prototype_loss(
     z_TD: Tensor,
     prototypes_VD: Tensor,
+    log_scale: Tensor,
     targets_T: Tensor,
-    sample_S: Tensor,
-    log_chance_S: Tensor,
-    *,
-    sharpness: float,
-    weight: float,
+    sample_S: Tensor | None = None,
+    log_chance_S: Tensor | None = None,
+    weight_T: Tensor | None = None,
 ) -> Tensor:
-    """The value of `prototype_loss`, with the gradient of that plus `weight` times the `crowding` of its targets."""
-    loss = prototype_loss(z_TD, prototypes_VD, targets_T)
-    valid_T = targets_T >= 0
-    if not bool(valid_T.any()):
-        return loss
-    term = weight * crowding(z_TD[valid_T], prototypes_VD, targets_T[valid_T], sample_S, log_chance_S, sharpness)
+    """The value of `prototype_loss`, with the gradient of the `sampled_cross_entropy` of its targets in its place."""
+    loss = prototype_loss(z_TD, prototypes_VD, targets_T, weight_T).detach()
+    kept = targets_T >= 0
+    weight_K = None if weight_T is None else weight_T[kept]
+    term = sampled_cross_entropy(
+        z_TD[kept], prototypes_VD, log_scale, targets_T[kept], sample_S, log_chance_S, weight_K
+    )
     return loss + (term - term.detach())
 
 
-def softmax_loss(z_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, block: int | None = None) -> Tensor:
-    """Mean over targets y >= 0 of -log softmax(z W^T)_y; 0 without any. `block` is for the blocked op."""
+def softmax_loss(
+    z_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    weight_T: Tensor | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """Mean over targets y >= 0 of -log softmax(z W^T)_y; 0 without any. Weighted by `weight_T` (T,) >= 0 where given.
+    `block` is for the blocked op."""
     dtype = compute_dtype(z_TD)
-    logits_TV = z_TD.to(dtype) @ weight_VD.to(dtype).t()
-    count = int((targets_T >= 0).sum())
-    total = F.cross_entropy(logits_TV, targets_T.clamp_min(-1), ignore_index=-1, reduction="sum")
-    return total / max(count, 1)
+    kept = targets_T >= 0
+    logits_TV = z_TD[kept].to(dtype) @ weight_VD.to(dtype).t()
+    loss_T = F.cross_entropy(logits_TV, targets_T[kept], reduction="none")
+    return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 
 
 def square_sums(tensors: Sequence[Tensor]) -> list[float]:

@@ -1,11 +1,12 @@
-"""separated_prototype_loss: the prototype loss whose gradient also keeps wrong classes away, as one autograd node.
+"""separated_prototype_loss: the value of the prototype loss, the gradient of a sampled cross entropy, as one node.
 
-The definition is in `reference`. Of the term only the gradient is wanted, and that is a softmax over the sampled
-classes and the token's own: three matrix products (T, S, D) and little else, some thousand tokens at a time.
+The definition is in `reference`. Of the cross entropy only the gradient is wanted: three matrix products (T, S, D),
+some thousand tokens at a time, with a native kernel between them that makes the gradient of cosines in place.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,117 +17,170 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
 from protomamba.kernels.native import Library
-from protomamba.kernels.prototype_loss import Angles, check_targets, prototype_loss_backward, prototype_loss_forward
+from protomamba.kernels.prototype_loss import (
+    Angles,
+    check_targets,
+    prototype_loss_backward,
+    prototype_loss_forward,
+    total_weight,
+    valid_tokens,
+)
 
-# Tokens at a time: with 512 classes their scores stay within 2 MiB, in the cache.
+# Tokens at a time: with 1,024 classes their scores stay within 4 MiB.
 BLOCK = 1_024
-# What a class is scored with that must not count.
-NEVER = -1e9
 
 
 class Sample(NamedTuple):
-    """The classes a token is kept away from, sorted, and how."""
+    """The classes a token is kept away from, in rising order, and the log of each one's chance; None: all of them."""
 
-    classes_S: Tensor
-    log_chance_S: Tensor
-    sharpness: float
-    weight: float
+    classes_S: Tensor | None
+    log_chance_S: Tensor | None
 
 
 def separated_prototype_loss(
     z_TD: Tensor,
     prototypes_VD: Tensor,
+    log_scale: Tensor,
     targets_T: Tensor,
-    sample_S: Tensor,
-    log_chance_S: Tensor,
-    *,
-    sharpness: float,
-    weight: float,
+    sample_S: Tensor | None = None,
+    log_chance_S: Tensor | None = None,
+    weight_T: Tensor | None = None,
 ) -> Tensor:
-    """prototype_loss with the gradient of `weight` times the crowding too: see `reference.separated_prototype_loss`.
+    """prototype_loss with the gradient of `reference.sampled_cross_entropy`: see `reference.separated_prototype_loss`.
 
-    sample_S: int64 classes in rising order. Native for float32. ValueError for shapes that do not fit and for a target
-    of V or more.
+    sample_S: int64 classes in rising order, None for all of them. Native for float32. ValueError for shapes that do not
+    fit and for a target of V or more.
     """
     sizes = check_shapes(
         "separated_prototype_loss",
         z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, sample_S=sample_S, log_chance_S=log_chance_S,
+        weight_T=weight_T,
     )  # fmt: skip
     check_targets("separated_prototype_loss", targets_T, sizes["V"])
     library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
     if library is None:
         return reference.separated_prototype_loss(
-            z_TD, prototypes_VD, targets_T, sample_S, log_chance_S, sharpness=sharpness, weight=weight
+            z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T
         )
-    sample = Sample(sample_S, log_chance_S.float(), sharpness, weight)
-    z, prototypes = z_TD.contiguous(), prototypes_VD.float().contiguous()
-    loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, targets_T.long().contiguous())
+    z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
+    sample = Sample(sample_S, None if log_chance_S is None else log_chance_S.float().contiguous())
+    prototypes = prototypes_VD.float().contiguous()
+    loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, log_scale, targets, weight)
     return loss
 
 
 class _SeparatedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, library: Library, sample: Sample, z: Tensor, prototypes: Tensor, targets: Tensor) -> Tensor:
-        loss, angles = prototype_loss_forward(library, z, prototypes, targets)
-        ctx.save_for_backward(z, prototypes, targets, *angles)
+    def forward(
+        ctx: Any,
+        library: Library,
+        sample: Sample,
+        z: Tensor,
+        prototypes: Tensor,
+        log_scale: Tensor,
+        targets: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        loss, angles = prototype_loss_forward(library, z, prototypes, targets, weight)
+        ctx.save_for_backward(z, prototypes, log_scale, targets, weight, *angles)
         ctx.library, ctx.sample = library, sample
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        z, prototypes, targets, *held = ctx.saved_tensors
-        angles, sample = Angles(*held), ctx.sample
-        _, _, needs_z, needs_prototypes, _ = ctx.needs_input_grad
-        dcosine_T, dz_others, drows = _crowding_backward(z, prototypes, targets, angles, sample, float(dloss))
-        dz, dprototypes = prototype_loss_backward(
-            ctx.library, z, prototypes, targets, angles, float(dloss), dcosine_T, needs_z, needs_prototypes
+        z, prototypes, log_scale, targets, weight, *held = ctx.saved_tensors
+        pull = _Pull(ctx.library, z, prototypes, targets, Angles(*held), ctx.sample)
+        dz, dprototypes, dlog_scale = pull.gradients(math.exp(float(log_scale)), token_rates(targets, weight, dloss))
+        _, _, needs_z, needs_prototypes, needs_scale, _, _ = ctx.needs_input_grad
+        return (
+            *(None, None),
+            dz if needs_z else None,
+            dprototypes if needs_prototypes else None,
+            log_scale.new_tensor(dlog_scale) if needs_scale else None,
+            *(None, None),
         )
-        if dz is not None:
-            dz += dz_others
-        if dprototypes is not None:
-            dprototypes.index_add_(0, sample.classes_S, drows)
-        return None, None, dz, dprototypes, None
 
 
-def _crowding_backward(
-    z: Tensor, prototypes: Tensor, targets: Tensor, angles: Angles, sample: Sample, dloss: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the tokens' cosines to their own prototypes (T,), of z (T, D) and of the sampled rows (S, D).
-
-    With scores s cos(z, p_k) - log q_k, and s cos(z, p_y) for the token's own class, the term is -1/s log softmax(own):
-    its gradient with respect to a cosine is the class's probability, less 1 for the own class.
-    """
-    count = len(sample.classes_S)
-    valid_T = targets >= 0
-    rate_T = valid_T.to(z.dtype) * (sample.weight * dloss / max(int(valid_T.sum()), 1))
-    # A row of zeros after the sampled ones makes room for the own class, whose score comes from elsewhere.
-    rows = prototypes[sample.classes_S]
-    norm_S1 = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse_S1 = torch.where(norm_S1 < reference.MIN_NORM, 0.0, 1.0 / norm_S1)
-    unit_rows = torch.cat([rows * inverse_S1, rows.new_zeros(1, rows.shape[1])])
-    inverse_T1 = torch.where(valid_T, angles.inverse_z, 0.0)[:, None]
-    own_T = torch.where(valid_T, angles.cosine, 0.0) * sample.sharpness
-    place_T = torch.searchsorted(sample.classes_S, targets).clamp_max(count - 1)
-    sampled_T = sample.classes_S[place_T] == targets
-    dcosine_T, dz, dunit_rows = torch.empty_like(own_T), torch.empty_like(z), torch.zeros_like(unit_rows)
-    for start in range(0, len(z), BLOCK):
-        part = slice(start, start + BLOCK)
-        unit = z[part] * inverse_T1[part]
-        scores = linear(unit, unit_rows * sample.sharpness)
-        scores[:, :count] -= sample.log_chance_S
-        scores[:, count] = own_T[part]
-        hidden = sampled_T[part].nonzero()[:, 0]
-        scores[hidden, place_T[part][hidden]] = NEVER
-        chance = scores.softmax(-1)
-        dcosine_T[part] = rate_T[part] * (chance[:, count] - 1.0)
-        dunit = grad_input(chance, unit_rows) * rate_T[part, None]
-        dz[part] = _tangential(dunit, unit) * inverse_T1[part]
-        dunit_rows += grad_weight(chance, unit * rate_T[part, None])
-    drows = _tangential(dunit_rows[:count], unit_rows[:count]) * inverse_S1
-    return dcosine_T, dz, drows
+def token_rates(targets: Tensor, weight: Tensor | None, dloss: Tensor) -> Tensor:
+    """(T,): what each token's loss counts in the mean, times the incoming gradient. All tokens have a target."""
+    factor = float(dloss) / total_weight(targets, weight)
+    return torch.full((len(targets),), factor, dtype=torch.float32) if weight is None else weight * factor
 
 
-def _tangential(gradient: Tensor, unit: Tensor) -> Tensor:
-    """What of a gradient turns the unit vector instead of stretching it."""
-    return gradient - (gradient * unit).sum(-1, keepdim=True) * unit
+class _Pull(NamedTuple):
+    """The gradient of the sampled cross entropy."""
+
+    library: Library
+    z: Tensor
+    prototypes: Tensor
+    targets: Tensor
+    angles: Angles
+    sample: Sample
+
+    def gradients(self, scale: float, rate_T: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Of z (T, D), of the prototypes (V, D) and of log s."""
+        classes_S = self.sample.classes_S
+        unit_SD, inverse_S = _units(self.library, self._rows())
+        place_T = self._places()
+        dunit_SD, dz, down_T = torch.zeros_like(unit_SD), torch.empty_like(self.z), torch.empty_like(rate_T)
+        dlog_scale = torch.zeros((), dtype=torch.float64)
+        for start in range(0, len(self.z), BLOCK):
+            part = slice(start, start + BLOCK)
+            unit = self.z[part] * self.angles.inverse_z[part, None]
+            dcosine = linear(unit, unit_SD)
+            self._softmax(
+                dcosine, scale, place_T[part], self.angles.cosine[part], rate_T[part], down_T[part], dlog_scale
+            )
+            dz[part] = grad_input(dcosine, unit_SD)
+            _turn(self.library, unit, self.angles.inverse_z[part], dz[part])
+            dunit_SD += grad_weight(dcosine, unit)
+        _turn(self.library, unit_SD, inverse_S, dunit_SD)
+        if classes_S is None:
+            return dz, dunit_SD, float(dlog_scale)
+        dprototypes = torch.zeros_like(self.prototypes).index_copy_(0, classes_S, dunit_SD)
+        if bool((place_T < 0).any()):
+            self._add_the_unsampled(dz, dprototypes, down_T)
+        return dz, dprototypes, float(dlog_scale)
+
+    def _rows(self) -> Tensor:
+        classes_S = self.sample.classes_S
+        return self.prototypes if classes_S is None else self.prototypes.index_select(0, classes_S)
+
+    def _places(self) -> Tensor:
+        """(T,): where each token's class stands in the sample, -1: nowhere."""
+        classes_S = self.sample.classes_S
+        if classes_S is None:
+            return self.targets
+        place_T = torch.searchsorted(classes_S, self.targets).clamp_max(len(classes_S) - 1)
+        return torch.where(classes_S[place_T] == self.targets, place_T, -1)
+
+    def _softmax(self, cosine_TS: Tensor, scale: float, *tensors: Tensor) -> None:
+        """Turns a block's cosines into the gradient with respect to them, in place."""
+        place_T, own_T, rate_T, down_T, dlog_scale = tensors
+        self.library.sphere_softmax(
+            T=cosine_TS.shape[0], S=cosine_TS.shape[1], scale=scale, rows=cosine_TS,
+            log_chance=self.sample.log_chance_S, place=place_T, own=own_T, rate=rate_T, down=down_T,
+            dlog_scale=dlog_scale,
+        )  # fmt: skip
+
+    def _add_the_unsampled(self, dz: Tensor, dprototypes: Tensor, down_T: Tensor) -> None:
+        """The pull between a token and its own class where that is not among the sampled ones."""
+        more_z, more_prototypes = prototype_loss_backward(
+            self.library, self.z, self.prototypes, self.targets, None, self.angles, 0.0, down_T, True, True
+        )
+        assert more_z is not None and more_prototypes is not None
+        dz += more_z
+        dprototypes += more_prototypes
+
+
+def _units(library: Library, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / |x| of each row, and 1 / |x|."""
+    unit, inverse = torch.empty_like(x), native.floats(len(x))
+    library.sphere_unit(T=x.shape[0], D=x.shape[1], x=x, unit=unit, inverse=inverse)
+    return unit, inverse
+
+
+def _turn(library: Library, unit: Tensor, inverse: Tensor, gradient: Tensor) -> None:
+    """Makes a gradient of unit vectors that of the vectors they came from, in place."""
+    library.sphere_turn(T=unit.shape[0], D=unit.shape[1], unit=unit, inverse=inverse, gradient=gradient)

@@ -7,6 +7,7 @@ native kernels included; in float64 it is the reference path.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ Arrays = dict[str, np.ndarray]
 STEPS, BATCH, LENGTH = 3, 3, 70  # a length that is no multiple of any chunk
 HEADS: dict[str, dict[str, Any]] = {
     "hpn": {"head": "hpn"},
+    "hpn, no separation": {"head": "hpn", "separation": 0.0},
     "softmax": {"head": "softmax"},
     "tied": {"head": "softmax", "tie_embedding": True},
 }
@@ -85,8 +87,8 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         kept = Path(folder or scratch)
         kept.mkdir(parents=True, exist_ok=True)
-        stem = f"{layer}-{head}-{dtype}"
-        model = SequenceModel(ModelConfig(**SHAPE, **HEADS[head], layer=layer, separation=0.0), seed=seed)
+        stem = re.sub("[^a-z0-9]+", "-", f"{layer}-{head}-{dtype}")
+        model = SequenceModel(ModelConfig(**SHAPE, **HEADS[head], layer=layer), seed=seed)
         trainer = Trainer(model.to(getattr(torch, dtype)), TRAINING)
         inputs = make_inputs(trainer, seed)
         np.savez(kept / f"{stem}-inputs.npz", **inputs)  # type: ignore[arg-type]
@@ -108,7 +110,7 @@ def make_inputs(trainer: Trainer, seed: int) -> Arrays:
     inputs: Arrays = {}
     for name, parameter in model.named_parameters():
         start = parameter.detach().numpy()
-        start = start + (0.1 * rng.standard_normal(start.shape)).astype(start.dtype)
+        start = np.asarray(start + 0.1 * rng.standard_normal(start.shape), dtype=start.dtype)
         on_sphere = name == "head.prototypes"
         inputs[f"param/{name}"] = start / np.linalg.norm(start, axis=-1, keepdims=True) if on_sphere else start
         inputs[f"sphere/{name}"] = np.array(on_sphere)

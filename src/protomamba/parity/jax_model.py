@@ -127,12 +127,19 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def loss(params: Params, ids_BL: jax.Array, targets_BL: jax.Array) -> jax.Array:
-    """Mean over the targets that are not negative of (1 - cos)^2, or of the cross entropy."""
+    """Mean over the targets that are not negative of (1 - cos)^2, or of the cross entropy.
+
+    With a learnt sharpness s the value is the former, the gradient that of the cross entropy over s cos, all classes
+    being in the sample.
+    """
     scores_BLV = scores(params, ids_BL)
-    if "head.prototypes" in params:
+    if "head.prototypes" not in params:
+        losses_BLV = -jax.nn.log_softmax(scores_BLV, axis=-1)
+    elif "head.log_scale" not in params:
         losses_BLV = (1 - scores_BLV) ** 2
     else:
-        losses_BLV = -jax.nn.log_softmax(scores_BLV, axis=-1)
+        followed_BLV = -jax.nn.log_softmax(jnp.exp(params["head.log_scale"]) * scores_BLV, axis=-1)
+        losses_BLV = jax.lax.stop_gradient((1 - scores_BLV) ** 2 - followed_BLV) + followed_BLV
     counted_BL = targets_BL >= 0
     chosen_BL = jnp.take_along_axis(losses_BLV, jnp.where(counted_BL, targets_BL, 0)[:, :, None], axis=-1)[:, :, 0]
     return jnp.sum(jnp.where(counted_BL, chosen_BL, 0)) / jnp.sum(counted_BL)

@@ -5,6 +5,7 @@
 #include "product.h"
 #include "scan_backward.h"
 #include "prototype_loss.h"
+#include "sphere_softmax.h"
 #include "square_sums.h"
 #include "stack.h"
 #include "transpose.h"
@@ -51,6 +52,9 @@ PM_OP(norm_forward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_forward, *a))
 PM_OP(norm_backward, NormArgs, PM_BY_DTYPE(a->out_is_bf16, norm_backward, *a))
 PM_OP(prototype_loss_forward, PrototypeLossArgs, prototype_loss_forward(*a))
 PM_OP(prototype_loss_backward, PrototypeLossArgs, prototype_loss_backward(*a))
+PM_OP(sphere_softmax, SphereSoftmaxArgs, sphere_softmax(*a))
+PM_OP(sphere_turn, SphereTurnArgs, sphere_turn(*a))
+PM_OP(sphere_unit, SphereUnitArgs, sphere_unit(*a))
 PM_OP(square_sums, SquareSumsArgs, square_sums(*a))
 PM_OP(product, ProductArgs, product(*a))
 PM_OP(step, StepArgs, step(*a))

@@ -9,14 +9,16 @@ struct PrototypeLossArgs {
     Pool pool;
     int64_t T, D, V;
     const float *z, *prototypes;                  // (T, D), (V, D)
-    const int64_t* targets;                       // (T,)
-    float *cosine, *inverse_z, *inverse_p, *loss;  // (T,) three times; one float: the sum over targets >= 0
+    const int64_t* targets;                       // (T,), each >= 0
+    const float* weight;                          // (T,) or null: what each token's loss counts
+    float *cosine, *inverse_z, *inverse_p, *loss;  // (T,) three times; one float: the sum over the tokens
     // Backward only.
-    double factor;                // of the sum: incoming gradient / number of targets
+    double factor;                // of the sum: incoming gradient / sum of the weights
     const float* dcosine;         // (T,) or null: what else depends on the cosine, its gradient
     float *dz, *dprototypes;      // (T, D) or null, (V, D) or null
 };
-PM_FIELDS(PrototypeLossArgs, T, D, V, z, prototypes, targets, cosine, inverse_z, inverse_p, loss, factor, dcosine, dz, dprototypes)
+PM_FIELDS(PrototypeLossArgs, T, D, V, z, prototypes, targets, weight, cosine, inverse_z, inverse_p, loss, factor, dcosine, dz,
+          dprototypes)
 
 constexpr float MIN_NORM = 1e-12f;
 
@@ -38,15 +40,16 @@ inline float inverse_norm(const float* x, int64_t D) {
     return norm < MIN_NORM ? 0.0f : 1.0f / norm;
 }
 
+inline float weight_of(const PrototypeLossArgs& a, int64_t t) { return a.weight ? a.weight[t] : 1.0f; }
+
 inline double prototype_loss_row(const PrototypeLossArgs& a, int64_t t) {
-    if (a.targets[t] < 0) return 0.0;
     const float *z = a.z + t * a.D, *p = a.prototypes + a.targets[t] * a.D;
     float iz = inverse_norm(z, a.D), ip = inverse_norm(p, a.D);
     float c = sum_row(a.D, [&](int64_t d, int n) { return load(z + d, n) * iz * (load(p + d, n) * ip); });
     a.cosine[t] = c;
     a.inverse_z[t] = iz;
     a.inverse_p[t] = ip;
-    return double(1.0f - c) * double(1.0f - c);
+    return double(1.0f - c) * double(1.0f - c) * weight_of(a, t);
 }
 
 inline void prototype_loss_forward(const PrototypeLossArgs& a) {
@@ -64,7 +67,7 @@ inline void prototype_loss_forward(const PrototypeLossArgs& a) {
 // The gradient of a row x whose unit vector meets that of `other` at cosine c; set, or added to what is there.
 PM_INLINE void pull(const PrototypeLossArgs& a, int64_t t, const float* x, float inverse_x, const float* other,
                     float inverse_other, float* dx, bool add) {
-    float c = a.cosine[t], dcosine = float(a.factor) * -2.0f * (1.0f - c) + (a.dcosine ? a.dcosine[t] : 0.0f);
+    float c = a.cosine[t], dcosine = float(a.factor) * weight_of(a, t) * -2.0f * (1.0f - c) + (a.dcosine ? a.dcosine[t] : 0.0f);
     float scale = dcosine * inverse_x;
     float from_other = scale * inverse_other, from_self = scale * c * inverse_x;
     for_row(a.D, [&](int64_t d, int n) {
@@ -85,10 +88,7 @@ inline void prototype_loss_backward_prototypes(const PrototypeLossArgs& a, Range
 
 inline void prototype_loss_backward_row(const PrototypeLossArgs& a, int64_t t) {
     int64_t y = a.targets[t];
-    if (y < 0)
-        std::memset(a.dz + t * a.D, 0, a.D * sizeof(float));
-    else
-        pull(a, t, a.z + t * a.D, a.inverse_z[t], a.prototypes + y * a.D, a.inverse_p[t], a.dz + t * a.D, false);
+    pull(a, t, a.z + t * a.D, a.inverse_z[t], a.prototypes + y * a.D, a.inverse_p[t], a.dz + t * a.D, false);
 }
 
 inline void prototype_loss_backward(const PrototypeLossArgs& a) {

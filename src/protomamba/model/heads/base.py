@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,15 @@ class Head(nn.Module, ABC):
     A head of the user's goes in by name: `--head package.module:Class`.
     """
 
+    class_weights: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.d_model = config.d_model
         self.classes = config.classes
+        # What loading weights changed that the user should know, one line each.
+        self.notes: list[str] = []
+        self.register_buffer("class_weights", None)
 
     @abstractmethod
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
@@ -69,6 +75,39 @@ class Head(nn.Module, ABC):
     def logit_projection(self) -> LogitProjection | None:
         """How `logits` come from z by one matrix, for decoding in one call; None where they come in another way."""
         return None
+
+    def begin_step(self, key: int, targets_T: Tensor) -> None:
+        """Called before each forward pass of training that several ranks share: `targets_T` are those of all ranks, in
+        their order, `key` (>= 0) tells the pass from every other. A head that draws anything draws it from these."""
+
+    def set_class_weights(self, weight_V: Tensor) -> None:
+        """What a target of each class counts in training (V,), >= 0: the loss becomes the weighted mean. Kept in the
+        checkpoint; evaluation stays unweighted. Raises ConfigError for weights that cannot be."""
+        fits = weight_V.shape == (self.classes,) and bool(torch.isfinite(weight_V).all() and (weight_V >= 0).all())
+        if not fits or not bool(weight_V.any()):
+            raise ConfigError(
+                f"class weights: expected {self.classes:,} finite numbers >= 0, not all of them 0, got shape "
+                f"{tuple(weight_V.shape)} from {float(weight_V.min()):g} to {float(weight_V.max()):g}"
+            )
+        self.class_weights = weight_V.detach().float().clone()
+
+    def target_weights(self, targets_T: Tensor) -> Tensor | None:
+        """(T,): the class weight of each target, while training; None where all count the same."""
+        if self.class_weights is None or not self.training:
+            return None
+        return self.class_weights.index_select(0, targets_T.clamp_min(0))
+
+    def weight_of(self, targets_BL: Tensor) -> float:
+        """What these targets count together in a mean over several batches: their number, or their weights' sum."""
+        wanted_T = targets_BL[targets_BL >= 0]
+        weight_T = self.target_weights(wanted_T)
+        return float(len(wanted_T)) if weight_T is None else float(weight_T.double().sum())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given_V = state_dict.get(f"{prefix}class_weights")
+        if given_V is not None and self.class_weights is None:
+            self.set_class_weights(given_V)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def tie_weights(self, weight_VD: nn.Parameter) -> None:
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
@@ -96,7 +135,7 @@ class Head(nn.Module, ABC):
     def evaluate(self, z_BLD: Tensor, targets_BL: Tensor) -> Evaluation:
         """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept."""
         z_TD, targets_T = valid_positions(z_BLD, targets_BL)
-        loss = float(self(z_TD, targets_T)) if len(targets_T) else 0.0
+        loss = self._plain_loss(z_TD, targets_T) if len(targets_T) else 0.0
         correct, likelihood, probabilistic = 0, 0.0, True
         for z_RD, targets_R in zip(self.blocks(z_TD), self.blocks(targets_T), strict=True):
             correct += int((self.scores(z_RD).argmax(-1) == targets_R).sum())
@@ -105,6 +144,15 @@ class Head(nn.Module, ABC):
             if logits_RV is not None:
                 likelihood -= float(F.cross_entropy(logits_RV, targets_R, reduction="sum"))
         return Evaluation(loss * len(targets_T), correct, len(targets_T), likelihood if probabilistic else None)
+
+    def _plain_loss(self, z_TD: Tensor, targets_T: Tensor) -> float:
+        """The loss as evaluation has it, whatever mode the head is in."""
+        training = self.training
+        self.eval()
+        try:
+            return float(self(z_TD, targets_T))
+        finally:
+            self.train(training)
 
     def blocks(self, items_T: Tensor) -> Iterator[Tensor]:
         """Rows so many at a time that their scores for all classes stay within BLOCK_SCORES."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,15 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
 from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
-from protomamba.model.heads import prototypes
+from protomamba.model.heads import prototypes, sampling
 from protomamba.model.heads.base import Head, inner_products, valid_positions
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
+SINCE_0_1 = (
+    "since 0.2 learned prototypes follow cross entropy over s cos(z, p) with s learnt, "
+    "where 0.1 added a term of fixed sharpness to (1 - cos)^2"
+)
 
 
 class HyperspherePrototypes(Head):
@@ -23,46 +28,108 @@ class HyperspherePrototypes(Head):
 
         loss = mean over targets y of (1 - cos(z, p_y))^2        prediction = argmax_k cos(z, p_k)
 
-    `fixed` prototypes are placed apart once and never move: O(D) a token, whatever V is. `learned` ones start there,
-    and `separation` times a second term keeps them and z apart from wrong classes, of which SAMPLE are drawn each step:
-    O(SAMPLE * D) a token, whatever V is. Without it all prototypes drift together, and the loss falls to 0 with them.
-    The term acts through its gradient: the loss that is returned, and shown, is the formula above.
+    `fixed` prototypes are placed apart once and never move: O(D) a token, whatever V is. `learned` ones start there.
+    The loss alone would pull all of them to one place, so their gradient, and z's, is another: that of the cross
+    entropy over s cos(z, p_k), s = exp(log_scale) learnt, from at most `sample` classes a step: O(sample D) a token.
+    The value that is returned, and shown, is the formula above (docs/decisions/011). With `separation` 0 learned
+    prototypes have the loss alone for their gradient too, and collapse.
     """
 
-    SAMPLE = 512
-    SHARPNESS = 20.0
-
     prototypes: Tensor
+    log_scale: Tensor
     scale: Tensor
+    fitted: Tensor
     draws: Tensor
+    counts: Tensor
+    counted: Tensor
+    told: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, sample: int = 1_024) -> None:
+        """sample: classes a training step of learned prototypes looks at, at most; all where there are no more."""
         super().__init__(config)
         placed_VD = prototypes.place(self.classes, self.d_model)
+        self.sample = sample
         self.learned = config.prototypes == "learned"
-        self.separation = config.separation if self.learned and self.classes > 1 else 0.0
+        self.contrastive = self.learned and config.separation > 0 and self.classes > 1
+        # Before anything is learnt or fitted: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
+        start = math.sqrt(2) * math.log(max(2, self.classes - 1))
+        self._shared: tuple[int, Tensor] | None = None
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
             # How many samples were drawn: the next is a function of it, so that a resumed run draws the same ones.
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         else:
             self.register_buffer("prototypes", placed_VD)
-        # Before `calibrate`: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
-        self.register_buffer("scale", torch.tensor(math.sqrt(2) * math.log(max(2, self.classes - 1))))
+        self.register_buffer("scale", torch.tensor(start))
+        if self.contrastive:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(start)))
+            self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+            self._register_frequencies()
+
+    def _register_frequencies(self) -> None:
+        """How often each class comes: the source's counts where it `told` them, else those of the targets so far."""
+        self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.int64))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("told", torch.zeros((), dtype=torch.bool))
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
-        wanted_T = targets_T[targets_T >= 0]
-        if not (self.training and self.separation > 0 and torch.is_grad_enabled() and len(wanted_T)):
-            return prototype_loss(z_TD, self.prototypes, targets_T)
-        sample_S, log_chance_S = self._sample(wanted_T)
-        return separated_prototype_loss(
-            z_TD, self.prototypes, targets_T, sample_S, log_chance_S, sharpness=self.SHARPNESS, weight=self.separation
-        )
+        weight_T = self.target_weights(targets_T)
+        if not (self.contrastive and self.training and torch.is_grad_enabled()):
+            return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
+        sample = self.next_sample(targets_T)
+        return separated_prototype_loss(z_TD, self.prototypes, self.log_scale, targets_T, *sample, weight_T)
 
-    def crowding(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """The term itself: see `kernels.reference.crowding`. Every call draws the next sample."""
-        return reference.crowding(z_TD, self.prototypes, targets_T, *self._sample(targets_T), self.SHARPNESS)
+    def begin_step(self, key: int, targets_T: Tensor) -> None:
+        """The next forward pass draws its sample by this key for these targets: those of all ranks (see `Head`)."""
+        self._shared = (key, targets_T)
+
+    def set_frequencies(self, counts_V: Tensor) -> None:
+        """Take how often each class comes from the source (V,), instead of counting while training.
+
+        ValueError unless it is a whole number >= 0 for every class, and one of them is not 0.
+        """
+        if not self.contrastive:
+            return
+        if counts_V.shape != (self.classes,) or int(counts_V.min()) < 0 or int(counts_V.max()) < 1:
+            raise ValueError(
+                f"set_frequencies: expected {self.classes:,} counts >= 0, not all of them 0, got shape "
+                f"{tuple(counts_V.shape)} from {counts_V.min()} to {counts_V.max()}"
+            )
+        self.counts.copy_(counts_V)
+        self.counted.copy_(self.counts.sum())
+        self.told.fill_(True)
+
+    def next_sample(self, targets_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The sample of the next forward pass; moves the counts on. All classes: (None, None)."""
+        if self.classes <= self.sample:
+            return None, None
+        key, shared_T = self._shared or (int(self.draws), targets_T)
+        self._shared = None
+        self.draws.add_(1)
+        wanted_T = shared_T.reshape(-1)
+        wanted_T = wanted_T[wanted_T >= 0]
+        self._count(wanted_T)
+        return self.draw(key, wanted_T)
+
+    def draw(self, key: int, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes (S,), in rising order, and the log of each one's chance to be among them: a function of the key,
+        of the targets (T,), all >= 0, and of the frequencies."""
+        common_U = torch.unique(targets_T)
+        sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
+        share_S = (self.counts[sample_S] + 0.5) / (self.counted + 0.5 * self.classes)
+        even = sampling.even_draws(self.sample, len(common_U))
+        return sample_S, sampling.log_chances(share_S, len(targets_T), kept, even, self.classes).float()
+
+    def _count(self, targets_T: Tensor) -> None:
+        if not self.told:
+            self.counts.index_add_(0, targets_T, torch.ones_like(targets_T))
+            self.counted.add_(len(targets_T))
+
+    def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, *sample: Tensor | None) -> Tensor:
+        """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample of `draw`,
+        all classes without one: see `kernels.reference.sampled_cross_entropy`."""
+        return reference.sampled_cross_entropy(z_TD, self.prototypes, self.log_scale, targets_T, *sample)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
@@ -87,10 +154,16 @@ class HyperspherePrototypes(Head):
         """Back to unit length: gradients are tangential, so each update makes a prototype longer and slower to turn."""
         if self.learned and self.prototypes.requires_grad:
             self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
+        if self.contrastive and not self.fitted:
+            self.scale.copy_(self.log_scale.exp())
 
     def diagnostics(self) -> dict[str, float]:
-        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them."""
-        return {"nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, 1_024).mean())}
+        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them; random_cosine:
+        what as many random directions would have."""
+        return {
+            "nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, 1_024).mean()),
+            "random_cosine": prototypes.random_nearest_cosine(self.classes, self.d_model),
+        }
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -108,6 +181,21 @@ class HyperspherePrototypes(Head):
                 break
             s = step_to
         self.scale.fill_(s)
+        if self.contrastive:
+            self.fitted.fill_(True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Weights without a learnt sharpness (of 0.1, or of other prototypes) start it at their fitted scale."""
+        if self.contrastive and f"{prefix}log_scale" not in state_dict and f"{prefix}scale" in state_dict:
+            scale = state_dict[f"{prefix}scale"]
+            state_dict[f"{prefix}log_scale"] = scale.log()
+            state_dict[f"{prefix}fitted"] = torch.ones_like(self.fitted)
+            for name in ("counts", "counted", "told"):
+                state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))
+            self.notes.append(
+                f"head.log_scale starts at log {float(scale):.4g}, the fitted scale of the weights: {SINCE_0_1}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _slope(self, z_TD: Tensor, targets_T: Tensor, s: float) -> tuple[float, float]:
         """First and second derivative in s of sum_t (s cos_ty - log sum_k exp(s cos_tk)): concave, so one maximum."""
@@ -119,23 +207,6 @@ class HyperspherePrototypes(Head):
             slope += float((cosine_RV.gather(-1, targets_R[:, None])[:, 0] - mean_R).sum(dtype=torch.float64))
             curvature -= float((weight_RV * (cosine_RV - mean_R[:, None]).square()).sum(dtype=torch.float64))
         return slope, curvature
-
-    def _sample(self, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (S,), sorted, and the log of each one's chance to be among them; all classes if SAMPLE suffice.
-
-        Half are drawn evenly, half as often as they occur in the batch: common classes are most often the wrong ones.
-        """
-        if self.classes <= self.SAMPLE:
-            return torch.arange(self.classes), torch.zeros(self.classes, dtype=self.prototypes.dtype)
-        generator = torch.Generator().manual_seed(int(self.draws))
-        self.draws.add_(1)
-        half = self.SAMPLE // 2
-        even_S = torch.randint(self.classes, (half,), generator=generator)
-        common_S = targets_T[torch.randint(len(targets_T), (half,), generator=generator)]
-        sample_S = torch.unique(torch.cat([even_S, common_S]))
-        share_S = torch.bincount(targets_T, minlength=self.classes)[sample_S].to(self.prototypes.dtype) / len(targets_T)
-        log_missed_S = half * (math.log1p(-1 / self.classes) + torch.log1p(-share_S))
-        return sample_S, torch.log(-torch.expm1(log_missed_S))
 
 
 def _first_targets(batches: Iterable[tuple[Tensor, Tensor]], limit: int) -> tuple[Tensor, Tensor]:

@@ -154,3 +154,19 @@ def nearest_cosines(points_VD: Tensor, sample: int | None = None) -> Tensor:
         chosen = torch.arange(sample) * count // sample
     rows = max(1, BLOCK_COSINES // count)
     return torch.cat([cosines_to_others(points_VD, block).amax(-1) for block in torch.split(chosen, rows)])
+
+
+def random_nearest_cosine(count: int, width: int) -> float:
+    """The cosine of a random direction to the nearest of count - 1 others, on average: what no arrangement looks like.
+
+    The mean of the largest of n independent cosines, 1 - the integral of F(c)^n, where F is their distribution on the
+    sphere in `width` dimensions, with density proportional to sin(angle)^(width - 2). Error below 1e-3.
+    """
+    if count < 2 or width < 2:
+        return -1.0 if count < 2 else 1.0
+    angle = torch.linspace(math.pi, 0.0, 20_001, dtype=torch.float64)
+    middle = (angle[1:] + angle[:-1]) / 2
+    density = middle.sin().pow(width - 2)
+    below = density.cumsum(0) / density.sum()
+    cosine = angle.cos()
+    return 1.0 - float((below.pow(count - 1) * (cosine[1:] - cosine[:-1])).sum())

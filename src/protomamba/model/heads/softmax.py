@@ -22,7 +22,8 @@ class SoftmaxHead(Head):
         self.weight = nn.Parameter(torch.empty(self.classes, self.d_model).uniform_(-bound, bound))
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        return softmax_loss(z_BLD.reshape(-1, self.d_model), self.weight, targets_BL.reshape(-1))
+        targets_T = targets_BL.reshape(-1)
+        return softmax_loss(z_BLD.reshape(-1, self.d_model), self.weight, targets_T, self.target_weights(targets_T))
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the logits."""
