@@ -85,7 +85,7 @@ def test_a_file_gives_values_and_flags_win(tmp_path: Path, suffix: str) -> None:
         (["--precision", "fp16"], r"--precision 'fp16': expected one of fp32, bf16"),
         (["--freeze-embedding", "maybe"], r"--freeze-embedding 'maybe': expected 1, 0, true or false"),
         (["--lr"], r"expected one argument"),
-        (["extra"], r"unknown argument extra"),
+        (["data", "extra"], r"unknown argument extra"),
         (["--config", "run.ini"], r"expected a .toml, .yaml or .json file, found .ini"),
         (["--config", "missing.toml"], r"missing.toml: cannot be read: No such file"),
         (["--freeze", "last:1"], r"--freeze last:1: expected none, first:N"),

@@ -175,6 +175,7 @@ class GrowthFields(Schema):
 class DataFields(Schema):
     TITLE: ClassVar[str] = "data"
 
+    data: Path | None = Field(None, description="prepared folder (protomamba prepare makes it)")
     token_file: Path | None = Field(None, description="token file: .txt, .bin or .npy")
     token_dir: Path | None = Field(None, description="folder of token shards")
     val_token_file: Path | None = Field(None, description="validation token file")
@@ -209,8 +210,10 @@ class DataFields(Schema):
     prefetch_buffer: int = Field(16, ge=1, le=100_000, description="batches decoded ahead at most")
 
 
-PresetName = Literal["reference", "plain"]
+PresetName = Literal["reference", "plain", "bytes", "text", "events", "dna", "classify"]
 DEFAULT_PRESET: PresetName = "reference"
+# `plain` with sizes and schedule derived from the data, once that is open: see train/presets.py.
+DATA_PRESETS = ("bytes", "text", "events", "dna", "classify")
 # Defaults below a configuration file and flags, never counted as given. `plain` is the fields' own defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     # Those of the crate that this succeeds, whose command line this keeps.
@@ -225,6 +228,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "packed_sequences": True,
     },
     "plain": {},
+    **{name: {} for name in DATA_PRESETS},
 }
 
 
@@ -234,7 +238,16 @@ class RunFields(Schema):
     preset: PresetName = Field(
         DEFAULT_PRESET,
         description="defaults of the other flags: reference (the crate's: grown 2 to 6 layers, two frozen, "
-        "backpropagation on one step in 32) or plain (backpropagation on each step, nothing grown or frozen)",
+        "backpropagation on one step in 32), plain (backpropagation on each step, nothing grown or frozen), or plain "
+        "with sizes and schedule from the data: bytes, text, events, dna, classify (auto with DATA: its manifest's)",
+    )
+    epochs: float | None = Field(
+        None, gt=0, le=1e6, description="passes over the training data, instead of a number of steps"
+    )
+    time_budget: str | None = Field(
+        None,
+        pattern=r"^\d+(\.\d+)?[smh]$",
+        description="wall time, instead of a number of steps: 90s, 20m or 8h; what fits is measured at the start",
     )
     out_dir: Path = Field(Path("runs/"), description="run folder: checkpoints, metrics, configuration")
     resume: str | None = Field(None, description="checkpoint to continue, or auto")
@@ -267,8 +280,8 @@ class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFi
     """
 
     def __init__(self, **values: Any) -> None:
-        preset = PRESETS.get(str(values.get("preset", DEFAULT_PRESET)), {})
-        super().__init__(**{**preset, **values})
+        preset = values.get("preset", "plain" if values.get("data") else DEFAULT_PRESET)
+        super().__init__(**{"preset": preset, **PRESETS.get(str(preset), {}), **values})
         self._given = frozenset(values)
 
     @classmethod
@@ -298,9 +311,20 @@ class Sampling(Schema):
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
-    | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume", "callback"}
+    | {
+        "prefetch_workers",
+        "prefetch_buffer",
+        "threads",
+        "kernels",
+        "progress",
+        "out_dir",
+        "resume",
+        "callback",
+        "epochs",
+        "time_budget",
+    }
     # where the data lies may change; what it is may not, and is checked by its checksums
-    | {"token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
+    | {"data", "token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )
 
 

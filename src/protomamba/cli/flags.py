@@ -97,7 +97,8 @@ def run_config(arguments: argparse.Namespace) -> RunConfig:
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields given as flags, by name."""
-    given = {key.removeprefix("field:"): text for key, text in vars(arguments).items() if key.startswith("field:")}
+    flags = {key: text for key, text in vars(arguments).items() if key.startswith("field:") and text is not None}
+    given = {key.removeprefix("field:"): text for key, text in flags.items()}
     return {name: _from_text(name, text) if name in RunConfig.model_fields else text for name, text in given.items()}
 
 

@@ -17,7 +17,14 @@ from protomamba.output import claim_standard_descriptors, safe_standard_streams
 
 def _configure_train(parser: Parser, hidden: bool = False) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with the same names; flags win")
-    add_fields(parser, list(RunConfig.model_fields), hidden=hidden)
+    parser.add_argument(
+        "field:data",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="prepared folder; instead of --token-dir or --token-file",
+    )
+    add_fields(parser, [name for name in RunConfig.model_fields if name != "data"], hidden=hidden)
 
 
 def _train(arguments: argparse.Namespace) -> int:

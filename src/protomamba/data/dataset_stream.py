@@ -84,13 +84,17 @@ class DatasetStream(BatchStream):
             "shuffle": int(self.shuffle),
         }
 
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.dataset) / self.batch_size
+
     def identity(self) -> Identity:
         """A dataset is known by its length and its fingerprint."""
         return [{"name": "dataset", "start": 0, "tokens": len(self.dataset), "sha256": self.fingerprint}]
 
     def describe(self) -> str:
-        steps = len(self.dataset) / self.batch_size
-        return f"{len(self.dataset):,} items of a {type(self.dataset).__name__}, {steps:,.1f} steps an epoch"
+        kind = type(self.dataset).__name__
+        return f"{len(self.dataset):,} items of a {kind}, {self.steps_per_epoch:,.1f} steps an epoch"
 
 
 def pad(items: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -48,6 +48,10 @@ class LabelledStream(BatchStream):
         parts = [permute(within[epochs == epoch], len(self.sequences), key) for epoch, key in keys.items()]
         return np.concatenate(parts)
 
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.sequences) / self.batch_size
+
     def cursor(self, index: int) -> Cursor:
         epoch, window = divmod(index * self.batch_size, len(self.sequences))
         return {

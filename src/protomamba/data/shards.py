@@ -81,9 +81,10 @@ class ShardSet:
     def info(self) -> DataInfo:
         """The manifest's declarations; without one, only the vocabulary that the tokens need."""
         if self.manifest is None:
-            return DataInfo(vocab_size=self.vocab_size)
+            return DataInfo(vocab_size=self.vocab_size, targets=self.tokens)
         return DataInfo(
             vocab_size=self.vocab_size,
+            targets=self.tokens,
             eos_token=self.manifest.eos_token,
             tokenizer=self.manifest.tokenizer_json(),
             preset=self.manifest.preset,

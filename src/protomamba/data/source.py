@@ -36,8 +36,10 @@ class DataInfo:
 
     `tokens` are int64 (B, L) below `vocab_size`; a `vector` is float32 (B, L, channels) with NaN where a value is
     missing. Without `n_class` the target is the next token. `reserved` tokens are never a target: no prediction may
-    offer them. `longest` is the longest sequence in steps, None where windows are cut out of one stream.
-    `bytes_per_token` is of the raw text, for bits per byte; None where there was none.
+    offer them. `longest` is the longest sequence in steps and `usual` what nineteen of twenty stay within, None where
+    windows are cut out of one stream; `targets` is how many an epoch has, where that is known. `reset`: rows hold
+    several sequences, and their batches say where each begins. `bytes_per_token` is of the raw text, for bits per byte;
+    None where there was none.
     """
 
     input: Literal["tokens", "vector"] = "tokens"
@@ -49,6 +51,8 @@ class DataInfo:
     reset: bool = False
     reserved: tuple[int, ...] = ()
     longest: int | None = None
+    usual: int | None = None
+    targets: int | None = None
     tokenizer: str | None = None  # as JSON, for tokenizer_from_json
     preset: str | None = None  # bytes, text, events, dna or classify, where `prepare` said so
     bytes_per_token: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,14 @@ class BatchStream(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for the head of a run."""
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches in the first epoch: the first whose cursor is in the second, found by bisection."""
+        after = 1
+        while int(self.cursor(after)["epoch"]) < 1:
+            after *= 2
+        return float(bisect_left(range(after + 1), 1, key=lambda index: int(self.cursor(index)["epoch"])))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +18,14 @@ from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import LATEST, RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
 from protomamba.checkpoint.transformers_folder import read_transformers_folder
-from protomamba.config import ArchitectureFields, DataFields, ModelConfig, RunConfig, TrainConfig, flag
+from protomamba.config import DATA_PRESETS, ArchitectureFields, DataFields, ModelConfig, RunConfig, TrainConfig, flag
+from protomamba.data.source import DataInfo
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.registry import load_named, refuse_unnamed, resolve
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.train import budget, presets
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
 from protomamba.train.callbacks.console import Console
@@ -42,6 +46,9 @@ def train(config: RunConfig, console: Console | None = None) -> int:
 
     Raises UserError (exit 1) and ConfigError (exit 2).
     """
+    lengths = [flag(name) for name in ("steps", "epochs", "time_budget") if name in config.given]
+    if len(lengths) > 1:
+        raise ConfigError(f"{' and '.join(lengths)} exclude each other: give one of them")
     folder = run_folder(config)
     if config.resume not in (None, "auto") and not Path(config.resume).exists():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
@@ -85,6 +92,7 @@ class Parts:
     stream: BatchStream
     validation: Held | None
     notes: list[str]
+    further_steps: int | None = None
 
 
 def build_run(
@@ -111,7 +119,7 @@ def build_run(
         on_save_error=config.on_save_error,
         prefetch=(config.prefetch_workers, config.prefetch_buffer),
         resume=resumed.found if resumed else None,
-        further_steps=resumed.further_steps if resumed else None,
+        further_steps=parts.further_steps,
         record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer},
         stop=stop,
     )
@@ -129,10 +137,12 @@ def make_callback(name: str) -> Callback:
 
 def build_parts(config: RunConfig, resumed: Resumed | None = None) -> Parts:
     """Open the data, build the model as the flags, given weights or the checkpoint say. UserError, ConfigError."""
+    started = time.perf_counter()
     weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
     config = adapt_to_weights(config, weights) if weights else config
     inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
-    config = config.replace(**inputs.decided)
+    config, preset_notes = adopt_data_preset(config.replace(**inputs.decided), inputs.training.info, fresh=not resumed)
+    inputs.check(config.seq_len)
     spec = stream_spec(config.project(DataFields), config.seed)
     stream = inputs.training.stream(spec)
     if resumed:
@@ -141,8 +151,61 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None) -> Parts:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights)
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
-    notes = [*notes, *inputs.notes, *default_notes(config), *idle_flags(config)]
-    return Parts(config, trainer, inputs, stream, validation, notes)
+    config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
+    notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *default_notes(config), *idle_flags(config)]
+    return Parts(config, trainer, inputs, stream, validation, notes, further)
+
+
+def adopt_data_preset(config: RunConfig, info: DataInfo, fresh: bool) -> tuple[RunConfig, list[str]]:
+    """Sizes and schedule from the data, where a preset says so and nothing else is given; what they are."""
+    named = "preset" in config.given or not config.data
+    preset = config.preset if named else (info.preset or "plain")
+    if preset not in DATA_PRESETS or not fresh:
+        return config, []
+    derived = presets.derive(preset, info)
+    taken = {name: value for name, value in derived.items() if name not in config.given}
+    return config.replace(preset=preset, **taken), [presets.described(preset, derived, set(taken))]
+
+
+def settle_length(
+    config: RunConfig, resumed: Resumed | None, parts: tuple[Trainer, BatchStream, Held | None], started: float
+) -> tuple[RunConfig, int | None, list[str]]:
+    """The steps of --epochs or --time-budget, laid as the trainer's schedule; after a resume, as further steps.
+
+    Returns the configuration with them recorded, the further steps of a resume, and what to tell.
+    """
+    trainer, stream, validation = parts
+    if (config.epochs, config.time_budget) == (None, None) or (resumed and not resumed.new_length):
+        return config, resumed.further_steps if resumed else None, []
+    if config.epochs is not None:
+        config = config.replace(steps=max(1, math.ceil(config.epochs * stream.steps_per_epoch / config.grad_accum)))
+        notes = [f"{config.epochs:g} epochs are {config.steps:,} steps"]
+    else:
+        config, notes = _budgeted(config, trainer, stream, validation, started)
+    if resumed:
+        return config, config.steps, notes
+    trainer.config = trainer.config.replace(steps=config.steps)
+    trainer.schedule_steps = config.steps
+    return config, None, notes
+
+
+def _budgeted(
+    config: RunConfig, trainer: Trainer, stream: BatchStream, validation: Held | None, started: float
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with the steps that fit into --time-budget from `started` on, and their prediction."""
+    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir)
+    left = budget.seconds_of(str(config.time_budget)) - (time.perf_counter() - started)
+    events = budget.events_within(left, costs, presets.EVENTS)
+    # What the preset chose, and nobody gave, is spread over the steps there will be.
+    spread = [n for n in ("val_every", "save_every") if config.preset in DATA_PRESETS and n not in config.given]
+    val_every, save_every = (None if n in spread else getattr(config, n) for n in ("val_every", "save_every"))
+    steps = budget.steps_within(left, costs, val_every, save_every, events)
+    cadence = {name: max(1, math.ceil(steps / events)) for name in spread}
+    told = (
+        f"{config.time_budget}: {steps:,} steps of {1e3 * costs.step:.1f} ms fit, with validations of "
+        f"{costs.validation:.1f} s and checkpoints of {costs.save:.2f} s; measured now, on this machine, and recorded"
+    )
+    return config.replace(steps=steps, **cadence), [told]
 
 
 def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -> None:

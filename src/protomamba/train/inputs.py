@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from protomamba.config import DataFields
+from protomamba.config import DataFields, flag
 from protomamba.data.corpus import default_corpus
 from protomamba.data.labels import LabelledSequences, open_labelled
+from protomamba.data.prepared import open_prepared
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
 from protomamba.data.source import Source, StreamSpec
 from protomamba.data.windows import Batch
@@ -30,6 +31,11 @@ class Inputs:
     def notes(self) -> list[str]:
         """What the readers of the data want the user to know."""
         return list(dict.fromkeys([*self.training.notes, *(self.validation.notes if self.validation else ())]))
+
+    def check(self, seq_len: int) -> None:
+        """UserError naming file and place of the first token, label or length that does not fit."""
+        for source in filter(None, (self.training, self.validation)):
+            source.check(vocab_size=self.vocab_size, classes=self.n_class or self.vocab_size, seq_len=seq_len)
 
     @property
     def decided(self) -> dict[str, int | None]:
@@ -54,6 +60,8 @@ def open_inputs(config: DataFields, *, seed: int, corpus: Path) -> Inputs:
 
     seed: of the drawing of held-out sequences. corpus: where the default corpus is built if no tokens are named.
     """
+    if config.data:
+        return _open_prepared(config, config.data, seed)
     if config.label_file or config.val_label_file or config.n_class:
         return _open_labelled(config, seed)
     training = _open(config.token_file, config.token_dir, "--token", config.shard_ext)
@@ -63,11 +71,24 @@ def open_inputs(config: DataFields, *, seed: int, corpus: Path) -> Inputs:
     if validation is None and config.val_ratio > 0:
         training, validation = training.split(config.val_ratio, seed)
     vocab_size = config.vocab_size or infer_vocab(training, *([validation] if validation else []))
-    for shards in filter(None, (training, validation)):
-        shards.check_vocab(vocab_size)
     if config.eos_token is not None and config.eos_token >= vocab_size:
         raise ConfigError(f"--eos-token {config.eos_token}: expected a token below the vocabulary size {vocab_size}")
     return Inputs(training, validation, vocab_size, tokenizer, eos_token=_eos_token(config, training))
+
+
+def _open_prepared(config: DataFields, folder: Path, seed: int) -> Inputs:
+    """The one argument DATA: what `prepare` wrote, and what it set aside."""
+    others = ("token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file")
+    if clash := [flag(name) for name in others if getattr(config, name)]:
+        raise ConfigError(f"DATA ({folder}) and {', '.join(clash)} exclude each other: give one of them")
+    prepared = open_prepared(folder)
+    training, validation = prepared.training, prepared.held_out.get("valid")
+    if validation is None and config.val_ratio > 0:
+        training, validation = training.split(config.val_ratio, seed)
+    info = training.info
+    vocab_size = config.vocab_size or max(1, info.vocab_size)
+    eos_token = config.eos_token if config.eos_token is not None else info.eos_token
+    return Inputs(training, validation, vocab_size, info.tokenizer, n_class=info.n_class, eos_token=eos_token)
 
 
 def _eos_token(config: DataFields, shards: ShardSet) -> int | None:
@@ -99,8 +120,6 @@ def _open_labelled(config: DataFields, seed: int) -> Inputs:
     sets = [each for each in (training, validation) if each is not None]
     vocab_size = config.vocab_size or 1 + max(each.max_token for each in sets)
     n_class = config.n_class or 1 + max(each.max_label for each in sets)
-    for each in sets:
-        each.check(vocab_size=vocab_size, classes=n_class, seq_len=config.seq_len)
     return Inputs(training, validation, vocab_size, n_class=n_class, eos_token=config.eos_token)
 
 

@@ -18,6 +18,7 @@ class Resumed:
     found: Resumable
     config: RunConfig
     further_steps: int | None  # train this many more, on a schedule of their own; None = to the recorded target
+    new_length: bool = False  # whether --epochs or --time-budget was given, for further steps
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -63,4 +64,6 @@ def _resumed(config: RunConfig, found: Resumable) -> Resumed:
     further = changes.get("steps")
     if config.resume == "auto" and further == saved.steps:
         further = None  # the command line of the run itself, once more
-    return Resumed(found, saved.replace(**changes), further)
+    lengths = [name for name in ("epochs", "time_budget") if name in config.given]
+    again = config.resume == "auto" and all(getattr(config, name) == getattr(saved, name) for name in lengths)
+    return Resumed(found, saved.replace(**changes), further, bool(lengths) and not again)

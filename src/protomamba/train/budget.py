@@ -1,0 +1,101 @@
+"""How many steps fit into a wall time: measured on a copy of the trainer before the run begins."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protomamba.data.prefetch import BatchSource
+from protomamba.errors import ConfigError
+from protomamba.train.trainer import Trainer
+
+WARM_UP, MEASURED, AT_LEAST_S = 3, 5, 1.0
+SAMPLED = 4  # batches of a validation that are timed
+# Part of the budget kept for what is not measured: the last checkpoint's sync, the end of the process.
+RESERVE = 0.01
+EVENTS_SHARE = 0.2  # of the time that validations and saves may take, where their number is free
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one step, one validation, one save."""
+
+    step: float
+    validation: float
+    save: float
+
+
+def seconds_of(text: str) -> float:
+    """90s, 20m or 8h in seconds."""
+    return float(text[:-1]) * UNITS[text[-1]]
+
+
+def measure(
+    trainer: Trainer, stream: BatchSource, validation: Iterable[Any] | None, grad_accum: int, folder: Path
+) -> Costs:
+    """Time a copy of the trainer on the run's own batches; neither the trainer nor the random numbers change."""
+    with torch.random.fork_rng(devices=[]):
+        twin = copy.deepcopy(trainer)
+        taken: list[float] = []
+        count = max(WARM_UP + MEASURED, 2 * trainer.config.bp_cadence_steps)
+        while len(taken) < count or sum(taken) < AT_LEAST_S:
+            first = stream.position + len(taken) * grad_accum
+            started = time.perf_counter()
+            twin.train_step(*(stream.batch(first + part) for part in range(grad_accum)))
+            taken.append(time.perf_counter() - started)
+        measured = taken[WARM_UP:]
+        # With a cadence most steps are cheap: their mean counts, not their median.
+        step = statistics.median(measured) if trainer.config.bp_cadence_steps == 1 else statistics.fmean(measured)
+        validated = _validation_seconds(twin, validation)
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".measure-") as place:
+            twin.save_checkpoint(Path(place) / "c.safetensors")
+        return Costs(step, validated, time.perf_counter() - started)
+
+
+def _validation_seconds(trainer: Trainer, validation: Iterable[Any] | None) -> float:
+    """Of the whole, judged by its first batches."""
+    if validation is None:
+        return 0.0
+    batches = list(validation)
+    few = batches[:SAMPLED]
+    started = time.perf_counter()
+    trainer.evaluate(few, calibrate=True)
+    return (time.perf_counter() - started) * len(batches) / len(few)
+
+
+def events_within(seconds: float, costs: Costs, most: int) -> int:
+    """Validations, and as many saves, that a run of that length affords: at most `most`, and a fifth of the time."""
+    one = costs.validation + costs.save
+    return max(1, min(most, math.floor(EVENTS_SHARE * seconds / one))) if one > 0 else most
+
+
+def steps_within(seconds: float, costs: Costs, val_every: int | None, save_every: int | None, events: int) -> int:
+    """The steps whose time, with validations and saves, comes nearest to `seconds` without passing it.
+
+    val_every, save_every: steps between them; None where `events` of them are spread over the run.
+    ConfigError where not even one step fits.
+    """
+    left, a_step = seconds * (1 - RESERVE), costs.step
+    for every, cost in ((val_every, costs.validation), (save_every, costs.save)):
+        if every is None:
+            left -= events * cost
+        else:
+            a_step += cost / every
+    steps = math.floor(left / a_step)
+    if steps < 1:
+        raise ConfigError(
+            f"--time-budget: {max(0.0, seconds):.0f} s after the start are too few: a step takes {costs.step:.2f} s, a "
+            f"validation {costs.validation:.1f} s, a checkpoint {costs.save:.1f} s"
+        )
+    return steps
