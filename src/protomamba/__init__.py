@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from protomamba.model.heads.base import Head
     from protomamba.model.mixers.base import Layer
     from protomamba.model.sequence_model import SequenceModel
+    from protomamba.predict.predictor import Predictor
     from protomamba.train.callbacks.base import Callback
     from protomamba.train.callbacks.collapse import CollapseWatch
     from protomamba.train.callbacks.progress import Progress
@@ -38,6 +39,7 @@ _HOMES = {
     "protomamba.train.callbacks.collapse": ("CollapseWatch",),
     "protomamba.train.callbacks.progress": ("Progress",),
     "protomamba.train.run": ("Run",),
+    "protomamba.predict.predictor": ("Predictor",),
     "protomamba.train.trainer": ("StepStats", "Trainer", "Validation"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -50,6 +52,7 @@ __all__ = [
     "Head",
     "Layer",
     "ModelConfig",
+    "Predictor",
     "Progress",
     "Run",
     "RunConfig",

@@ -1,0 +1,69 @@
+"""`protomamba predict`: a checkpoint's answers for every row of a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from protomamba.cli.flags import Parser, add_fields, given_fields
+from protomamba.config import RunConfig
+
+LISTED = 20
+CODE = frozenset({"layer", "head"})
+
+
+def configure(parser: Parser) -> None:
+    from protomamba.predict.answers import WHATS
+
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="rows: .txt, .jsonl, .csv, .parquet, .npy; also .gz")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a name ending in .jsonl, .csv, .parquet"
+    )
+    about = "items (likeliest next tokens), class, likelihood, embedding (vector after the last step)"
+    parser.add_argument("--what", choices=("auto", *WHATS), default="auto", help=f"{about} [auto = by the checkpoint]")
+    parser.add_argument("--top-k", type=int, metavar="K", help="items, or classes with a probability [10 items, all]")
+    _add_switch(parser, "--exclude-seen", "items: none that the sequence already has")
+    _add_switch(parser, "--per-token", "likelihood: also each token's")
+    parser.add_argument("--sequence-column", metavar="NAME", help="column of the sequence [found in the first row]")
+    parser.add_argument(
+        "--key-column", metavar="NAME", help="column that names a row in the output [found, or its number]"
+    )
+    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="[%(default)s]")
+    parser.add_argument("--json", action="store_true", help="one JSON object about the job")
+    add_fields(parser, ("layer", "head"), of_checkpoint="the checkpoint's")
+    add_fields(parser, ("threads", "kernels"))
+
+
+def _add_switch(parser: Parser, flag: str, about: str) -> None:
+    parser.add_argument(flag, nargs="?", const="1", default="0", choices=("0", "1"), metavar="1", help=f"{about} [0]")
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Answer every row; the rows that were skipped are listed in OUT.skipped.jsonl."""
+    from protomamba.predict.answers import Question
+    from protomamba.predict.job import Job, predict_file
+    from protomamba.train.build import load_named_code, use_machine
+
+    machine = RunConfig(**given_fields(arguments))
+    load_named_code(machine)
+    use_machine(machine.threads, machine.kernels)
+    question = Question(arguments.what, arguments.top_k, arguments.exclude_seen == "1", arguments.per_token == "1")
+    columns = arguments.sequence_column, arguments.key_column
+    skip, code = arguments.on_bad_row == "skip", {part: getattr(machine, part) for part in CODE & machine.given}
+    job = Job(arguments.input, arguments.out, question, *columns, skip_bad=skip, code=code)
+    done = predict_file(arguments.checkpoint, job)
+    if arguments.json:
+        print(json.dumps({"out": str(job.out), **asdict(done)}))
+        return 0
+    for each in done.skipped[:LISTED]:
+        print(f"skipped: {job.source}, row {each.row}: {each.reason}", file=sys.stderr)
+    if done.skipped:
+        print(f"{len(done.skipped):,} rows skipped, listed in {job.skipped_path}", file=sys.stderr)
+    there = f", {done.found:,} of them were there" if done.found else ""
+    rate = (done.rows - done.found) / done.seconds
+    print(f"{done.rows:,} rows ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")
+    return 0

@@ -1,0 +1,1 @@
+"""From a checkpoint and many sequences to answers: next items, classes, likelihoods, vectors."""

@@ -1,0 +1,180 @@
+"""A whole prediction: checkpoint and input to output, in constant memory, continued where it was interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.file import Checkpoint
+from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.errors import ConfigError, UserError
+from protomamba.predict.answers import Names, Question, answers, check_question, default_question
+from protomamba.predict.batching import windows
+from protomamba.predict.examples import Example, ExampleReader, Skipped
+from protomamba.predict.output import Encode, Lines, csv_header, encode_csv, encode_json, lines_path, write_parquet
+from protomamba.predict.predictor import Predictor
+from protomamba.predict.rows import read_rows
+from protomamba.storage import commit
+from protomamba.train.trainer import build_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be predicted. question.what "auto": by the checkpoint; columns None: found in the first row.
+
+    code: the layer and head that the user named, which must be the checkpoint's.
+    """
+
+    source: Path
+    out: Path
+    question: Question
+    sequence_column: str | None = None
+    key_column: str | None = None
+    skip_bad: bool = False
+    code: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def skipped_path(self) -> Path:
+        """Where the rows that were skipped are listed, if there are any."""
+        return self.out.with_name(self.out.name + ".skipped.jsonl")
+
+
+@dataclass
+class Summary:
+    """rows: lines in the output; found: those that were there already; skipped: rows that could not be read."""
+
+    what: str = ""
+    rows: int = 0
+    found: int = 0
+    seconds: float = 0.0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a checkpoint says about the data it was trained on."""
+
+    tokenizer: Tokenizer | None
+    start: int | None
+    reserved: Sequence[int]
+    names: Names
+
+
+def known(loaded: Checkpoint) -> Known:
+    """A text begins as in training: behind the end of a document, where the tokenizer has one."""
+    description = loaded.config.get("tokenizer")
+    tokenizer = tokenizer_from_json(description) if description else None
+    eos = tokenizer.eos_token if tokenizer else None
+    return Known(tokenizer, eos, (), Names())
+
+
+def predict_file(path: Path, job: Job) -> Summary:
+    """Answer every row of job.source in job.out. Raises UserError and ConfigError."""
+    started = time.perf_counter()
+    gathered = lines_path(job.out)
+    loaded = checkpoint.load(path)
+    for part, name in job.code.items():
+        if (own := loaded.config["model"][part]) != name:
+            raise ConfigError(f"--{part} {name}: the checkpoint's {part} is {own}")
+    facts = known(loaded)
+    predictor = Predictor(build_model(loaded), facts.reserved)
+    del loaded  # the optimizer's moments are twice the model
+    question = job.question
+    if question.what == "auto":
+        question = replace(question, what=default_question(predictor, facts.tokenizer is not None))
+    check_question(predictor, question)
+    reader = _reader(job, predictor, facts)
+
+    def lines_of(window: Sequence[Example]) -> list[dict[str, Any]]:
+        return list(_keyed(reader, window, answers(predictor, window, question, facts.names)))
+
+    encode = encode_csv if job.out.suffix == ".csv" else encode_json
+    with Lines(gathered) as lines:
+        examples = reader.examples(read_rows(job.source))
+        summary = _fill(lines, windows(examples, lambda example: len(example.sequence)), lines_of, encode)
+    if gathered != job.out:
+        write_parquet(gathered, job.out)
+    _list_skipped(job.skipped_path, reader.skipped)
+    summary.what, summary.skipped, summary.seconds = question.what, reader.skipped, time.perf_counter() - started
+    return summary
+
+
+def _list_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    path.unlink(missing_ok=True)
+    if skipped:
+        content = b"".join(encode_json(asdict(each)) for each in skipped)
+        commit(path, len(content), [memoryview(content)])
+
+
+def _reader(job: Job, predictor: Predictor, facts: Known) -> ExampleReader:
+    config = predictor.model.config
+    return ExampleReader(
+        str(job.source),
+        config.vocab_size,
+        facts.tokenizer,
+        facts.start if config.n_class is None else None,
+        job.sequence_column,
+        job.key_column,
+        job.skip_bad,
+    )
+
+
+def _keyed(
+    reader: ExampleReader, window: Sequence[Example], found: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    assert reader.columns is not None
+    name = reader.columns.key_name
+    for example, fields in zip(window, found, strict=True):
+        if name in fields:
+            raise UserError(f"--key-column {name}: is also what an answer is called; choose or rename another column")
+        yield {name: example.key, **fields}
+
+
+def _fill(
+    lines: Lines,
+    cut: Iterator[list[Example]],
+    lines_of: Callable[[Sequence[Example]], list[dict[str, Any]]],
+    encode: Encode,
+) -> Summary:
+    """Work on each window whose lines are not all there, and once more on the last that is: to see that it agrees."""
+    with_header = encode is encode_csv
+    header = lines.next() if with_header else None
+    there = lines.count - (header is not None)
+    rows = 0
+    for window in cut:
+        if rows + len(window) < there:
+            for _ in window:
+                lines.next()
+        else:
+            fields = lines_of(window)
+            made = [encode(each) for each in fields]
+            if with_header:
+                header = _agreed_header(lines, header, csv_header(fields[0]))
+            _agree_and_append(lines, made, rows, there)
+        rows += len(window)
+    if rows < there:
+        raise UserError(f"--out {lines.path}: holds {there:,} lines, the input {rows:,} rows: it is of another input")
+    return Summary(rows=rows, found=there)
+
+
+def _agreed_header(lines: Lines, there: bytes | None, made: bytes) -> bytes:
+    if there is None:
+        lines.append([made])
+    elif there != made:
+        raise UserError(f"--out {lines.path}: has other columns; remove it, or choose another name")
+    return made
+
+
+def _agree_and_append(lines: Lines, made: Sequence[bytes], first: int, there: int) -> None:
+    overlap = min(max(0, there - first), len(made))
+    for place in range(overlap):
+        if lines.next() != made[place]:
+            raise UserError(
+                f"--out {lines.path}: answer {first + place + 1} is not what this command writes there: it is of "
+                "another checkpoint, input or option; remove it, or choose another name"
+            )
+    lines.append(made[overlap:])

@@ -1,0 +1,170 @@
+"""The library's `Predictor`: sequences in, answers out, in order and in constant memory, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.errors import ConfigError
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.predict.batching import Array, run, windows
+from protomamba.train.trainer import build_model
+
+Answer = TypeVar("Answer")
+Sequences = Iterable[Sequence[int] | Array]
+
+
+@dataclass(frozen=True)
+class NextItems:
+    """The likeliest tokens after a sequence, best first, with their probabilities among all that may be offered.
+
+    Where a head has no probabilities, `scores` are its own.
+    """
+
+    tokens: list[int]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Sum over the `count` tokens that have one before them; nats, base e. `tokens`: each one's, if asked for."""
+
+    log_likelihood: float
+    count: int
+    tokens: list[float] | None = None
+
+
+class Predictor:
+    """Answers of a trained model for many sequences.
+
+    model: in evaluation mode from here on. reserved: tokens that are never offered. Sequences are lists of tokens, or
+    arrays: int64 (L,), or float32 (L, C) for a model of measured values; of at least one step, or ConfigError names the
+    first that is not. Answers come in the order of the sequences; about a thousand are worked on at once.
+    """
+
+    def __init__(self, model: SequenceModel, reserved: Collection[int] = ()) -> None:
+        self.model = model.eval()
+        self.reserved = sorted(reserved)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, reserved: Collection[int] = ()) -> Predictor:
+        """The model of a checkpoint. UserError if it is damaged."""
+        return cls(build_model(checkpoint.load(Path(path))), reserved)
+
+    def next_items(self, sequences: Sequences, top_k: int = 10, exclude_seen: bool = False) -> Iterator[NextItems]:
+        """The top_k likeliest next tokens; exclude_seen: none that the sequence already has."""
+        if top_k < 1:
+            raise ConfigError(f"top_k {top_k}: expected an integer >= 1")
+
+        def answers(window: Sequence[Array]) -> list[NextItems]:
+            seen = window if exclude_seen else None
+            return self._best(self._last(window), top_k, seen)
+
+        return self._answers(sequences, answers)
+
+    def class_probabilities(self, sequences: Sequences) -> Iterator[npt.NDArray[np.float32]]:
+        """float32 (classes,): how likely each class is, after the whole sequence."""
+        return self._answers(sequences, lambda window: list(self._probabilities(self._last(window)).numpy()))
+
+    def log_likelihoods(self, sequences: Sequences, per_token: bool = False) -> Iterator[Likelihood]:
+        """How likely each sequence is: every token given those before it; the first is given."""
+        return self._answers(sequences, lambda window: self._likelihoods(window, per_token))
+
+    def embeddings(self, sequences: Sequences) -> Iterator[npt.NDArray[np.float32]]:
+        """float32 (d_model,): what the head sees after the last step."""
+        return self._answers(sequences, lambda window: list(self._last(window).numpy()))
+
+    def _answers(self, sequences: Sequences, work: Callable[[Sequence[Array]], list[Answer]]) -> Iterator[Answer]:
+        for window in windows(self._checked(sequences), len):
+            yield from work(window)
+
+    def _checked(self, sequences: Sequences) -> Iterator[Array]:
+        for number, sequence in enumerate(sequences):
+            array = sequence if isinstance(sequence, np.ndarray) else np.asarray(sequence, dtype=np.int64)
+            wrong = wrong_step(array, self.model.config.vocab_size)
+            if wrong:
+                raise ConfigError(f"sequence {number}: {wrong}")
+            yield array
+
+    @torch.no_grad()
+    def _last(self, window: Sequence[Array]) -> Tensor:
+        """z (rows, D) at the last step of each sequence."""
+        found = torch.empty(len(window), self.model.config.d_model)
+        for chunk in run(self.model, window):
+            for row, z_D in chunk.last():
+                found[row] = z_D
+        return found
+
+    @torch.no_grad()
+    def _probabilities(self, z_TD: Tensor) -> Tensor:
+        return torch.cat([self._logits(z_RD).softmax(-1) for z_RD in self.model.head.blocks(z_TD)])
+
+    @torch.no_grad()
+    def _best(self, z_TD: Tensor, top_k: int, seen: Sequence[Array] | None) -> list[NextItems]:
+        found: list[NextItems] = []
+        for z_RD in self.model.head.blocks(z_TD):
+            scores_RV = self._offered(z_RD)
+            for row, sequence in enumerate(seen[len(found) : len(found) + len(z_RD)] if seen else ()):
+                scores_RV[row, torch.from_numpy(sequence)] = -torch.inf
+            best = scores_RV.topk(min(top_k, scores_RV.shape[1]))
+            for scores, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                kept = [(token, score) for token, score in zip(tokens, scores, strict=True) if score > -torch.inf]
+                found.append(NextItems([token for token, _ in kept], [score for _, score in kept]))
+        return found
+
+    def _offered(self, z_RD: Tensor) -> Tensor:
+        """Probabilities among the tokens that may be offered (or scores), -inf for the others."""
+        logits_RV = self.model.head.logits(z_RD[:, None])
+        scores_RV = (self.model.head.scores(z_RD[:, None]) if logits_RV is None else logits_RV)[:, 0].float()
+        scores_RV[:, self.reserved] = -torch.inf
+        if logits_RV is not None:
+            scores_RV = scores_RV.softmax(-1)
+            scores_RV[:, self.reserved] = -torch.inf
+        return scores_RV
+
+    @torch.no_grad()
+    def _likelihoods(self, window: Sequence[Array], per_token: bool) -> list[Likelihood]:
+        logs = [np.empty(len(sequence) - 1) for sequence in window]
+        for chunk in run(self.model, window):
+            counts_BL = chunk.has_next()
+            found_BL = torch.zeros(counts_BL.shape, dtype=torch.float64)
+            found_BL[counts_BL] = self._log_likelihoods(chunk.z_BLD[counts_BL], chunk.next_BL[counts_BL])
+            for row, found_L, count in zip(chunk.rows, found_BL.numpy(), counts_BL.sum(1).tolist(), strict=True):
+                logs[row][chunk.start : chunk.start + count] = found_L[:count]
+        return [Likelihood(float(one.sum()), len(one), one.tolist() if per_token else None) for one in logs]
+
+    def _log_likelihoods(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """float64 (T,), in nats."""
+        found = [torch.empty(0, dtype=torch.float64)]
+        for z_RD, targets_R in zip(self.model.head.blocks(z_TD), self.model.head.blocks(targets_T), strict=True):
+            found.append(-F.cross_entropy(self._logits(z_RD), targets_R, reduction="none").double())
+        return torch.cat(found)
+
+    def _logits(self, z_RD: Tensor) -> Tensor:
+        """float32 (R, classes). ConfigError where the head has no probabilities."""
+        logits_RV = self.model.head.logits(z_RD[:, None])
+        if logits_RV is None:
+            raise ConfigError(f"predict: {type(self.model.head).__name__} has no probabilities, only scores")
+        return logits_RV[:, 0].float()
+
+
+def wrong_step(sequence: Array, vocab_size: int) -> str | None:
+    """What is wrong with a sequence for a model of so many tokens, or None."""
+    if not len(sequence):
+        return "expected at least one step, found none"
+    if sequence.ndim == 1:
+        if not np.issubdtype(sequence.dtype, np.integer):
+            return f"expected integers, found {sequence.dtype}"
+        wrong = np.flatnonzero((sequence < 0) | (sequence >= vocab_size))
+        if len(wrong):
+            return f"token {sequence[wrong[0]]} at place {wrong[0] + 1}: expected 0 to {vocab_size - 1}"
+    return None

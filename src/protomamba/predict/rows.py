@@ -1,0 +1,135 @@
+"""The input of `predict`, a row at a time: text, lines of tokens, JSON lines, CSV, parquet, arrays. Nothing is held.
+
+A row that cannot be read comes as one with an error: whether to stop or to skip it is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from protomamba.errors import UserError
+
+# The one column of a format that has no names.
+LINE = "line"
+PARQUET_ROWS = 1_024
+csv.field_size_limit(1 << 30)  # a sequence is one field
+
+
+@dataclass(frozen=True)
+class Row:
+    """`fields` by column; `number` from 1, as editors count lines (jsonl, txt) and as tables count rows."""
+
+    number: int
+    fields: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, by the end of its name (.gz is undone). UserError where it cannot be read at all."""
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind not in READERS:
+        raise UserError(f"{path}: expected a name ending in {', '.join(READERS)} (or one of them and .gz)")
+    try:
+        yield from READERS[kind](path)
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[IO[str]]:
+    """The file as text; bytes that are not UTF-8 become surrogates, which byte models give back as they were."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield file
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with _text(path) as file:
+        for number, line in enumerate(file, 1):
+            yield Row(number, {LINE: line.rstrip("\r\n")})
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with _text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_row(number, line)
+
+
+def _json_row(number: int, line: str) -> Row:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return Row(number, error=f"expected a JSON object: {error}")
+    if isinstance(value, list):
+        return Row(number, {LINE: value})
+    if not isinstance(value, dict):
+        return Row(number, error=f"expected a JSON object or a list, found {line.strip()[:40]}")
+    return Row(number, value)
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with _text(path) as file:
+        reader = csv.DictReader(file, strict=True)
+        number = 1
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                yield Row(number, error=f"no row of CSV: {error}")
+                number += 1
+                continue
+            if fields is None:
+                return
+            yield _csv_row(number, fields, len(reader.fieldnames or ()))
+            number += 1
+
+
+def _csv_row(number: int, fields: dict[Any, Any], columns: int) -> Row:
+    if None in fields or None in fields.values():
+        count = sum(value is not None for name, value in fields.items() if name is not None)
+        found = count + len(fields.get(None) or ())
+        return Row(number, error=f"expected {columns} fields, found {found}")
+    return Row(number, fields)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: needs pyarrow ({error}): pip install 'protomamba[parquet]'") from error
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(number, fields)
+
+
+def _array(path: Path) -> Iterator[Row]:
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{path}: expected an array of numpy: {error}") from error
+    if rows.ndim < 2:
+        raise UserError(f"{path}: expected a row for each sequence (2 or 3 dimensions), found {rows.ndim}")
+    for number in range(len(rows)):
+        yield Row(number + 1, {LINE: np.array(rows[number])})
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _lines,
+    ".jsonl": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".npy": _array,
+}
