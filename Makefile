@@ -11,6 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 READY_PARITY := $(VENV)/.ready-parity
 READY_STUDIES := $(VENV)/.ready-studies
+READY_TRACKERS := $(VENV)/.ready-trackers
 SANITIZED := build/sanitized
 # CMake's own files: an editable build runs in the source folder (docs/decisions/004-editable-in-place.md).
 LITTER := CMakeCache.txt CMakeFiles CMakeInit.txt cmake_install.cmake build.ninja .cmake .ninja_deps .ninja_log \
@@ -23,7 +24,7 @@ export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-heads test test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
+.PHONY: help setup demo demo-heads test test-trackers test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
 	types check bench bench-compare parity decoding digits study wheel sdist clean
 
 help: ## list the targets
@@ -95,6 +96,15 @@ test-reliability: $(READY) ## all reliability promises at full figures, and one 
 
 test-slow: $(READY) ## every test that `make test` leaves out (long)
 	@$(PYTEST) -m slow $(ARGS)
+
+$(READY_TRACKERS): $(READY)
+	@echo "installing tensorboard, trackio and wandb into $(VENV)"
+	@$(PIP) $$($(BIN)/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"] \
+		["optional-dependencies"]; print(*extras["tensorboard"], *extras["trackio"], *extras["wandb"])')
+	@touch $@
+
+test-trackers: $(READY_TRACKERS) ## runs in TensorBoard, trackio and Weights & Biases, offline (a minute or two)
+	@$(PYTEST) -m slow tests/train/callbacks/test_trackers.py $(ARGS)
 
 lint: $(READY) ## formatting and lint
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -23,7 +23,7 @@ ROWS = (
     ("cli",),
     ("doctor",),
     ("parity", "bench", "demo"),
-    ("export", "decode"),
+    ("export", "decode", "predict"),
     ("train",),
     ("model", "data", "checkpoint", "report"),
     ("kernels", "config_file", "metrics_file", "storage", "output", "bits"),

@@ -271,6 +271,8 @@ class RunFields(Schema):
         "auto", description="native kernels, the slow reference, or what works"
     )
     progress: bool | None = Field(None, description="progress bar; auto = on a terminal")
+    track: tuple[str, ...] = Field((), description="show the run in tensorboard, trackio or wandb too; repeatable")
+    write_report: bool = Field(True, description="write report.html into the run's folder at the end")
 
 
 class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFields):
@@ -311,18 +313,8 @@ class Sampling(Schema):
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
-    | {
-        "prefetch_workers",
-        "prefetch_buffer",
-        "threads",
-        "kernels",
-        "progress",
-        "out_dir",
-        "resume",
-        "callback",
-        "epochs",
-        "time_budget",
-    }
+    | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
+    | {"callback", "epochs", "time_budget", "track", "write_report"}
     # where the data lies may change; what it is may not, and is checked by its checksums
     | {"data", "token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )

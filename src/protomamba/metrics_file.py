@@ -15,6 +15,9 @@ from typing import Any
 
 from protomamba.errors import UserError
 
+# Figures of a line that are no curve: counters, flags, and what another curve already shows.
+NO_CURVE = frozenset({"event", "step", "time", "epoch", "tokens", "targets", "step_ms", "best", "val_perplexity"})
+
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The event of a whole line; None for one without its newline or that is not a JSON object."""
@@ -74,3 +77,12 @@ def _with_non_finite(value: Any, place: str, non_finite: Mapping[str, str]) -> A
     if isinstance(value, list):
         return [_with_non_finite(item, f"{place}.{i}", non_finite) for i, item in enumerate(value)]
     return float(non_finite[place]) if value is None and place in non_finite else value
+
+
+def curve_values(event: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a `train` or `validation` line that are points of curves, by name; NaN and infinity too."""
+    return {
+        name: float(value)
+        for name, value in event.items()
+        if name not in NO_CURVE and isinstance(value, int | float) and not isinstance(value, bool)
+    }

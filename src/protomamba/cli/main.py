@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba import __version__
-from protomamba.cli import compare, doctor, report
+from protomamba.cli import compare, completion, doctor, predict, report, track
 from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
 from protomamba.config import RunConfig, Sampling, nearest
 from protomamba.errors import ConfigError, UserError
@@ -191,6 +191,7 @@ COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
     "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
     "generate": ("go on from a prompt", _configure_generate, _generate),
+    "predict": ("answers for every row of a file", predict.configure, predict.work),
     "prepare": ("make token shards of text, bytes, JSON lines or parquet", _configure_prepare, _prepare),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
@@ -202,6 +203,8 @@ COMMANDS = {
     "report": ("runs as one page: curves, settings, tables", report.configure, report.work),
     "compare": ("runs side by side: figures, and what differs", compare.configure, compare.work),
     "doctor": ("what is slow or missing on this machine", doctor.configure, doctor.work),
+    "track": ("show a run that is over in a tracker", track.configure, track.work),
+    "completion": ("a script that completes command lines", completion.configure, completion.work),
     "bench": ("time steps and ops against their matrix products", _configure_bench, _bench),
 }
 

@@ -118,12 +118,12 @@ def differences(records: Sequence[RunRecord], what: str = "config") -> dict[str,
 def changed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not the defaults of this version."""
     fields = RunConfig.model_fields
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in fields or value != _plain(fields[name].get_default(call_default_factory=True))
-    }
+    return {name: value for name, value in config.items() if name not in fields or value != _default(name)}
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str | list | None) else str(value)
+def _default(name: str) -> Any:
+    """As it stands in config.json."""
+    value = RunConfig.default(name)
+    if isinstance(value, tuple):
+        return list(value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

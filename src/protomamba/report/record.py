@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.errors import UserError
-from protomamba.metrics_file import read_metrics
+from protomamba.metrics_file import curve_values, read_metrics
 
-# Figures of a line that are no curve: counters, flags, and what another curve already shows.
-NO_CURVE = frozenset({"event", "step", "time", "epoch", "tokens", "targets", "step_ms", "best", "val_perplexity"})
 # Of its start, and settings that config.json has; all else in a "run" line is the run's environment.
 OF_THE_START = frozenset({"event", "step", "time", "resumed_from", "target_step", "seed", "precision"})
 
@@ -144,16 +142,14 @@ def _train(record: RunRecord, event: dict[str, Any]) -> None:
 
 
 def _curves(record: RunRecord, event: dict[str, Any]) -> None:
-    for name, value in event.items():
-        if name in NO_CURVE or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
+    for name, value in curve_values(event).items():
         if not math.isfinite(value):
             record.warnings.append((_step(event), f"{name} is {value}"))
             continue
         series = record.series.setdefault(f"{event['event']}.{name}", Series())
         if not series.steps or series.steps[-1] < _step(event):
             series.steps.append(_step(event))
-            series.values.append(float(value))
+            series.values.append(value)
 
 
 def _checkpoint(record: RunRecord, event: dict[str, Any]) -> None:

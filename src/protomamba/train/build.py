@@ -30,6 +30,8 @@ from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
 from protomamba.train.callbacks.console import Console
 from protomamba.train.callbacks.progress import Progress
+from protomamba.train.callbacks.report import ReportWriter
+from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.resume import Resumed, find_resume, run_folder
 from protomamba.train.run import Run
@@ -52,6 +54,8 @@ def train(config: RunConfig, console: Console | None = None) -> int:
     folder = run_folder(config)
     if config.resume not in (None, "auto") and not Path(config.resume).exists():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
+    for name in config.track:
+        require_tracker(name)
     make_folder(folder)
     load_named_code(config)
     with StopRequest() as stop, RunLock(folder):
@@ -109,7 +113,7 @@ def build_run(
         trainer,
         parts.stream,
         parts.validation,
-        (shown, CollapseWatch(), *(make_callback(name) for name in config.callback), *callbacks),
+        (shown, CollapseWatch(), *chosen_callbacks(config), *callbacks),
         RunDir(config.out_dir, config.keep_last),
         log_every=config.log_every,
         val_every=config.val_every,
@@ -123,6 +127,12 @@ def build_run(
         record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer},
         stop=stop,
     )
+
+
+def chosen_callbacks(config: RunConfig) -> list[Callback]:
+    """Those of the flags: the user's own, trackers, and last the report, which shows what the others had to say."""
+    chosen = [*map(make_callback, config.callback), *map(TrackerCallback, config.track)]
+    return [*chosen, *([ReportWriter()] if config.write_report else [])]
 
 
 def make_callback(name: str) -> Callback:
