@@ -137,6 +137,13 @@ class TrainFields(Schema):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the second moment")
     adam_eps: float = Field(1e-8, gt=0, le=1, description="AdamW epsilon")
     grad_accum: int = Field(1, ge=1, le=100_000, description="micro-batches per update")
+    grad_shards: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="groups of rows whose gradients are added in one fixed order on any number of ranks; auto = one a "
+        "rank at the start",
+    )
     grad_clip_norm: float = Field(1.0, ge=0, description="global gradient norm to clip to (0 = off)")
     fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
     ff_lr: float = Field(0.0, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")

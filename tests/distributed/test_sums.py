@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm import Comm, Local
@@ -24,8 +24,8 @@ SHAPES = {
 COUNT = 8
 
 
-def parameters() -> dict[str, Tensor]:
-    return {name: torch.zeros(shape, requires_grad=True) for name, shape in SHAPES.items()}
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
 
 
 def shard_gradients(shard: int) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def shard_gradients(shard: int) -> dict[str, Tensor]:
     return {} if shard == 5 else found
 
 
-def summed(comm: Comm) -> tuple[dict[str, Any], list[float], list[float]]:
+def summed(comm: Comm) -> tuple[dict[Any, Any], Any, list[float]]:
     """The pieces this rank owns after one sum, their squares, and sums of small things."""
     named = parameters()
     comm.lay(named)
@@ -56,8 +56,8 @@ def summed(comm: Comm) -> tuple[dict[str, Any], list[float], list[float]]:
     for piece in comm.pieces():
         gradient = named[piece.name].grad
         pieces[piece.name, piece.start] = None if gradient is None else piece.of(gradient).clone()
-    small = comm.sums([(0.1 * shard, 1e16 if shard == 2 else 1) for shard in comm.shards(COUNT)])
-    return pieces, comm.square_sums(), small
+    rows = [(0.1 * shard, 1e16 if shard == 2 else 1) for shard in comm.shards(COUNT)]
+    return pieces, comm.square_sums(), comm.sums(torch.tensor(rows, dtype=torch.float64)).tolist()
 
 
 def whole(parts: list[dict[Any, Tensor | None]]) -> dict[str, Tensor | None]:
@@ -106,7 +106,7 @@ def test_one_shard_keeps_its_gradient_as_it_is() -> None:
 
 def test_a_tall_gradient_travels_as_rows() -> None:
     def sent(comm: Comm) -> int:
-        named = {"tall": torch.zeros(SHAPES["tall"], requires_grad=True)}
+        named = {"tall": nn.Parameter(torch.zeros(SHAPES["tall"]))}
         comm.lay(named)
         comm.open(comm.world)
         comm.start(comm.rank, {"tall": shard_gradients(comm.rank)["tall"]})

@@ -21,7 +21,8 @@ from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, versions
 from protomamba.train.build import InitialWeights, adapt_to_weights, fresh_trainer, read_initial_weights, use_machine
 from protomamba.train.inputs import open_inputs, stream_spec
-from protomamba.train.trainer import MicroBatch, Trainer, renamed_layers
+from protomamba.train.passes import MicroBatch
+from protomamba.train.trainer import Trainer, renamed_layers
 
 # New parameters move from the second update on; one more shows that they go on.
 UPDATES = 3

@@ -290,7 +290,7 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
         model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig))
     if moments and config.final_layers != config.base_layers:
-        trainer.optimizer.load_state(renamed_layers(moments, origins))
+        trainer.load_slots(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")
     return trainer, notes
 

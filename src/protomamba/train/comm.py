@@ -6,20 +6,22 @@ is in docs/scale-out.md. Without torch's launcher there is one rank, which does 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm_layout import Piece
 from protomamba.train.comm_mesh import Alone, Gloo, Mesh
 from protomamba.train.comm_reduce import GradientSum, Plan
+from protomamba.train.comm_state import State, collect, cut, owned_parameters, rows
 from protomamba.train.comm_tree import fold, share
 from protomamba.train.comm_weights import spread
 
@@ -46,6 +48,7 @@ class Comm:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self._plan = Plan({}, mesh.world)
+        self._owned: dict[str, nn.Parameter] = {}
         self._sum: GradientSum | None = None
 
     @property
@@ -65,9 +68,14 @@ class Comm:
             )
         return share(count, self.world, self.rank)
 
-    def lay(self, named: Mapping[str, Tensor]) -> None:
-        """The parameters whose gradients are to be added, by name; the same on every rank."""
-        self._plan = Plan(named, self.world)
+    def lay(self, named: Mapping[str, nn.Parameter], whole: bool = False) -> dict[str, nn.Parameter]:
+        """Take the parameters whose gradients are to be added, the same on every rank; what of them this rank updates.
+
+        The result shares their memory: a parameter, or some rows of it. whole: no parameter is cut.
+        """
+        self._plan = Plan(named, self.world, whole)
+        self._owned = owned_parameters(self._plan, self.rank)
+        return self._owned
 
     def pieces(self) -> list[Piece]:
         """What of the parameters this rank adds up and updates."""
@@ -88,30 +96,62 @@ class Comm:
         self._sum.finish()
         self._sum = None
 
-    def square_sums(self) -> list[float]:
-        """The sum of squares of the summed gradient, block by block, on every rank: its norm does not depend on W."""
+    def hand_over(self) -> None:
+        """Give the owned parts of parameters, which `lay` returned, the gradients that are in the parameters."""
+        for piece in self.pieces():
+            owned, gradient = self._owned[piece.name], self._plan.named[piece.name].grad
+            owned.grad = None if gradient is None else rows(gradient, piece)
+
+    def square_sums(self, count: int = 0) -> tuple[list[float], int]:
+        """The squares of the summed gradient, added up block by block, and the sum of every rank's `count`.
+
+        The blocks are the same ones on any number of ranks, and so is the norm that is made from them.
+        """
         named = self._plan.named
-        blocks = [b for b in self._plan.layout.owned_blocks(self.rank) if named[b.name].grad is not None]
+        owned = self._plan.layout.owned_blocks(self.rank)
+        blocks = [block for block in owned if named[block.name].grad is not None]
         own = kernels.square_sums([block.of(_gradient(named[block.name])) for block in blocks])
-        parts = self.mesh.swap(torch.tensor(own, dtype=torch.float64))
-        return [value for part in parts for value in part.tolist()]
+        parts = [part.tolist() for part in self.mesh.swap(torch.tensor([count, *own], dtype=torch.float64))]
+        return [value for part in parts for value in part[1:]], int(sum(part[0] for part in parts))
 
     def spread(self) -> None:
         """Bring every rank the weights that the others have updated."""
         spread(self._plan, self.mesh)
 
-    def sums(self, shards: Sequence[Sequence[float | int]]) -> list[float]:
-        """The sums over all shards, in float64 and in the tree's order, of what each of this rank's shards holds."""
-        everyone = self.gather(torch.tensor(shards, dtype=torch.float64).reshape(len(shards), -1))
-        leaves = torch.cat(everyone)
-        found: list[float] = fold({(i, i + 1): leaf for i, leaf in enumerate(leaves)}, len(leaves), torch.add).tolist()
-        return found
+    def sums(self, shards_GN: Tensor) -> Tensor:
+        """(N,): the sums over all shards, in the tree's order, of the rows (g, N) of this rank's, float64."""
+        leaves_GN = torch.cat(self.gather(shards_GN.double()))
+        leaves = {(i, i + 1): leaf_N for i, leaf_N in enumerate(leaves_GN.unbind())}
+        return fold(leaves, len(leaves), lambda a, b: a + b)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in the order of the ranks; they may differ in their first size only."""
         rows = tensor.shape[1:]
         parts = self.mesh.swap(tensor.contiguous().view(-1))
         return [part.view(-1, *rows) for part in parts]
+
+    def collect(self, state: State, everywhere: bool = False) -> State:
+        """The optimizer's state by whole parameters, from every rank's parts: on rank 0 alone, or everywhere."""
+        return collect(self._plan, self.mesh, state, everywhere)
+
+    def cut(self, state: Mapping[str, Mapping[str, Tensor]]) -> State:
+        """What of the optimizer's state by whole parameters belongs to this rank's parts."""
+        return cut(self._plan, self.rank, state)
+
+    def first(self, text: str | None) -> str | None:
+        """What the first of the ranks that has something to say says: the same on every rank."""
+        packed = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
+        told = [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
+        return next((each for each in told if each is not None), None)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Rank 0 runs the block, then the others do: what it writes, they find."""
+        if self.rank > 0:
+            self.first(None)
+        yield
+        if self.rank == 0:
+            self.first(None)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """UserError, naming rank and both values, unless all ranks give the same facts."""

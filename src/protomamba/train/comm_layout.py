@@ -34,16 +34,19 @@ class Piece:
         return flat[self.start * width : self.start * width + self.numel]
 
 
-def blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[Piece]:
-    """All parameters in blocks of BLOCK elements or a little more; what is smaller or a vector is one block."""
-    return [block for name, shape in shapes.items() for block in _cut(name, shape)]
+def blocks(shapes: Mapping[str, tuple[int, ...]], whole: bool = False) -> list[Piece]:
+    """All parameters in blocks of BLOCK elements or a little more; what is smaller or a vector is one block.
+
+    whole: each parameter is one block, for an optimizer that looks at more than an element at a time.
+    """
+    return [block for name, shape in shapes.items() for block in _cut(name, shape, whole)]
 
 
-def _cut(name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+def _cut(name: str, shape: tuple[int, ...], whole: bool) -> Iterator[Piece]:
     rows = shape[0] if len(shape) > 1 else 1
     width = math.prod(shape) // max(1, rows)
     unit = LANES // math.gcd(LANES, max(1, width))
-    step = unit * max(1, math.ceil(BLOCK / max(1, unit * width)))
+    step = max(1, rows) if whole else unit * max(1, math.ceil(BLOCK / max(1, unit * width)))
     for start in range(0, max(1, rows), step):
         stop = min(start + step, rows)
         yield Piece(name, start, stop, (stop - start) * width)
@@ -71,8 +74,8 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
 class Layout:
     """The blocks of a set of parameters and, for each of `world` ranks, the pieces it owns."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], world: int) -> None:
-        self.blocks = blocks(shapes)
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], world: int, whole: bool = False) -> None:
+        self.blocks = blocks(shapes, whole)
         self.owner = owners(self.blocks, world)
         self.pieces = [joined(self.owned_blocks(rank)) for rank in range(world)]
 

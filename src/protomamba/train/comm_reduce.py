@@ -43,9 +43,9 @@ class Slot:
 class Plan:
     """What is sent where, for one set of parameters."""
 
-    def __init__(self, named: Mapping[str, Tensor], world: int) -> None:
+    def __init__(self, named: Mapping[str, Tensor], world: int, whole: bool = False) -> None:
         self.named = dict(named)
-        self.layout = Layout({name: tuple(p.shape) for name, p in named.items()}, world)
+        self.layout = Layout({name: tuple(p.shape) for name, p in named.items()}, world, whole)
         slots = list(self._slots())
         self.large = [slot for slot in slots if slot.piece.numel > SMALL]
         self.small = [slot for slot in slots if slot.piece.numel <= SMALL]

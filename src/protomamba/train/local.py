@@ -41,6 +41,30 @@ class LocalSignals:
         signal.negative_E += corrupted_E
         signal.positions += u_BLE.shape[0] * u_BLE.shape[1]
 
+    def flat(self) -> Tensor:
+        """All sums in one row, float64 (N,): rows of several shards can be added."""
+        parts = [
+            torch.cat(
+                [
+                    each.positive_E.double(),
+                    each.negative_E.double(),
+                    torch.tensor([each.positions], dtype=torch.float64),
+                ]
+            )
+            for each in self.layers.values()
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+    def load_flat(self, sums_N: Tensor) -> None:
+        """Replace the sums by those of a row as `flat` makes them."""
+        start = 0
+        for each in self.layers.values():
+            width = len(each.positive_E)
+            positive_E, negative_E, positions = torch.split(sums_N[start : start + 2 * width + 1], [width, width, 1])
+            each.positive_E, each.negative_E = positive_E.to(each.positive_E), negative_E.to(each.negative_E)
+            each.positions = int(positions)
+            start += 2 * width + 1
+
     def gradient(self, layer: int, weight_E: Tensor) -> tuple[Tensor, float]:
         """The gradient (E,) of the layer's local loss with respect to its D, and that loss."""
         signal = self.layers[layer]

@@ -53,6 +53,7 @@ class Optimizer(Protocol):
     """
 
     slots: ClassVar[tuple[str, ...]]  # the tensors it keeps for a parameter, as they are called in the state
+    elementwise: ClassVar[bool]  # an element's update looks at no other: several ranks may share a parameter
     named: dict[str, nn.Parameter]
 
     def step(self, lr: float, scale: float = 1.0) -> None:
@@ -72,6 +73,7 @@ class OptimizerBase:
     """The bookkeeping of an optimizer whose slots are tensors kept by parameter name."""
 
     slots: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = False
 
     class Config(Schema):
         """The settings of --optimizer-option."""
@@ -111,6 +113,7 @@ class AdamW(OptimizerBase):
     """torch's fused AdamW (Loshchilov & Hutter 2019): decoupled decay on matrices only, see `decays`."""
 
     slots = ("step", "exp_avg", "exp_avg_sq")
+    elementwise = True
 
     class Config(Schema):
         weight_decay: float = Field(0.01, ge=0, le=10, description="decoupled weight decay (matrices only)")
@@ -169,20 +172,25 @@ class AdamW(OptimizerBase):
 OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW}
 
 
+def optimizer_class(config: TrainFields) -> Any:
+    """The optimizer that the configuration names. ConfigError for one that is not there."""
+    return resolve(config.optimizer, OPTIMIZERS, OptimizerBase, "optimizer")
+
+
 def make_optimizer(named: Mapping[str, nn.Parameter], config: TrainFields) -> Optimizer:
     """The optimizer that the configuration names, over `named`, with its settings. ConfigError for a wrong one."""
-    kind: Any = resolve(config.optimizer, OPTIMIZERS, OptimizerBase, "optimizer")
+    kind = optimizer_class(config)
     settings = part_settings(kind.Config, config, config.optimizer_option, "--optimizer-option")
     made: Optimizer = kind(named, settings)
     return made
 
 
-def total_norm(gradients: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all gradients together; NaN or Inf if any element is. 0 without gradients.
+def total_norm(square_sums: Iterable[float]) -> float:
+    """The Euclidean norm from sums of squares; NaN or Inf if any is. 0 without any.
 
     Inf too where the squares are beyond float32, as they would be in AdamW's second moment.
     """
-    norm = math.sqrt(sum(kernels.square_sums(list(gradients))))
+    norm = math.sqrt(sum(square_sums))
     return math.inf if norm > LARGEST_NORM else norm
 
 

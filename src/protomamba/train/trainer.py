@@ -20,11 +20,19 @@ from protomamba.errors import UserError
 from protomamba.kernels import keep_freed_memory
 from protomamba.model.registry import refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.comm import Comm, Local
 from protomamba.train.local import LocalSignals, combine
-from protomamba.train.optim import Optimizer, first_non_finite, learning_rate, make_optimizer, total_norm
+from protomamba.train.optim import (
+    Optimizer,
+    first_non_finite,
+    learning_rate,
+    make_optimizer,
+    optimizer_class,
+    total_norm,
+)
+from protomamba.train.passes import MicroBatch, Passes
 
 MAX_SKIPPED_IN_A_ROW = 10
-MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # inputs (B, L), targets (B, L), reset (B, L) or None
 AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
 
 
@@ -91,7 +99,7 @@ class Trainer:
     frees (`kernels.keep_freed_memory`): a step asks for the same memory as the one before.
     """
 
-    def __init__(self, model: SequenceModel, config: TrainConfig | None = None) -> None:
+    def __init__(self, model: SequenceModel, config: TrainConfig | None = None, comm: Comm | None = None) -> None:
         if not isinstance(model, SequenceModel):
             raise TypeError(
                 f"Trainer takes a SequenceModel, not {type(model).__name__}: give it the model itself (`.module` of a "
@@ -99,7 +107,9 @@ class Trainer:
             )
         keep_freed_memory()
         self.model = model
+        self.comm = comm or Local()
         self.config: TrainFields = config or TrainConfig()
+        self.grad_shards = self.config.grad_shards or self.comm.world
         self.model.precision = self.config.precision
         self.global_step = 0
         self.schedule_start = 0
@@ -134,12 +144,14 @@ class Trainer:
     def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
         backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
         lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
-        signals = LocalSignals()
         self.zero_grad()
-        with torch.set_grad_enabled(backpropagate):
-            loss, targets = self._forward(batches, signals, backpropagate)
+        loss, targets, signals = self._passes(batches, backpropagate).run()
         ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
-        grad_norm = total_norm(self.gradients().values()) if backpropagate else None
+        grad_norm = None
+        if backpropagate:
+            self.comm.hand_over()
+            squares, conflicts = self.comm.square_sums(conflicts)
+            grad_norm = total_norm(squares)
         culprit = self._non_finite(loss, grad_norm, local)
         clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
         if culprit is None:
@@ -169,20 +181,20 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for parameter in self.optimizer.named.values():
+        for parameter in (*self.optimizer.named.values(), *self.model.parameters()):
             parameter.grad = None
 
-    def _forward(self, batches: Sequence[MicroBatch], signals: LocalSignals, backpropagate: bool) -> tuple[float, int]:
-        """The mean loss over all targets, and how many; with `backpropagate` gradients are left in the parameters."""
-        counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in batches]
-        total, mean = max(1, sum(counts)), 0.0
-        hook = signals if self.config.ff_lr > 0 else None
-        for (tokens_BL, targets_BL, reset_BL), count in zip(batches, counts, strict=True):
-            loss = self.model(tokens_BL, targets_BL, reset_BL=reset_BL, activation_hook=hook)
-            if backpropagate and loss.requires_grad:
-                (loss if count == total else loss * (count / total)).backward()
-            mean += float(loss.detach()) * count / total
-        return mean, sum(counts)
+    def _passes(self, batches: Sequence[MicroBatch], backpropagate: bool) -> Passes:
+        return Passes(
+            self.model,
+            self.comm,
+            batches,
+            shards=self.grad_shards,
+            seed=self.config.seed,
+            step=self.global_step,
+            local=self.config.ff_lr > 0,
+            backpropagate=backpropagate,
+        )
 
     def _local_gradients(
         self, signals: LocalSignals, backpropagate: bool
@@ -211,6 +223,7 @@ class Trainer:
     def _apply(self, lr: float, local: Mapping[Tensor, Tensor], scale: float, backpropagate: bool) -> None:
         if backpropagate:
             self.optimizer.step(lr, scale)
+            self.comm.spread()
             self.model.head.post_step()
         with torch.no_grad():
             for weight, gradient_E in local.items():
@@ -219,20 +232,26 @@ class Trainer:
     def _non_finite(self, loss: float, grad_norm: float | None, local: Mapping[Tensor, Tensor]) -> str | None:
         """The name of the first thing that is NaN or Inf before an update would spread it; None if all is well.
 
-        A step without backpropagation touches no weight but D: its loss and local gradients tell enough.
+        A step without backpropagation touches no weight but D: its loss and local gradients tell enough. Each rank
+        looks at what it owns, and all are told.
         """
         suspects = {f"the local gradient of D ({i})": gradient_E for i, gradient_E in enumerate(local.values())}
         if grad_norm is not None or not math.isfinite(loss):
-            suspects = {**dict(self.model.named_parameters()), **suspects}
+            suspects = {**self._weights(), **suspects}
         if grad_norm is not None:
             for name, slots in self.optimizer.state().items():
                 suspects |= {f"{name} (optimizer {slot})": x for slot, x in slots.items() if x.ndim or slot != "step"}
             if not math.isfinite(grad_norm):
                 suspects |= {f"{name} (gradient)": g for name, g in self.gradients().items()}
-        found = first_non_finite(suspects) or (None if math.isfinite(loss) else "the loss")
+        found = self.comm.first(first_non_finite(suspects)) or (None if math.isfinite(loss) else "the loss")
         # Finite gradients whose squares overflow would make the second moment infinite for good.
         overflow = grad_norm is not None and not math.isfinite(grad_norm)
         return found or ("the gradients' norm" if overflow else None)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The frozen parameters, and of the others what this rank updates."""
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        return {**frozen, **self.optimizer.named}
 
     def _guard(self, culprit: str | None) -> None:
         """Count a skipped update; stop where that is asked for, or when nothing but skipping happens."""
@@ -288,17 +307,21 @@ class Trainer:
 
     def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
-        slots = self.optimizer.state()
+        slots = self.comm.collect(self.optimizer.state(), everywhere=True)
         origins = self.model.grow(target, placement, seed)
         self.optimizer = self._new_optimizer()
-        self.optimizer.load_state(renamed_layers(slots, origins))
+        self.load_slots(renamed_layers(slots, origins))
 
     def freeze(self, policy: str = "none", embedding: bool = False) -> None:
         """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its moments."""
-        slots = self.optimizer.state()
+        slots = self.comm.collect(self.optimizer.state(), everywhere=True)
         self.model.freeze(policy, embedding)
         self.optimizer = self._new_optimizer()
-        self.optimizer.load_state(slots)
+        self.load_slots(slots)
+
+    def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the optimizer's state of whole parameters, by name; names that are not trained are left out."""
+        self.optimizer.load_state(self.comm.cut(slots))
 
     def state_dict(self) -> dict[str, int]:
         return {stored: getattr(self, name) for stored, name in TRAINER_STATE.items()}
@@ -308,10 +331,10 @@ class Trainer:
             setattr(self, name, state[stored])
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
-        """What a checkpoint holds of the training itself, by name."""
+        """What a checkpoint holds of the training itself, by name; on rank 0, but all ranks must ask for it."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": {"moments": self.optimizer.state()},
+            "optimizer": {"moments": self.comm.collect(self.optimizer.state())},
             "trainer": self.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
@@ -321,9 +344,12 @@ class Trainer:
         policy, embedding = self.model.frozen
         return {
             "model": self.model.config.model_dump(mode="json"),
-            "train": self.config.model_dump(mode="json", include=set(TrainFields.model_fields)),
+            "train": {**self._settings(), "grad_shards": self.grad_shards},
             "frozen": {"layers": policy, "embedding": embedding, "parameters": self._frozen_names()},
         }
+
+    def _settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", include=set(TrainFields.model_fields))
 
     def _frozen_names(self) -> list[str]:
         return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
@@ -338,11 +364,11 @@ class Trainer:
         return cls.from_checkpoint(checkpoint.load(Path(path)))
 
     @classmethod
-    def from_checkpoint(cls, loaded: checkpoint.Checkpoint) -> Self:
+    def from_checkpoint(cls, loaded: checkpoint.Checkpoint, comm: Comm | None = None) -> Self:
         """A trainer from a checkpoint already read and verified."""
         config = TrainConfig.recorded(loaded.config["train"])
         refuse_unnamed(config.optimizer, "optimizer")
-        trainer = cls(build_model(loaded), config)
+        trainer = cls(build_model(loaded), config, comm)
         trainer.restore(loaded)
         return trainer
 
@@ -361,13 +387,13 @@ class Trainer:
         if wrong:
             raise UserError("the checkpoint is of another trainer:\n  " + "\n  ".join(wrong))
         self.model.load_state_dict(loaded.parts["model"])
-        self.optimizer.load_state(loaded.parts["optimizer"]["moments"])
+        self.load_slots(loaded.parts["optimizer"]["moments"])
         self.load_state_dict(loaded.parts["trainer"])
         torch.set_rng_state(loaded.parts["rng"]["torch"])
 
     def _new_optimizer(self) -> Optimizer:
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return make_optimizer(named, self.config)
+        return make_optimizer(self.comm.lay(named, not optimizer_class(self.config).elementwise), self.config)
 
 
 def micro_batch(batch: AnyBatch) -> MicroBatch:
