@@ -41,9 +41,11 @@ def batches(step: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def steps(comm: Comm, first: int, last: int, state: Any, head: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+def steps(
+    comm: Comm, made: SequenceModel, first: int, last: int, state: Any, settings: dict[str, Any]
+) -> tuple[Any, Any]:
     """The trainer's parts after these steps, starting from a state, and what each step told."""
-    trainer = Trainer(model(head), TrainConfig(**settings), comm)
+    trainer = Trainer(made, TrainConfig(**settings), comm)
     if state is not None:
         trainer.model.load_state_dict(state["model"])
         trainer.load_slots(state["optimizer"]["moments"])
@@ -55,11 +57,12 @@ def steps(comm: Comm, first: int, last: int, state: Any, head: str, settings: di
     return kept, told
 
 
-def on(world: int, *arguments: Any) -> tuple[Any, Any]:
+def on(world: int, first: int, last: int, state: Any, head: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     """The same on several ranks: all told the same, all have the same weights, and rank 0 the whole state."""
+    models = [model(head) for _ in range(world)]  # first: all threads have one generator
     if world == 1:
-        return steps(Local(), *arguments)
-    found = ranks(world, lambda comm: steps(comm, *arguments))
+        return steps(Local(), models[0], first, last, state, settings)
+    found = ranks(world, lambda comm: steps(comm, models[comm.rank], first, last, state, settings))
     for parts, told in found[1:]:
         assert_equal(parts["model"], found[0][0]["model"], "weights")
         assert told == found[0][1]
@@ -105,8 +108,10 @@ def test_random_settings_with_cuts(plan: int) -> None:
 
 
 def test_the_moments_are_shared_out() -> None:
+    models = [model() for _ in range(4)]
+
     def held(comm: Comm) -> int:
-        trainer = Trainer(model(), TrainConfig(**SETTINGS), comm)
+        trainer = Trainer(models[comm.rank], TrainConfig(**SETTINGS), comm)
         trainer.train_step(*batches(0))
         return sum(x.numel() for slots in trainer.optimizer.state().values() for x in slots.values())
 
@@ -125,8 +130,10 @@ def test_eight_shards_are_one_to_rounding() -> None:
 
 
 def test_a_non_finite_number_is_seen_by_all() -> None:
+    models = [model() for _ in range(3)]
+
     def skip(comm: Comm) -> tuple[bool, int]:
-        trainer = Trainer(model(), TrainConfig(**SETTINGS), comm)
+        trainer = Trainer(models[comm.rank], TrainConfig(**SETTINGS), comm)
         trainer.train_step(*batches(0))
         if comm.rank == comm.world - 1:  # in a piece that only this rank owns
             name = list(trainer.optimizer.state())[-1]
