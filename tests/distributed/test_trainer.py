@@ -16,7 +16,7 @@ from protomamba.train.comm import Comm, Local
 from tests.distributed.threads import ranks
 from tests.runs import assert_equal
 
-SHARDS, ROWS, LENGTH, VOCAB = 8, 9, 12, 500
+SHARDS, ROWS, LENGTH, VOCAB = 8, 9, 12, 1_200
 SETTINGS = {
     **{"steps": 12, "grad_shards": SHARDS, "lr": 1e-2, "ff_lr": 1e-2, "grad_clip_norm": 0.05, "seed": 3},
     **{"lr_warmup_steps": 0, "bp_cadence_steps": 1},

@@ -46,10 +46,11 @@ class Passes:
         With `backpropagate` the gradients' sums are left at the ranks that own them: see `Comm.finish`.
         """
         counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in self.batches]
+        total = sum(self.model.head.weight_of(targets_BL) for _, targets_BL, _ in self.batches) or 1.0
         if self.backpropagate:
             self.comm.open(self.shards)
         with torch.set_grad_enabled(self.backpropagate):
-            found = [self._shard(shard, max(1, sum(counts))) for shard in self._own_shards()]
+            found = [self._shard(shard, total) for shard in self._own_shards()]
         if self.backpropagate:
             self.comm.finish()
         signals = found[0][1]
@@ -67,18 +68,18 @@ class Passes:
                 buffer.copy_(value)
             yield shard
 
-    def _shard(self, shard: int, total: int) -> tuple[Tensor, LocalSignals]:
+    def _shard(self, shard: int, total: float) -> tuple[Tensor, LocalSignals]:
         """One shard's part of the mean loss, float64 (1,), and its sums for the local losses."""
         signals, mean = LocalSignals(), 0.0
         for number, batch in enumerate(self.batches):
             inputs, targets_BL, reset_BL = rows_of(batch, shard, self.shards)
-            count = int((targets_BL >= 0).sum())
+            weight = self.model.head.weight_of(targets_BL)
             with self._random(shard, number, batch[1]):
                 hook = signals if self.local else None
                 loss = self.model(inputs, targets_BL, reset_BL=reset_BL, activation_hook=hook)
                 if self.backpropagate and loss.requires_grad:
-                    (loss if count == total else loss * (count / total)).backward()
-            mean += float(loss.detach()) * count / total
+                    (loss if weight == total else loss * (weight / total)).backward()
+            mean += float(loss.detach()) * weight / total
         if self.backpropagate:
             self._hand_in(shard)
         return torch.tensor([mean], dtype=torch.float64), signals

@@ -113,10 +113,6 @@ class Head(nn.Module, ABC):
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
         raise ConfigError(f"--tie-embedding: {type(self).__name__} cannot share the embedding; the softmax head can")
 
-    def begin_step(self, key: int, targets_T: Tensor) -> None:
-        """Called before each forward pass of training that several ranks share: `targets_T` are those of all ranks, in
-        their order, `key` (>= 0) tells the pass from every other. A head that draws anything draws it from these."""
-
     def post_step(self) -> None:
         """Called after each update of the parameters."""
 
