@@ -26,7 +26,7 @@ ROWS = (
     ("export", "decode", "predict"),
     ("train",),
     ("model", "data", "checkpoint", "report"),
-    ("kernels", "config_file", "metrics_file", "storage", "output", "bits"),
+    ("kernels", "config_file", "metrics_file", "storage", "folder_lock", "output", "bits"),
     ("config",),
     ("errors",),
 )
@@ -34,8 +34,8 @@ ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
 # Stricter than the rows: all that these may import of ours, beside themselves.
 ONLY = {
-    "data": {"config", "errors", "storage"},
-    "checkpoint": {"config", "errors", "storage"},
+    "data": {"config", "errors", "folder_lock", "storage"},
+    "checkpoint": {"config", "errors", "folder_lock", "storage"},
     "report": {"config", "errors", "metrics_file", "storage"},
     "kernels": {"errors"},
     "storage": {"errors"},

@@ -43,7 +43,7 @@ def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
     sources = []
     for given in inputs:
-        for path, name in _files_in(given) if given.is_dir() else [(given, given.name)]:
+        for path, name in _files_in(given) if os.path.isdir(given) else [(given, given.name)]:
             if check_regular_file(path).st_size:  # an empty file has no document
                 chosen = SUFFIX_FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
                 sources.append(Source(path, name, chosen))
@@ -53,12 +53,32 @@ def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
 
 
 def _files_in(folder: Path) -> list[tuple[Path, str]]:
-    found = []
-    for place, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        here = Path(place)
-        found += [(here / name).relative_to(folder) for name in names if not name.startswith(".")]
+    """The files below a folder, through links too, in the order of their names. UserError where it cannot be walked."""
+    found = [path.relative_to(folder) for path in _walk(folder)]
     return [(folder / path, path.as_posix()) for path in sorted(found, key=lambda path: path.as_posix())]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All that is no folder and not hidden. What cannot be looked at counts as a file, whose reading then says why."""
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, (folder.resolve(),))]
+    while waiting:
+        place, above = waiting.pop()
+        for path in _entries(place):
+            if not os.path.isdir(path):
+                yield path
+                continue
+            home = path.resolve()
+            if home in above:
+                raise UserError(f"{path}: a link that leads back to {home}, where it lies; name the folders one by one")
+            waiting.append((path, (*above, home)))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry) for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read: {os_message(error)}") from error
 
 
 def pieces_of(source: Source, field: str) -> Iterator[Piece]:

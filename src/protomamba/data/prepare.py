@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.claim import PrepareLock, check_unchanged
 from protomamba.data.documents import Piece, Source, find_sources, grouped, pieces_of
-from protomamba.data.files import chunks_of, read_json, reference, sha256_of
+from protomamba.data.files import FileRef, chunks_of, read_json, reference, sha256_of
 from protomamba.data.formats import TokenWriter
-from protomamba.data.manifest import Manifest, ShardEntry, read_manifest
+from protomamba.data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from protomamba.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer
 from protomamba.errors import ConfigError, UserError
-from protomamba.storage import atomic_file, make_folder, write_json
+from protomamba.storage import atomic_file, make_folder, remove_stale_temporaries, write_json
 
 PROGRESS_FILE = "prepare-progress.json"
 Progress = Callable[[int, int], None]
@@ -63,7 +64,33 @@ def prepare(
     for source in sources:
         if source.path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{source.path}: is an input and lies in --out-dir {folder}; choose another --out-dir")
-    listed = _describe(sources, jobs)
+    make_folder(folder)
+    with PrepareLock(folder):
+        remove_stale_temporaries(folder, _is_ours)
+        return _prepare(sources, folder, field, tokenizer, train_bpe, shard_tokens, jobs, eos, progress)
+
+
+def _is_ours(name: str) -> bool:
+    return name in (MANIFEST, PROGRESS_FILE, TOKENIZER_FILE) or (name.startswith("shard-") and name.endswith(".bin"))
+
+
+def _prepare(
+    sources: Sequence[Source],
+    folder: Path,
+    field: str,
+    tokenizer: str,
+    train_bpe: int | None,
+    shard_tokens: int,
+    jobs: int,
+    eos: str,
+    progress: Progress | None,
+) -> Manifest:
+    """What `prepare` does once the folder is its own."""
+    files = _describe(sources, jobs)
+    listed: list[dict[str, Any]] = [
+        {"name": source.name, "format": source.format, "bytes": file.size, "sha256": file.sha256}
+        for source, file in zip(sources, files, strict=True)
+    ]
     chosen = f"bpe {train_bpe}" if train_bpe else tokenizer if tokenizer == "bytes" else sha256_of(Path(tokenizer))
     plan = _checksum([listed, field, chosen, shard_tokens, eos])
     state = _open_folder(folder, plan)
@@ -73,7 +100,7 @@ def prepare(
     dtype = "uint16" if encoder.vocab_size <= 2**16 else "uint32"
     writer = _ShardWriter(folder, state, dtype, shard_tokens)
     total = sum(entry["bytes"] for entry in listed)
-    for unit in _encoded(sources, field, encoder, jobs, writer.first_unit):
+    for unit in _encoded(_groups(sources, files, field), encoder, jobs, writer.first_unit):
         writer.add(unit)
         if progress:
             progress(unit.read, total)
@@ -82,13 +109,9 @@ def prepare(
     return _write_manifest(folder, state, dtype, encoder, made_of, writer.raw_bytes)
 
 
-def _describe(sources: Sequence[Source], jobs: int) -> list[dict[str, Any]]:
+def _describe(sources: Sequence[Source], jobs: int) -> list[FileRef]:
     with ThreadPoolExecutor(jobs) as pool:
-        files = list(pool.map(lambda source: reference(source.path), sources))
-    return [
-        {"name": source.name, "format": source.format, "bytes": file.size, "sha256": file.sha256}
-        for source, file in zip(sources, files, strict=True)
-    ]
+        return list(pool.map(lambda source: reference(source.path), sources))
 
 
 def _checksum(value: Any) -> str:
@@ -111,7 +134,6 @@ class _State:
 
 def _open_folder(folder: Path, plan: str) -> _State | Manifest:
     """The finished manifest, the state to go on from, or a new one. UserError if the folder is in other use."""
-    make_folder(folder)
     other = f"{folder}: holds shards made from other inputs or with other options; choose an empty --out-dir"
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -119,6 +141,7 @@ def _open_folder(folder: Path, plan: str) -> _State | Manifest:
             raise UserError(other)
         for shard in manifest.shards:
             manifest.check_shard(folder / shard.name, shard.tokens, sha256_of(folder / shard.name))
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)  # left by a kill right behind the manifest
         return manifest
     if (folder / PROGRESS_FILE).is_file():
         return _load_state(folder, plan, other)
@@ -181,16 +204,18 @@ class _Unit:
     read: int
 
 
-def _groups(sources: Sequence[Source], field: str) -> Iterator[tuple[list[Piece], int]]:
-    """Units of work, and the bytes of all inputs that are read after each."""
+def _groups(sources: Sequence[Source], files: Sequence[FileRef], field: str) -> Iterator[tuple[list[Piece], int]]:
+    """Units of work, and the bytes of all inputs that are read after each. UserError where an input has changed."""
     before = 0
-    for source in sources:
+    for source, file in zip(sources, files, strict=True):
         for group in grouped(pieces_of(source, field)):
+            check_unchanged(source.path, file)
             yield group, before + group[-1].read
-        before += source.path.stat().st_size
+        check_unchanged(source.path, file)  # one cut to nothing yields no group
+        before += file.size
 
 
-def _encoded(sources: Sequence[Source], field: str, tokenizer: Tokenizer, jobs: int, first: int) -> Iterator[_Unit]:
+def _encoded(groups: Iterable[tuple[list[Piece], int]], tokenizer: Tokenizer, jobs: int, first: int) -> Iterator[_Unit]:
     """The units in order, encoded by `jobs` threads, at most two ahead each; those before `first` are only read."""
 
     def encode(number: int, group: list[Piece], read: int) -> _Unit:
@@ -200,7 +225,7 @@ def _encoded(sources: Sequence[Source], field: str, tokenizer: Tokenizer, jobs: 
 
     waiting: deque[Future[_Unit]] = deque()
     with _no_inner_threads(), ThreadPoolExecutor(jobs) as pool:
-        for number, (group, read) in enumerate(_groups(sources, field)):
+        for number, (group, read) in enumerate(groups):
             waiting.append(pool.submit(encode, number, group, read))
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
