@@ -1,0 +1,102 @@
+"""AdamW over the touched rows of large tables: an untouched row costs nothing and does not move.
+
+    touched at update t, last touched at update u:   m <- beta1^(t-u-1) m      v <- beta2^(t-u-1) v
+                                                     w <- prod over the updates between of (1 - lr wd) w
+    then one AdamW update of the row at update t.
+
+So moments and decay of the updates between are caught up in closed form, never by replay. It is not AdamW: there,
+moments that are not yet 0 keep moving a row without a gradient. What that is worth: docs/many-classes.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protomamba.kernels.rows import row_gradient
+
+# Tables of at least this many rows are row-sparse unless the run says otherwise.
+MANY_ROWS = 65_536
+
+
+class RowAdamW:
+    """The slots of one table (V, D), and its update. `row_wise`: one second moment a row, the mean over it.
+
+    Slots: exp_avg (V, D), exp_avg_sq (V, D) or (V, 1), touched int32 (V,) (the update that last touched the row, 0
+    never), shrunk float64 (V,) (log of the decay up to there); step (updates so far) and log_decay, float64 scalars.
+    """
+
+    def __init__(self, table: nn.Parameter, config: Any, decay: bool, row_wise: bool) -> None:
+        rows, width = table.shape
+        self.table, self.config = table, config
+        self.weight_decay = config.weight_decay if decay else 0.0
+        self.slots = {
+            "exp_avg": torch.zeros_like(table),
+            "exp_avg_sq": table.new_zeros(rows, 1 if row_wise else width),
+            "touched": torch.zeros(rows, dtype=torch.int32),
+            "shrunk": torch.zeros(rows, dtype=torch.float64),
+            "step": torch.zeros((), dtype=torch.float64),
+            "log_decay": torch.zeros((), dtype=torch.float64),
+        }
+
+    @staticmethod
+    def bytes_of(table: Tensor, row_wise: bool) -> int:
+        """How large the slots of a table are."""
+        rows, width = table.shape
+        return rows * (width * table.element_size() + (1 if row_wise else width) * table.element_size() + 12) + 16
+
+    @torch.no_grad()
+    def update(self, lr: float, scale: float = 1.0) -> None:
+        """One update at rate `lr`; the gradient is multiplied by `scale`. Without a gradient only time goes on."""
+        slots = self.slots
+        slots["step"].add_(1)
+        slots["log_decay"].add_(math.log1p(-lr * self.weight_decay))
+        if self.table.grad is None:
+            return
+        rows_R, gradient_RD = row_gradient(self.table.grad)
+        first_RD, second_RX = self._moments(rows_R, gradient_RD * scale)
+        weight_RD = self.table.index_select(0, rows_R)
+        if self.weight_decay:
+            behind_R = slots["log_decay"] - slots["shrunk"].index_select(0, rows_R)
+            weight_RD *= behind_R.exp()[:, None].to(weight_RD.dtype)
+        step, config = float(slots["step"]), self.config
+        denominator_RX = (second_RX / (1 - config.beta2**step)).sqrt_().add_(config.adam_eps)
+        weight_RD -= (lr / (1 - config.beta1**step)) * first_RD / denominator_RX
+        self.table.index_copy_(0, rows_R, weight_RD)
+        for slot, value in (("exp_avg", first_RD), ("exp_avg_sq", second_RX)):
+            slots[slot].index_copy_(0, rows_R, value)
+        slots["touched"].index_fill_(0, rows_R, int(step))
+        slots["shrunk"].index_copy_(0, rows_R, slots["log_decay"].expand(len(rows_R)).contiguous())
+
+    def _moments(self, rows_R: Tensor, gradient_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments of the touched rows, caught up and with this update's gradient in them."""
+        slots, beta1, beta2 = self.slots, self.config.beta1, self.config.beta2
+        elapsed_R1 = (slots["step"] - slots["touched"].index_select(0, rows_R))[:, None]
+        first_RD, second_RX = (slots[slot].index_select(0, rows_R) for slot in ("exp_avg", "exp_avg_sq"))
+        first_RD *= torch.pow(beta1, elapsed_R1).to(first_RD.dtype)
+        second_RX *= torch.pow(beta2, elapsed_R1).to(second_RX.dtype)
+        square_RX = gradient_RD.square()
+        if second_RX.shape[1] != square_RX.shape[1]:
+            square_RX = square_RX.mean(1, keepdim=True)
+        return first_RD.add_(gradient_RD, alpha=1 - beta1), second_RX.add_(square_RX, alpha=1 - beta2)
+
+
+def wants_rows(table: Tensor, setting: bool | None) -> bool:
+    """Whether a table is row-sparse: as --sparse-rows says, or, without it, by its size."""
+    return table.ndim == 2 and (len(table) >= MANY_ROWS if setting is None else setting)
+
+
+def load_slots(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> None:
+    """Take over the slots of a checkpoint, in place. ValueError where it has others, or of other shapes."""
+    if mine.keys() != given.keys():
+        raise ValueError(
+            f"{name}: a state of {', '.join(given)}, expected {', '.join(mine)}: was --sparse-rows another then?"
+        )
+    for slot, tensor in mine.items():
+        if tensor.shape != given[slot].shape:
+            raise ValueError(f"{name}: {slot} of shape {tuple(given[slot].shape)}, expected {tuple(tensor.shape)}")
+        tensor.copy_(given[slot])

@@ -1,0 +1,117 @@
+"""Tables of many rows: gradients of the touched rows, and an AdamW that catches the others up when they are touched."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from protomamba.bits import same
+from protomamba.kernels.rows import gather_rows, row_gradient, unique_rows
+from protomamba.train.row_sparse import RowAdamW, load_slots
+
+CONFIG = SimpleNamespace(beta1=0.9, beta2=0.99, adam_eps=1e-8, weight_decay=0.1)
+
+
+def touch(table: nn.Parameter, rows: list[int], generator: torch.Generator) -> Tensor:
+    """A sparse gradient of some rows, and the same dense."""
+    gradient = torch.randn(len(rows), table.shape[1], generator=generator, dtype=table.dtype)
+    table.grad = None
+    (gather_rows(table, torch.tensor(rows)) * gradient).sum().backward()
+    dense = torch.zeros_like(table)
+    dense[rows] = gradient
+    return dense
+
+
+def test_the_gradient_is_the_rows_and_nothing_else() -> None:
+    table = nn.Parameter(torch.randn(50, 4))
+    ids = torch.tensor([[7, 3, 7], [49, 3, 3]])
+    rows, places = unique_rows(ids)
+    assert rows.tolist() == [3, 7, 49] and torch.equal(gather_rows(table, rows)[places], table[ids])
+    weight = torch.randn(2, 3, 4)
+    (nn.functional.embedding(places, gather_rows(table, rows)) * weight).sum().backward()
+    assert table.grad is not None and table.grad.is_sparse
+    dense = nn.Parameter(table.detach().clone())
+    (nn.functional.embedding(ids, dense) * weight).sum().backward()
+    torch.testing.assert_close(table.grad.to_dense(), dense.grad)
+    found, values = row_gradient(table.grad)
+    assert found.tolist() == [3, 7, 49] and values.shape == (3, 4)
+
+
+def test_gradients_of_two_passes_are_added_by_row_in_order() -> None:
+    table = nn.Parameter(torch.zeros(9, 2))
+    for rows, value in (([1, 4], 1.0), ([4, 8], 10.0)):
+        (gather_rows(table, torch.tensor(rows)) * value).sum().backward()
+    assert table.grad is not None
+    rows_R, values_RD = row_gradient(table.grad)
+    assert rows_R.tolist() == [1, 4, 8] and values_RD[:, 0].tolist() == [1.0, 11.0, 10.0]
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_a_table_touched_whole_at_each_update_moves_as_adamw_moves_it(decay: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = nn.Parameter(torch.randn(6, 3, generator=generator, dtype=torch.float64))
+    dense = nn.Parameter(table.detach().clone())
+    adamw = torch.optim.AdamW([dense], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1 if decay else 0.0)
+    rows = RowAdamW(table, CONFIG, decay, row_wise=False)
+    for lr in (1e-2, 2e-2, 5e-3):
+        dense.grad = touch(table, list(range(6)), generator)
+        adamw.param_groups[0]["lr"] = lr
+        adamw.step()
+        rows.update(lr)
+    torch.testing.assert_close(table.detach(), dense.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_an_untouched_row_does_not_move_and_is_caught_up_in_closed_form() -> None:
+    """Against a replay: between two touches moments decay by b^k, and the weight by each update's 1 - lr wd."""
+    generator = torch.Generator().manual_seed(1)
+    table = nn.Parameter(torch.randn(8, 2, generator=generator, dtype=torch.float64))
+    rows = RowAdamW(table, CONFIG, decay=True, row_wise=False)
+    weight, first, second = table.detach().clone(), torch.zeros(8, 2).double(), torch.zeros(8, 2).double()
+    owed = torch.ones(8, 1).double()
+    for step in range(1, 30):
+        lr = 0.01 + 0.001 * step
+        touched = sorted({step % 8, (step * step) % 5, 7} - ({7} if step % 9 else set()))
+        before = table.detach().clone()
+        dense = touch(table, touched, generator)
+        rows.update(lr)
+        # The replay: every row's moments and debt at every update.
+        first, second = 0.9 * first + 0.1 * dense, 0.99 * second + 0.01 * dense.square()
+        owed = owed * (1 - lr * 0.1)
+        update = (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
+        weight[touched] = weight[touched] * owed[touched] - lr * update[touched]
+        owed[touched] = 1.0
+        untouched = [row for row in range(8) if row not in touched]
+        assert same(table.detach()[untouched], before[untouched])
+        torch.testing.assert_close(table.detach(), weight, rtol=1e-9, atol=1e-9)
+
+
+def test_a_row_wise_second_moment_is_the_mean_over_the_row() -> None:
+    table = nn.Parameter(torch.ones(3, 4))
+    rows = RowAdamW(table, CONFIG, decay=False, row_wise=True)
+    generator = torch.Generator().manual_seed(2)
+    dense = touch(table, [1], generator)
+    rows.update(0.1)
+    assert rows.slots["exp_avg_sq"].shape == (3, 1)
+    torch.testing.assert_close(rows.slots["exp_avg_sq"][1, 0], 0.01 * dense[1].square().mean())
+    assert sum(x.numel() * x.element_size() for x in rows.slots.values()) == RowAdamW.bytes_of(table, True)
+
+
+def test_the_slots_come_back_to_the_bit_and_others_are_refused() -> None:
+    generator = torch.Generator().manual_seed(3)
+    table = nn.Parameter(torch.randn(5, 3, generator=generator))
+    rows = RowAdamW(table, CONFIG, decay=True, row_wise=False)
+    for step in range(4):
+        touch(table, [step, 4], generator)
+        rows.update(0.1)
+    saved = {slot: tensor.clone() for slot, tensor in rows.slots.items()}
+    again = RowAdamW(nn.Parameter(table.detach().clone()), CONFIG, decay=True, row_wise=False)
+    load_slots(again.slots, saved, "table")
+    for one in (rows, again):
+        touch(one.table, [0, 2], torch.Generator().manual_seed(9))
+        one.update(0.2, scale=0.5)
+    assert same(again.table.detach(), table.detach()) and same(again.slots, rows.slots)
+    with pytest.raises(ValueError, match="--sparse-rows"):
+        load_slots(again.slots, {"exp_avg": saved["exp_avg"]}, "table")
