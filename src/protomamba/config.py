@@ -126,11 +126,16 @@ class TrainFields(Schema):
     steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="how the rate goes down; wsd: at full rate, then down in the last fifth"
+    )
     lr_warmup_steps: int | None = Field(
         None, ge=0, description="linear warm-up before the decay; auto = 2 % of the steps"
     )
     lr_min_scale: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay as a fraction of lr")
-    optimizer: str = Field("adamw", description="adamw or package.module:Class")
+    optimizer: str = Field(
+        "adamw", description="adamw, muon (hidden matrices; AdamW for the rest) or package.module:Class"
+    )
     optimizer_option: tuple[str, ...] = Field((), description="a setting of the optimizer, KEY=VALUE; repeatable")
     weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW decoupled weight decay (matrices only)")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the first moment")

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from protomamba import ModelConfig, SequenceModel, TrainConfig
+from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
+from protomamba.bits import same
 from protomamba.kernels import square_sums
-from protomamba.train.optim import Optimizer, decays, first_non_finite, learning_rate, make_optimizer, total_norm
+from protomamba.train.optim import Optimizer, decays, first_non_finite, make_optimizer, total_norm
+from protomamba.train.schedule import learning_rate
 
 
 def adamw(model: torch.nn.Module, **settings: Any) -> Optimizer:
@@ -106,3 +108,50 @@ def test_it_knows_how_much_its_state_will_grow() -> None:
     optimizer.step(1e-3)
     held = sum(x.numel() * x.element_size() for state in optimizer.state().values() for x in state.values())
     assert held == to_come and optimizer.bytes_to_come() == 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_every_schedule_warms_up_and_ends_at_its_floor(schedule: str) -> None:
+    config = TrainConfig(lr=1.0, lr_warmup_steps=10, lr_min_scale=0.1, schedule=schedule)
+    rates = [learning_rate(step, 110, config) for step in range(110)]
+    assert rates[4] == 0.5 and rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+    if schedule == "wsd":
+        assert rates[80] == 1.0 > rates[100]
+
+
+def test_muon_moves_hidden_matrices_and_adamw_the_rest() -> None:
+    model = SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1), seed=0)
+    optimizer = adamw(model, optimizer="muon", weight_decay=0.0)
+    to_come = optimizer.bytes_to_come()
+    for parameter in optimizer.named.values():
+        parameter.grad = torch.randn_like(parameter, requires_grad=False)
+    before = {name: p.detach().clone() for name, p in optimizer.named.items()}
+    optimizer.step(1e-3, scale=0.5)
+    state = optimizer.state()
+    assert set(state["layers.0.mixer.in_proj.weight"]) == {"momentum_buffer"}
+    assert (
+        set(state["layers.0.mixer.conv1d.weight"])
+        == set(state["embedding.weight"])
+        == {"step", "exp_avg", "exp_avg_sq"}
+    )
+    assert sum(x.numel() * x.element_size() for s in state.values() for x in s.values()) == to_come
+    moved = optimizer.named["layers.0.mixer.in_proj.weight"].detach() - before["layers.0.mixer.in_proj.weight"]
+    singular = torch.linalg.svdvals(moved.double())
+    assert float(singular.max() / singular.min()) < 3  # all directions alike; of a random matrix it is 6
+
+
+def test_muons_state_comes_back() -> None:
+    model = SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1), seed=0)
+    ids = torch.arange(20).reshape(2, 10) % 5
+    trainer = Trainer(model, TrainConfig(optimizer="muon", steps=9, lr=1e-3))
+    for _ in range(3):
+        trainer.train_step(ids, ids)
+    twin = Trainer(SequenceModel(model.config, seed=1), trainer.config)
+    twin.model.load_state_dict(model.state_dict())
+    twin.optimizer.load_state(trainer.optimizer.state())
+    twin.load_state_dict(trainer.state_dict())
+    twin.model.head.draws.copy_(model.head.draws)
+    assert twin.train_step(ids, ids) == trainer.train_step(ids, ids)
+    assert same(dict(twin.model.named_parameters()), dict(model.named_parameters()))

@@ -1,4 +1,4 @@
-"""Optimizers by name, what of a model decays, and the learning rate as a pure function of the step."""
+"""Optimizers by name, and what of a model decays."""
 
 from __future__ import annotations
 
@@ -23,26 +23,6 @@ def decays(name: str, parameter: Tensor) -> bool:
     Biases, norms and D are vectors.
     """
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in ("A_log", "prototypes")
-
-
-# The share of a schedule that warms up where no number of steps is given.
-WARMUP_SHARE = 0.02
-
-
-def warmup_steps(total: int, config: TrainFields) -> int:
-    """Steps of linear warm-up in a schedule over `total`."""
-    given = config.lr_warmup_steps
-    return min(total, math.ceil(WARMUP_SHARE * total) if given is None else given)
-
-
-def learning_rate(step: int, total: int, config: TrainFields) -> float:
-    """The rate of update `step` (from 0) of `total`: linear warm-up, then cosine from lr to lr_min_scale * lr."""
-    warmup = warmup_steps(total, config)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup - 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.lr_min_scale + (1 - config.lr_min_scale) * cosine)
 
 
 class Optimizer(Protocol):
@@ -169,7 +149,70 @@ class AdamW(OptimizerBase):
         return sum(2 * p.numel() * p.element_size() + torch.float32.itemsize for p in fresh)
 
 
-OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW}
+class Muon(OptimizerBase):
+    """torch's Muon (Jordan et al. 2024) for the matrices of the hidden layers, AdamW for all else.
+
+    Muon orthogonalises the momentum of a matrix by Newton-Schulz iterations: each update moves all its directions
+    alike. Its rate is `muon_lr` times that of the schedule. Embedding, head, convolutions and vectors have AdamW.
+    """
+
+    slots = ("momentum_buffer",)
+
+    class Config(AdamW.Config):
+        muon_lr: float = Field(5.0, gt=0, le=1e4, description="rate of Muon's matrices as a multiple of the rate")
+        momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov)")
+
+    def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
+        super().__init__(named, config)
+        hidden = {name: p for name, p in self.named.items() if is_hidden_matrix(name, p)}
+        self._rest = AdamW({name: p for name, p in self.named.items() if name not in hidden}, config)
+        self._hidden = hidden
+        self._muon: torch.optim.Muon | None = None
+        if hidden:
+            self._muon = torch.optim.Muon(
+                hidden.values(),
+                lr=1e-3,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        self._rest.step(lr, scale)
+        if self._muon is None:
+            return
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self._hidden.values() if p.grad is not None], scale)
+        for group in self._muon.param_groups:
+            group["lr"] = lr * self.config.muon_lr
+            # The decay of a step is lr times this: that of AdamW, whatever Muon's rate is.
+            group["weight_decay"] = self.config.weight_decay / self.config.muon_lr
+        self._muon.step()  # type: ignore[no-untyped-call]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        held = self._muon.state if self._muon is not None else {}
+        of_muon = {name: {k: held[p][k] for k in self.slots} for name, p in self._hidden.items() if p in held}
+        return {**self._rest.state(), **of_muon}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._rest.load_state({name: slots for name, slots in state.items() if name not in self._hidden})
+        for name, parameter in self._hidden.items():
+            if self._muon is not None and name in state:
+                self.check(name, state[name])
+                self._muon.state[parameter] = {k: state[name][k].clone() for k in self.slots}
+
+    def bytes_to_come(self) -> int:
+        held = self._muon.state if self._muon is not None else {}
+        fresh = (p for p in self._hidden.values() if p not in held)
+        return self._rest.bytes_to_come() + sum(p.numel() * p.element_size() for p in fresh)
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves it: the matrix of a linear map between hidden activations."""
+    return parameter.ndim == 2 and name.startswith("layers.") and decays(name, parameter)
+
+
+OPTIMIZERS: dict[str, type[Any]] = {"adamw": AdamW, "muon": Muon}
 
 
 def optimizer_class(config: TrainFields) -> Any:

@@ -25,12 +25,12 @@ from protomamba.train.local import LocalSignals, combine
 from protomamba.train.optim import (
     Optimizer,
     first_non_finite,
-    learning_rate,
     make_optimizer,
     optimizer_class,
     total_norm,
 )
 from protomamba.train.passes import MicroBatch, Passes
+from protomamba.train.schedule import learning_rate
 
 MAX_SKIPPED_IN_A_ROW = 10
 AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
