@@ -24,7 +24,7 @@ export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-heads test test-trackers test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
+.PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
 	types check bench bench-compare parity decoding digits study wheel sdist clean
 
 help: ## list the targets
@@ -105,6 +105,9 @@ $(READY_TRACKERS): $(READY)
 
 test-trackers: $(READY_TRACKERS) ## runs in TensorBoard, trackio and Weights & Biases, offline (a minute or two)
 	@$(PYTEST) -m slow tests/train/callbacks/test_trackers.py $(ARGS)
+
+test-browser: $(READY) ## the report in headless Chromium, which must be installed; PROTOMAMBA_PICTURES=DIR keeps screenshots
+	@$(PYTEST) -m slow tests/report/test_browser.py $(ARGS)
 
 lint: $(READY) ## formatting and lint
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

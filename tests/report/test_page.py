@@ -74,7 +74,7 @@ def test_one_run_has_all_its_parts(tmp_path: Path) -> None:
         "Learning rate",
         "Gradient norm",
         "Tokens per second",
-        "nearest-neighbour",
+        "nearest cosine",
     ):
         assert part in text, part
     for part in (

@@ -58,7 +58,9 @@ def pairs(values: Mapping[str, Any]) -> str:
 
 def setting(value: Any) -> str:
     """A configuration's value."""
-    return "none" if value is None else str(value)
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def number(value: object) -> str:

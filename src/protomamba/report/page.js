@@ -132,7 +132,8 @@
         const mean = p.y === p.raw ? "" : `, smoothed ${+p.y.toPrecision(4)}`;
         row.append(`${line.label} ${+p.raw.toPrecision(5)}${mean}${own}`);
       }
-      this.tip.style.top = this.svg.offsetTop + 6 + "px";
+      const top = this.svg.getBoundingClientRect().top - this.figure.getBoundingClientRect().top;
+      this.tip.style.top = `${top + 6}px`;
       this.tip.style[x > width / 2 ? "right" : "left"] = (x > width / 2 ? width - x : x) + 24 + "px";
     }
     leave() {
@@ -146,7 +147,7 @@
   const charts = page.charts.map((data, i) => new Chart(figures[i], data));
   const control = (id, change) => {
     const node = document.getElementById(id);
-    node.oninput = () => { change(node.value); charts.forEach((chart) => chart.draw()); };
+    if (node) node.oninput = () => { change(node.value); charts.forEach((chart) => chart.draw()); };
   };
   control("smooth", (value) => { settings.smooth = +value && 10 ** (value / 50 - 3); });
   control("against", (value) => { settings.time = value === "time"; });

@@ -21,6 +21,7 @@ from protomamba.storage import commit
 
 MAX_BYTES = 300_000
 LISTED = 30
+SHOWN = 5
 FEWEST_POINTS = 25
 CLOCK_POINTS = 200
 # Nothing is fetched, whatever a run's own text says.
@@ -164,14 +165,17 @@ def _judged(record: RunRecord, many: bool) -> Iterator[str]:
 
 def _facts(record: RunRecord, many: bool) -> Iterator[str]:
     """Checkpoints, environment and configuration of one run."""
-    yield tag("h2", text(record.name) if many else "The run")
     sets = changed(record.config)
     cards = [
         tag("h3", "Settings that are not the default") + pairs(sets) + _all_settings(record),
         tag("h3", "Machine, versions, model") + pairs(record.environment),
         tag("h3", "Checkpoints") + _checkpoints(record),
     ]
-    yield tag("div", "".join(tag("div", card, class_="card") for card in cards), class_="side")
+    side = tag("div", "".join(tag("div", card, class_="card") for card in cards), class_="side")
+    if many:  # what differs stands above: the rest is for looking up
+        yield tag("details", tag("summary", f"{text(record.name)}: settings, machine, checkpoints") + side)
+    else:
+        yield tag("h2", "The run") + side
 
 
 def _all_settings(record: RunRecord) -> str:
@@ -181,7 +185,15 @@ def _all_settings(record: RunRecord) -> str:
 def _checkpoints(record: RunRecord) -> str:
     if not record.checkpoints:
         return tag("p", "None yet.")
-    return table(("step", "file", "size", "saved in", ""), map(_checkpoint, record.checkpoints[-LISTED:]))
+    newest, older = record.checkpoints[-SHOWN:], record.checkpoints[-LISTED:-SHOWN]
+    shown = _checkpoint_table(newest)
+    if older:
+        shown += tag("details", tag("summary", f"{len(older)} before them") + _checkpoint_table(older))
+    return shown
+
+
+def _checkpoint_table(events: Sequence[Mapping[str, Any]]) -> str:
+    return table(("step", "file", "size", "saved in", ""), map(_checkpoint, reversed(events)))
 
 
 def _checkpoint(event: Mapping[str, Any]) -> tuple[object, ...]:

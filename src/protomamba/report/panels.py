@@ -60,7 +60,7 @@ PANELS = {
     "Learning rate": (Curve("train.lr", "rate"),),
     "Gradient norm": (Curve("train.grad_norm", "norm", "noisy"),),
     "Tokens per second": (Curve("train.tokens_per_s", "tokens/s", "noisy"),),
-    "Prototypes: nearest-neighbour cosine": (
+    "Prototypes' nearest cosine": (
         Curve("validation.nearest_cosine", "mean", "bold"),
         Curve("train.nearest_cosine", "mean"),
     ),
