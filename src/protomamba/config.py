@@ -282,6 +282,9 @@ class RunFields(Schema):
     kernels: Literal["auto", "native", "reference"] = Field(
         "auto", description="native kernels, the slow reference, or what works"
     )
+    allow_mixed_ranks: bool = Field(
+        False, description="go on where ranks differ in what decides the numbers (torchrun)"
+    )
     progress: bool | None = Field(None, description="progress bar; auto = on a terminal")
     track: tuple[str, ...] = Field((), description="show the run in tensorboard, trackio or wandb too; repeatable")
     write_report: bool = Field(True, description="write report.html into the run's folder at the end")
@@ -326,7 +329,7 @@ class Sampling(Schema):
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
     | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
-    | {"callback", "epochs", "time_budget", "track", "write_report"}
+    | {"callback", "epochs", "time_budget", "track", "write_report", "allow_mixed_ranks"}
     # where the data lies may change; what it is may not, and is checked by its checksums
     | {"data", "token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )

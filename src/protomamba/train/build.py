@@ -32,8 +32,10 @@ from protomamba.train.callbacks.console import Console
 from protomamba.train.callbacks.progress import Progress
 from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
+from protomamba.train.comm import Comm, Local, join
+from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
-from protomamba.train.resume import Resumed, find_resume, run_folder
+from protomamba.train.resume import Resumed, run_folder
 from protomamba.train.run import Run
 from protomamba.train.run_header import default_notes, header, idle_flags
 from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
@@ -56,15 +58,25 @@ def train(config: RunConfig, console: Console | None = None) -> int:
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
     for name in config.track:
         require_tracker(name)
-    make_folder(folder)
     load_named_code(config)
-    with StopRequest() as stop, RunLock(folder):
-        resumed = find_resume(config)
+    with StopRequest() as stop, join() as comm, lead(comm, folder):
+        resumed = find_together(after_restart(config), comm)
         config = resumed.config if resumed else config
         with console or Console(progress=config.progress) as shown:
-            run = build_run(config, resumed, stop, shown)
+            run = build_run(config, resumed, stop, shown, comm=comm)
             reason = run.fit()
     return STOPPED_EXIT_CODE if reason == "signal" else 0
+
+
+@contextmanager
+def lead(comm: Comm, folder: Path) -> Iterator[None]:
+    """Rank 0 makes the run folder and holds its lock; the others leave it alone."""
+    if comm.rank > 0:
+        yield
+        return
+    make_folder(folder)
+    with RunLock(folder):
+        yield
 
 
 def load_named_code(config: RunConfig) -> None:
@@ -100,15 +112,21 @@ class Parts:
 
 
 def build_run(
-    config: RunConfig, resumed: Resumed | None, stop: StopRequest, console: Console, callbacks: Sequence[Callback] = ()
+    config: RunConfig,
+    resumed: Resumed | None,
+    stop: StopRequest,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+    comm: Comm | None = None,
 ) -> Run:
     """The run that a configuration describes, or the checkpoint it resumes. The caller holds the folder's lock."""
     use_machine(config.threads, config.kernels)
     torch.manual_seed(config.seed)
-    parts = build_parts(config, resumed)
+    parts = build_parts(config, resumed, comm)
     config, trainer = parts.config, parts.trainer
     resumed_from = str(resumed.found.path) if resumed else None
-    shown = Progress(console, header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from), parts.notes)
+    lines = header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from)
+    shown = Progress(console, {**lines, **ranks_line(trainer, config.batch_size)}, parts.notes)
     return Run(
         trainer,
         parts.stream,
@@ -145,23 +163,27 @@ def make_callback(name: str) -> Callback:
     return made
 
 
-def build_parts(config: RunConfig, resumed: Resumed | None = None) -> Parts:
+def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | None = None) -> Parts:
     """Open the data, build the model as the flags, given weights or the checkpoint say. UserError, ConfigError."""
-    started = time.perf_counter()
+    started, comm = time.perf_counter(), comm or Local()
+    refuse_unshareable(config, comm)
     weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
     config = adapt_to_weights(config, weights) if weights else config
-    inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
+    with comm.in_turn():
+        inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
     config, preset_notes = adopt_data_preset(config.replace(**inputs.decided), inputs.training.info, fresh=not resumed)
     inputs.check(config.seq_len)
     spec = stream_spec(config.project(DataFields), config.seed)
     stream = inputs.training.stream(spec)
     if resumed:
-        trainer, notes = Trainer.from_checkpoint(resumed.found.checkpoint), list[str]()
+        trainer, notes = Trainer.from_checkpoint(resumed.found.checkpoint, comm), list[str]()
     else:
-        trainer, notes = fresh_trainer(config, inputs.vocab_size, weights)
+        trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
     config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
+    config = config.replace(grad_shards=trainer.grad_shards)
+    notes += check_ranks(comm, config, inputs.training, resumed)
     notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *default_notes(config), *idle_flags(config)]
     return Parts(config, trainer, inputs, stream, validation, notes, further)
 
@@ -277,7 +299,9 @@ def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
 _HEAD_FIELDS = ("head", "prototypes", "separation", "tie_embedding")
 
 
-def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | None) -> tuple[Trainer, list[str]]:
+def fresh_trainer(
+    config: RunConfig, vocab_size: int, weights: InitialWeights | None, comm: Comm | None = None
+) -> tuple[Trainer, list[str]]:
     """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
     shape = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers)
     model = SequenceModel(shape, seed=config.seed)
@@ -288,7 +312,7 @@ def fresh_trainer(config: RunConfig, vocab_size: int, weights: InitialWeights | 
             origins = model.grow(config.final_layers, config.placement, seed=config.seed + 1)
     with _naming_the_default(config, "freeze", "none"):
         model.freeze(config.freeze, config.freeze_embedding)
-    trainer = Trainer(model, config.project(TrainConfig))
+    trainer = Trainer(model, config.project(TrainConfig), comm)
     if moments and config.final_layers != config.base_layers:
         trainer.load_slots(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +138,16 @@ class Comm:
         """What of the optimizer's state by whole parameters belongs to this rank's parts."""
         return cut(self._plan, self.rank, state)
 
-    def first(self, text: str | None) -> str | None:
-        """What the first of the ranks that has something to say says: the same on every rank."""
-        packed = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
-        told = [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
-        return next((each for each in told if each is not None), None)
+    def tell(self, value: Any) -> list[Any]:
+        """Every rank's plain value (as JSON has them), in the order of the ranks."""
+        if self.world == 1:
+            return [value]
+        packed = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
+
+    def first(self, value: Any) -> Any:
+        """What the first of the ranks that has something to say says, the same on every rank; None if none has."""
+        return next((each for each in self.tell(value) if each is not None), None)
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -161,8 +166,7 @@ class Comm:
 
     def differences(self, facts: Mapping[str, str]) -> list[str]:
         """In words, each fact in which a rank differs from rank 0."""
-        packed = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8)
-        told = [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
+        told = self.tell(dict(facts))
         return [
             f"{name}: rank {rank} has {found.get(name)}, rank 0 has {told[0].get(name)}"
             for rank, found in enumerate(told)

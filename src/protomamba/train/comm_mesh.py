@@ -161,14 +161,14 @@ class Gloo:
         if not isinstance(error, RankFailed):
             self.watch.give_up(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
         # A thread may still wait in gloo for a rank that is gone, and would hold up the end of the process.
-        atexit.register(_leave_at_once)
+        atexit.register(_leave_at_once, error.exit_code if isinstance(error, UserError) else 1)
 
 
-def _leave_at_once() -> None:
+def _leave_at_once(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def wait_for(works: Sequence[Work]) -> None:

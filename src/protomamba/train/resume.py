@@ -37,12 +37,13 @@ def find_resume(config: RunConfig) -> Resumed | None:
         return None
     if config.resume == "auto":
         found = find_resumable(config.out_dir)
-        return _resumed(config, found) if found else None
+        return resume_from(config, found) if found else None
     path = Path(config.resume)
-    return _resumed(config, Resumable(path, checkpoint.load(path)))
+    return resume_from(config, Resumable(path, checkpoint.load(path)))
 
 
-def _resumed(config: RunConfig, found: Resumable) -> Resumed:
+def resume_from(config: RunConfig, found: Resumable) -> Resumed:
+    """The run of a checkpoint with the flags given beside it; see `find_resume`."""
     path, loaded = found.path, found.checkpoint
     if "run" not in loaded.config or "stream" not in loaded.parts:
         raise UserError(

@@ -71,6 +71,7 @@ class Run:
         if validation is not None and iter(validation) is validation:
             raise TypeError("validation: each validation reads it anew, but it can be iterated only once; give a list")
         self.trainer, self.stream, self.validation = trainer, stream, validation
+        self.comm, self._leads, self._keeps = trainer.comm, trainer.comm.rank == 0, folder is not None
         self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
         self.grad_accum, self.keep_last, self.on_save_error, self.prefetch = (
             grad_accum,
@@ -79,10 +80,10 @@ class Run:
             prefetch,
         )
         self.best = Best(patience)
-        self.folder: RunDir | None = folder if isinstance(folder, RunDir) else None
+        self.folder: RunDir | None = folder if isinstance(folder, RunDir) and self._leads else None
         self._folder_path = None if folder is None or isinstance(folder, RunDir) else Path(folder)
-        self._given_callbacks = tuple(callbacks)
-        self.callbacks: list[Callback] = [self.best, *callbacks]
+        self._given_callbacks = tuple(callbacks) if self._leads else ()
+        self.callbacks: list[Callback] = [self.best, *self._given_callbacks]
         self._resume, self._further_steps = resume, further_steps
         self.record, self.tensors = dict(record or {}), dict(tensors or {})
         self.resumed_from: Path | None = None
@@ -122,6 +123,8 @@ class Run:
             "seed": self.trainer.config.seed,
             "resumed_from": str(self.resumed_from) if self.resumed_from else None,
             "target_step": self.trainer.target_step,
+            "ranks": self.comm.world,
+            "grad_shards": self.trainer.grad_shards,
         }
 
     def step_fields(self, stats: StepStats) -> dict[str, Any]:
@@ -140,7 +143,7 @@ class Run:
         with contextlib.ExitStack() as held:
             if self._own_stop:
                 held.enter_context(self._stop)
-            if self._folder_path is not None:
+            if self._folder_path is not None and self._leads:
                 make_folder(self._folder_path)
                 held.enter_context(RunLock(self._folder_path))
                 self.folder = RunDir(self._folder_path, self.keep_last)
@@ -179,13 +182,20 @@ class Run:
             best = self._validate() if self._due(self.val_every) else False
             if self._stop.requested:
                 self.stop("signal")
-            if self.best.out_of_patience:
+            if self.best.out_of_patience and self._leads:
                 self.stop("early_stopping")
+            best = self._agree(best)
             if self._reason or best or self._due(self.save_every):
                 self._save(best)
             if self._reason:
                 return self._reason
         return "done"
+
+    def _agree(self, best: bool) -> bool:
+        """All ranks end after the same step, whichever was asked to; whether this one is the best, rank 0 decides."""
+        told = self.comm.tell([self._reason, best])
+        self._reason = next((reason for reason, _ in told if reason), None)
+        return bool(told[0][1])
 
     def _continue_command(self) -> str:
         path = self.folder.latest if self.folder else "CHECKPOINT"
@@ -221,20 +231,25 @@ class Run:
     # What is kept.
 
     def _save(self, best: bool) -> None:
-        if self.folder is None:
+        if not self._keeps:
             return
+        parts = self.parts()  # of all ranks
+        if self.folder is not None:
+            self._write(self.folder, parts, best)
+
+    def _write(self, folder: RunDir, parts: dict[str, Mapping[str, Any]], best: bool) -> None:
         step, started = self.trainer.global_step, time.perf_counter()
         info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
         self.saved_best = best
         try:
-            report = self.folder.save(self.parts(), config=self.configs(), step=step, best=best, info=info)
+            report = folder.save(parts, config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:
             if self.on_save_error == "stop":
                 raise
             self._tell("on_save_error", error)
             self.warn(f"{error}; training goes on (--on-save-error continue)")
         else:
-            self.folder.write_state(self._mirror())
+            folder.write_state(self._mirror())
             self._tell("on_save", report)
         self._clock += time.perf_counter() - started
 
@@ -254,8 +269,11 @@ class Run:
         return {**state, "cursor": self.stream.cursor(self.stream.position)}
 
     def _check_space(self) -> None:
+        if not self._keeps:
+            return
+        parts, to_come = self.parts(), sum(self.comm.tell(self.trainer.optimizer.bytes_to_come()))
         if self.folder is not None:
-            size = estimate_bytes(self.parts(), config=self.configs()) + self.trainer.optimizer.bytes_to_come()
+            size = estimate_bytes(parts, config=self.configs()) + to_come
             self.folder.require_space(size)
             self.folder.write_config(self.record.get("run") or self.trainer.configs())
 
@@ -269,13 +287,19 @@ class Run:
         return self._restore(found) if found else []
 
     def _find(self) -> Resumable | None:
+        """The checkpoint to go on from: the one that rank 0 finds."""
         if self._resume is None or isinstance(self._resume, Resumable):
             return self._resume
-        if self._resume == "auto":
+        found = self._look_up(self._resume) if self._leads else None
+        path = self.comm.tell(str(found.path) if found else None)[0]
+        return found if self._leads or path is None else Resumable(Path(path), checkpoint.load(path))
+
+    def _look_up(self, resume: str | Path) -> Resumable | None:
+        if resume == "auto":
             if self.folder is None:
                 raise ValueError('resume="auto" needs a folder')
             return find_resumable(self.folder.folder)
-        return Resumable(Path(self._resume), checkpoint.load(self._resume))
+        return Resumable(Path(resume), checkpoint.load(resume))
 
     def _restore(self, found: Resumable) -> list[str]:
         loaded, trainer = found.checkpoint, self.trainer

@@ -1,0 +1,92 @@
+"""How a run begins on several ranks: where it resumes, what the ranks must agree in, and what it says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protomamba import __version__, kernels
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.folder import Resumable
+from protomamba.config import RunConfig
+from protomamba.data.source import Source
+from protomamba.errors import ConfigError, UserError
+from protomamba.train.comm import Comm, restarted
+from protomamba.train.resume import Resumed, find_resume, resume_from
+from protomamba.train.trainer import Trainer
+
+# Where a rank finds things, and what it shows, may differ.
+OF_THE_MACHINE = {"out_dir", "progress", "prefetch_workers", "prefetch_buffer", "allow_mixed_ranks"}
+
+
+def after_restart(config: RunConfig) -> RunConfig:
+    """What torch's launcher has started again after a failure goes on from the newest checkpoint, if there is one."""
+    return config.replace(resume="auto") if restarted() else config
+
+
+def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
+    """ConfigError for what cannot be shared out to these ranks."""
+    if comm.world > 1 and config.time_budget is not None:
+        raise ConfigError("--time-budget is measured in one process: give --steps or --epochs to several ranks")
+    shards = config.grad_shards or comm.world
+    comm.shards(shards)
+    if shards > config.batch_size:
+        raise ConfigError(
+            f"{shards} gradient shards of a batch of {config.batch_size} rows: each needs a row; raise --batch-size "
+            "(the rows of all ranks together), or take fewer ranks or --grad-shards"
+        )
+
+
+def find_together(config: RunConfig, comm: Comm) -> Resumed | None:
+    """The checkpoint that rank 0 finds, on every rank. UserError on a rank that cannot read it."""
+    resumed = find_resume(config) if comm.rank == 0 else None
+    path = comm.tell(str(resumed.found.path) if resumed else None)[0]
+    if comm.rank == 0 or path is None:
+        return resumed
+    return resume_from(config, Resumable(Path(path), checkpoint.load(path)))
+
+
+def check_ranks(comm: Comm, config: RunConfig, training: Source, resumed: Resumed | None) -> list[str]:
+    """UserError where ranks differ in what decides the numbers; with --allow-mixed-ranks 1 notes of it instead."""
+    differences = comm.differences(facts(config, training, resumed))
+    if differences and not config.allow_mixed_ranks:
+        raise UserError(
+            "the ranks differ in what decides the numbers (--allow-mixed-ranks 1 goes on all the same):\n  "
+            + "\n  ".join(differences)
+        )
+    return [f"--allow-mixed-ranks 1: {difference}" for difference in differences]
+
+
+def facts(config: RunConfig, training: Source, resumed: Resumed | None) -> dict[str, str]:
+    """What all ranks must have the same of, for a step to be the same whoever computes a part of it."""
+    path = kernels.describe()
+    settings = {name: value for name, value in config.to_json().items() if name not in OF_THE_MACHINE}
+    found: dict[str, Any] = {
+        "protomamba": __version__,
+        "torch": torch.__version__,
+        "kernels": path["kernels"],
+        "CPU level": path["cpu_level"],
+        "matrix products": path["matmul"],
+        "threads": torch.get_num_threads(),
+        "configuration": digest(settings),
+        "data": digest([list(each.values()) for each in training.identity()]),
+        "checkpoint": resumed.found.checkpoint.info.get("step") if resumed else None,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def digest(value: Any) -> str:
+    """A short checksum of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def ranks_line(trainer: Trainer, rows: int) -> dict[str, str]:
+    """The header's line of who computes what; none where it is one process with one shard."""
+    world, shards = trainer.comm.world, trainer.grad_shards
+    if (world, shards) == (1, 1):
+        return {}
+    return {"ranks": f"{world} of {shards} gradient shards, {rows} rows of each batch together"}
