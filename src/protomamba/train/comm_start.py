@@ -89,4 +89,4 @@ def ranks_line(trainer: Trainer, rows: int) -> dict[str, str]:
     world, shards = trainer.comm.world, trainer.grad_shards
     if (world, shards) == (1, 1):
         return {}
-    return {"ranks": f"{world} of {shards} gradient shards, {rows} rows of each batch together"}
+    return {"ranks": f"{world} for {shards} gradient shards; {rows} rows a batch, of all together"}
