@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from protomamba import ModelConfig, Sampling, SequenceModel, generate
-from protomamba.decode import PREFILL_CHUNK, choose, prefill
+from protomamba.decode import PREFILL_CHUNK, choose, prefill, weights_loss
 from protomamba.errors import ConfigError
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -98,3 +98,23 @@ def test_a_prompt_runs_in_the_precision_of_the_steps() -> None:
     expected, _ = prefill(model, [[1, 2, 3]])
     model.precision = "bf16"
     assert torch.equal(prefill(model, [[1, 2, 3]])[0], expected)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_what_rounded_weights_cost_is_told(weights: str) -> None:
+    model = SequenceModel(ModelConfig(vocab_size=19, d_model=16, d_state=4, n_layer=2, head="softmax"), seed=2)
+    assert len(generate(model, [[3, 1, 4], [1]], GREEDY, weights=weights)[1]) == 12
+    loss = weights_loss(model, [3, 1, 4], weights, tokens=20)
+    assert loss.tokens == 20 and 0 < loss.largest < 0.5
+    assert abs(loss.bits - loss.bits_fp32) <= loss.largest / 0.69
+    assert str(loss).startswith(f"weights {weights}: {loss.bits:.3f} bits a token instead of")
+
+
+def test_unknown_weights_are_an_error(model: SequenceModel) -> None:
+    with pytest.raises(ConfigError, match="weights: expected one of fp32, bf16, int8, got 'int4'"):
+        generate(model, [[1]], weights="int4")
+
+
+def test_float32_weights_cost_nothing(model: SequenceModel) -> None:
+    loss = weights_loss(model, list(range(18)), "fp32", tokens=8)
+    assert loss.largest == 0 and loss.bits == loss.bits_fp32 and loss.tokens == 8

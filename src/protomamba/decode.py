@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from protomamba.config import Sampling
 from protomamba.errors import ConfigError
+from protomamba.kernels.packed import check_weights
 from protomamba.model.sequence_model import ModelState, SequenceModel
 
 PREFILL_CHUNK = 1_024
@@ -22,19 +26,23 @@ def generate(
     sampling: Sampling | None = None,
     stop_token: int | None = None,
     on_token: OnToken | None = None,
+    weights: str = "fp32",
 ) -> list[list[int]]:
     """The tokens that follow each prompt, at most `sampling.max_tokens`, without `stop_token`, which ends a sequence.
 
     on_token: called after each position with the new token of every prompt (-1 where a sequence has ended).
-    Raises ConfigError for an empty prompt or a token the model does not know.
+    weights: "fp32", "bf16" or "int8": what the matrices are read in after the prompts (`SequenceModel.make_decode_fn`);
+    `weights_loss` tells what that costs in accuracy.
+    Raises ConfigError for an empty prompt, a token the model does not know, or other weights.
     """
+    check_weights(weights)
     sampling = sampling or Sampling()
     check_prompts(model, prompts)
     if not prompts:
         return []
     generator = torch.Generator().manual_seed(sampling.seed)
     z_BD, state = prefill(model, prompts)
-    logits_BV, advance = model.head.next_logits(z_BD), model.make_decode_fn(state)
+    logits_BV, advance = model.head.next_logits(z_BD), model.make_decode_fn(state, weights)
     outputs: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)
     for position in range(sampling.max_tokens):
@@ -50,6 +58,49 @@ def generate(
             break
         logits_BV = advance(next_B)
     return outputs
+
+
+@dataclass(frozen=True)
+class WeightsLoss:
+    """What rounded weights cost on one text: `tokens` scored, bits a token with float32 weights and with the rounded
+    ones, and the largest difference between their log-probabilities of any next token (nats)."""
+
+    weights: str
+    tokens: int
+    bits_fp32: float
+    bits: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"weights {self.weights}: {self.bits:.3f} bits a token instead of {self.bits_fp32:.3f} "
+            f"on {self.tokens} tokens, log-probabilities off by {self.largest:.2g} at most"
+        )
+
+
+@torch.no_grad()
+def weights_loss(model: SequenceModel, prompt: Sequence[int], weights: str, tokens: int = 64) -> WeightsLoss:
+    """Decodes the end of the prompt, at most `tokens` of it, with float32 and with rounded weights side by side.
+
+    A shorter prompt is continued greedily by the float32 weights, so that there is something to score.
+    """
+    check_prompts(model, [prompt])
+    text = [
+        *prompt,
+        *generate(model, [prompt], Sampling(max_tokens=max(1, tokens + 2 - len(prompt)), temperature=0))[0],
+    ]
+    start = len(text) - tokens - 1
+    _, state = prefill(model, [text[:start]])
+    exact = model.make_decode_fn([layer and tuple(x.clone() for x in layer) for layer in state])
+    rounded = model.make_decode_fn(state, weights)
+    bits, largest = torch.zeros(2), 0.0
+    for token, target in itertools.pairwise(text[start:]):
+        scores_2V = torch.cat([decode(torch.tensor([token])) for decode in (exact, rounded)]).log_softmax(-1)
+        bits -= scores_2V[:, target] / math.log(2)
+        largest = max(largest, float((scores_2V[0] - scores_2V[1]).abs().max()))
+    scored = len(text) - start - 1
+    bits_fp32, bits_rounded = (bits / scored).tolist()
+    return WeightsLoss(weights, scored, bits_fp32, bits_rounded, largest)
 
 
 def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> None:

@@ -17,6 +17,7 @@ from protomamba.kernels import (
     reference,
 )
 from protomamba.kernels.cases import as_weights
+from protomamba.kernels.mamba_step import STEP_ROWS
 from protomamba.kernels.matmul import FEW_ROWS
 
 from .closeness import assert_close
@@ -25,7 +26,7 @@ from .test_block import make_state, make_weights
 
 TOKENS, CLASSES, WIDTH = 13, 37, 20
 both_blocks = pytest.mark.parametrize("compact", [False, True], ids=["mamba", "compact"])
-every_batch = pytest.mark.parametrize("B", [1, 3, FEW_ROWS + 1])
+every_batch = pytest.mark.parametrize("B", [1, 3, STEP_ROWS + 1])
 
 
 def make_block(B: int, N: int, R: int, K: int, compact: bool) -> tuple[BlockWeights, BlockState]:
@@ -64,7 +65,7 @@ def test_a_decoder_equals_its_twin(level: str, compact: bool, B: int, unit: bool
     decoder = DecodeStepper.of(
         embedding, [MambaStepper(*block) for block in blocks], norm, LogitProjection(matrix, unit, 3.5)
     )
-    if B > FEW_ROWS or not LEVELS:
+    if B > STEP_ROWS or not LEVELS:
         assert decoder is None
         return
     assert decoder is not None

@@ -67,7 +67,7 @@ class Recorder:
 
     def start(self) -> None:
         self.file.write(MAGIC + integers(native.ABI))
-        self._pool = struct.unpack_from("<q", self.library.pack("square_sums", count=0))[0]
+        self._pool = self.library._parallel_for
         pack = self.library.pack
         self.library.pack = partial(self._packed, pack)  # type: ignore[method-assign]
         for op in OPS:

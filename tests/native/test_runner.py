@@ -34,7 +34,7 @@ def write_case(cases: Path, spoil: float = 0.0) -> None:
     with cases.open("wb") as file:
         recorder = Recorder(library, file)
         recorder.start()
-        library.product(T=3, rows=9, columns=20, x_stride=20, x=x_TI, w=w_OI, y=y_TO)
+        library.product(T=3, rows=9, columns=20, x_stride=20, kind=0, x=x_TI, w=w_OI, y=y_TO)
         expected = reference.product(x_TI.double(), w_OI.double()) + spoil
         recorder.judged({"y": y_TO}, {"y": expected}, "forward", torch.float32)
         recorder.finish("a product")

@@ -15,7 +15,7 @@ from protomamba.checkpoint.file import Checkpoint
 from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
 from protomamba.data.prepare import prepare
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
-from protomamba.decode import generate
+from protomamba.decode import generate, weights_loss
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.build import load_named_code, use_machine
 from protomamba.train.callbacks.console import Console
@@ -110,8 +110,10 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
     texts, prompts = _prompts(arguments, tokenizer)
     started = time.perf_counter()
     stop = tokenizer.eos_token if tokenizer else None
-    outputs = generate(model, prompts, sampling, stop_token=stop)
+    outputs = generate(model, prompts, sampling, stop_token=stop, weights=arguments.weights)
     seconds = time.perf_counter() - started
+    if arguments.weights != "fp32":
+        print(f"({weights_loss(model, max(prompts, key=len), arguments.weights)})", file=sys.stderr)
     answers = [tokenizer.decode(tokens) if tokenizer else ",".join(map(str, tokens)) for tokens in outputs]
     if arguments.json:
         rows = [

@@ -64,6 +64,8 @@ def _configure_generate(parser: Parser) -> None:
     source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    about = "read the matrices in this: int8 is about four times as fast as fp32 and tells what it costs [%(default)s]"
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=about)
     add_fields(parser, list(Sampling.model_fields), Sampling)
     add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
     add_fields(parser, MACHINE_FLAGS)

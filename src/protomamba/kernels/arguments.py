@@ -114,15 +114,16 @@ OPS = {
     "sphere_turn": Arguments("T D: int", "unit inverse gradient: pointer"),
     "sphere_unit": Arguments("T D: int", "x unit inverse: pointer"),
     "square_sums": Arguments("count: int", "sizes data sums: pointer"),
-    "product": Arguments("T rows columns x_stride: int", "x w y: pointer"),
+    "product": Arguments("T rows columns x_stride kind: int", "x w scale y: pointer"),
     "transpose": Arguments("rows columns in_row: int", "x out: pointer"),
     "step": Arguments(
         "B D E N R K: int", "eps: float", "x: pointer",
-        "norm in_proj taps conv_bias x_proj dt_proj dt_bias A skip out_proj: pointer",
+        "norm taps conv_bias dt_bias A skip: pointer",
+        "kind: int", "in_proj x_proj dt_proj out_proj in_scale x_scale dt_scale out_scale: pointer",
         "conv_state ssm_state out: pointer",
     ),
     "stack_step": Arguments(
         "B D V layers unit: int", "eps scale: float",
-        "blocks tokens embedding norm head x z scores: pointer",
+        "blocks tokens embedding norm: pointer", "kind: int", "head head_scale x z scores: pointer",
     ),
 }  # fmt: skip

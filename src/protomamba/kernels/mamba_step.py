@@ -11,8 +11,8 @@ from torch import Tensor
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.mamba_block import check_block_shapes, mamba_block
-from protomamba.kernels.matmul import FEW_ROWS
 from protomamba.kernels.native import Library
+from protomamba.kernels.packed import WEIGHTS, pack, unpack
 from protomamba.kernels.reference import BlockState, BlockWeights, LogitProjection
 
 
@@ -22,6 +22,17 @@ def mamba_step(x_BD: Tensor, weights: BlockWeights, state: BlockState, *, eps: f
     Native for float32 x, weights and state. ValueError for shapes that do not fit. For many tokens: `MambaStepper`.
     """
     return MambaStepper(weights, state, eps=eps)(x_BD)
+
+
+# Up to this many rows the kernels here read the weights faster than a BLAS multiplies by them.
+STEP_ROWS = 64
+# The matrices of a block, and where they and their scales stand in the argument struct.
+MATRICES = {
+    "in_proj_WD": ("in_proj", "in_scale"),
+    "x_proj_SE": ("x_proj", "x_scale"),
+    "dt_proj_ER": ("dt_proj", "dt_scale"),
+    "out_proj_DE": ("out_proj", "out_scale"),
+}
 
 
 class MambaStepper:
@@ -34,21 +45,36 @@ class MambaStepper:
     def __init__(self, weights: BlockWeights, state: BlockState, *, eps: float = 1e-5) -> None:
         self._weights, self._state, self._eps = weights, state, eps
         sizes = check_block_shapes("mamba_step", weights, state)
-        self.batch, self._width = sizes["B"], sizes["D"]
+        self.batch, self._width, self._packed = sizes["B"], sizes["D"], "fp32"
         self._library = native.select("mamba_step", state.ssm_BEN, (torch.float32,))
         tensors = (*weights, *state)
         simple = all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in tensors)
-        self.native = self._library is not None and simple and self.batch <= FEW_ROWS
-        if not self.native:
-            return
+        self._fits = self._library is not None and simple
         taps_KE = weights.conv_weight_E1K.detach()[:, 0].t().contiguous()
         A_EN = -torch.exp(weights.A_log_EN.detach())
         w = weights
-        self.fields: Mapping[str, Any] = {letter: sizes[letter] for letter in "BDENRK"} | {
-            "eps": eps, "norm": w.norm_D, "in_proj": w.in_proj_WD, "taps": taps_KE, "conv_bias": w.conv_bias_E,
-            "x_proj": w.x_proj_SE, "dt_proj": w.dt_proj_ER, "dt_bias": w.dt_bias_E, "A": A_EN, "skip": w.D_E,
-            "out_proj": w.out_proj_DE, "conv_state": state.conv_BKE, "ssm_state": state.ssm_BEN,
+        self.fields: dict[str, Any] = {letter: sizes[letter] for letter in "BDENRK"} | {
+            "eps": eps, "norm": w.norm_D, "taps": taps_KE, "conv_bias": w.conv_bias_E, "dt_bias": w.dt_bias_E,
+            "A": A_EN, "skip": w.D_E, "conv_state": state.conv_BKE, "ssm_state": state.ssm_BEN,
         }  # fmt: skip
+        self.pack("fp32")
+
+    @property
+    def native(self) -> bool:
+        """Whether a token is one native call: with packed matrices, and for batches that are not worth a BLAS."""
+        return self._fits and (self.batch <= STEP_ROWS or self._packed != "fp32")
+
+    def pack(self, weights: str) -> None:
+        """From here on take the matrices in "fp32", "bf16" or "int8" (`packed.pack`); all else stays in float32."""
+        matrices = {name: w for name, w in self._weights._asdict().items() if name in MATRICES and w is not None}
+        packed = {name: pack(w, weights) for name, w in matrices.items()}
+        self._packed = weights
+        self.fields["kind"] = WEIGHTS.index(weights)
+        for name, matrix in packed.items():
+            self.fields |= matrix.fields(*MATRICES[name])
+        if weights != "fp32" and not self._fits:
+            rounded = {name: unpack(packed[name]).to(w.dtype) for name, w in matrices.items()}
+            self._weights = self._weights._replace(**rounded)
 
     @torch.no_grad()
     def __call__(self, x_BD: Tensor) -> Tensor:
@@ -80,16 +106,19 @@ class DecodeStepper:
     @classmethod
     def of(
         cls, embedding_ID: Tensor, blocks: Sequence[Callable[[Tensor], Tensor]], norm_D: Tensor,
-        scoring: LogitProjection, *, eps: float = 1e-5,
+        scoring: LogitProjection, *, eps: float = 1e-5, weights: str = "fp32",
     ) -> DecodeStepper | None:  # fmt: skip
-        """The native decoder of these parts, or None if a block is no native MambaStepper or a tensor not float32."""
+        """The native decoder of these parts, or None if a block is no native MambaStepper or a tensor not float32.
+
+        weights: what the projection's matrix is packed into (`packed.pack`); the blocks are taken as they are packed.
+        """
         steppers = [block for block in blocks if isinstance(block, MambaStepper) and block.native]
         tensors = (embedding_ID, norm_D, scoring.matrix_VD)
         simple = all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
         library = native.select("decode_step", embedding_ID, (torch.float32,)) if simple else None
         if library is None or not steppers or len(steppers) < len(blocks):
             return None
-        return cls(library, embedding_ID, steppers, norm_D, scoring, eps)
+        return cls(library, embedding_ID, steppers, norm_D, scoring, eps, weights)
 
     def __init__(
         self,
@@ -99,19 +128,21 @@ class DecodeStepper:
         norm_D: Tensor,
         scoring: LogitProjection,
         eps: float,
+        weights: str,
     ) -> None:
         sizes = check_shapes("decode_step", embedding_ID=embedding_ID, norm_D=norm_D, matrix_VD=scoring.matrix_VD)
         self._library, self._batch, self._tokens, self._classes = library, steppers[0].batch, sizes["I"], sizes["V"]
         x_BD, z_BD = native.floats(2, self._batch, sizes["D"])
+        head = pack(scoring.matrix_VD, weights)
         blocks = torch.frombuffer(
             bytearray(b"".join(library.pack("step", x=x_BD, out=x_BD, **stepper.fields) for stepper in steppers)),
             dtype=torch.uint8,
         )
-        self._held = steppers  # what the blocks point to
+        self._held = [dict(stepper.fields) for stepper in steppers]  # what the blocks point to
         self._fields: Mapping[str, Any] = {
             "B": self._batch, "D": sizes["D"], "V": sizes["V"], "layers": len(steppers), "unit": scoring.unit,
             "eps": eps, "scale": scoring.scale, "blocks": blocks, "embedding": embedding_ID, "norm": norm_D,
-            "head": scoring.matrix_VD, "x": x_BD, "z": z_BD,
+            "kind": head.kind, "x": x_BD, "z": z_BD, **head.fields("head", "head_scale"),
         }  # fmt: skip
 
     def __call__(self, tokens_B: Tensor) -> Tensor:

@@ -128,5 +128,5 @@ def product(x_TI: Tensor, w_OI: Tensor) -> Tensor:
     if len(x) > FEW_ROWS:
         return linear(x, w)
     out_TO = native.floats(len(x), len(w))
-    library.product(T=len(x), rows=w.shape[0], columns=w.shape[1], x_stride=x.shape[1], x=x, w=w, y=out_TO)
+    library.product(T=len(x), rows=w.shape[0], columns=w.shape[1], x_stride=x.shape[1], kind=0, x=x, w=w, y=out_TO)
     return out_TO

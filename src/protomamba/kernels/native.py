@@ -19,7 +19,7 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.kernels.arguments import OPS, Field
 
 # From the lowest to the highest; the index is what pm_cpu_level returns.
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
 MODES = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 ABI = 2

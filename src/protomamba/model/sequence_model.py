@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.config import NORM_EPS, ModelConfig
+from protomamba.kernels.packed import check_weights
 from protomamba.model.growth import frozen_layers, moved_freeze, new_positions
 from protomamba.model.heads import HEADS
 from protomamba.model.heads.base import Head
@@ -136,14 +137,22 @@ class SequenceModel(nn.Module):
             states.append(layer_state)
         return self.norm_f(x_BD), states
 
-    def make_decode_fn(self, state: ModelState) -> Callable[[Tensor], Tensor]:
+    def make_decode_fn(self, state: ModelState, weights: str = "fp32") -> Callable[[Tensor], Tensor]:
         """A function from tokens (B,) to `head.next_logits` (B, classes), for one position after another from `state`,
-        which it takes over. What does not change is done once: the parameters must stay as they are meanwhile."""
+        which it takes over. What does not change is done once: the parameters must stay as they are meanwhile.
+
+        weights: "fp32", "bf16" or "int8" (a scale a row), for the matrices of our own layers and, where every layer is
+        one, of the head; all else stays in float32. ConfigError for another name.
+        """
+        check_weights(weights)
         steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
+        for step in steps:
+            if isinstance(step, kernels.MambaStepper):
+                step.pack(weights)
         scoring = self.head.logit_projection()
         if scoring is not None and _is_plain(self.embedding, nn.Embedding) and _is_plain(self.norm_f, Norm):
             embedding, norm = self.embedding.weight.detach(), self.norm_f.weight.detach()
-            native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS)
+            native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS, weights=weights)
             if native is not None:
                 return native
 

@@ -21,14 +21,15 @@ using namespace pm;
 // place. Of all else the descriptions tell. kernels/native.py holds the number that it expects.
 PM_EXPORT int64_t pm_abi() { return 2; }
 
-// The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512.
+// The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni.
 PM_EXPORT int64_t pm_cpu_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-    return avx2 ? (avx512 ? 2 : 1) : 0;
+    bool vnni = __builtin_cpu_supports("avx512vnni");
+    return avx2 ? (avx512 ? (vnni ? 3 : 2) : 1) : 0;
 #else
     return 0;
 #endif

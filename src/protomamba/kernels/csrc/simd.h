@@ -1,12 +1,15 @@
 // Vectors of PM_WIDTH floats in GCC/Clang vector extensions, and the few functions of them that the kernels share.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#if defined(__AVX512DQ__)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -25,9 +28,14 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int16_t vs __attribute__((vector_size(W * 4)));  // 2 W lanes
+typedef int8_t vb __attribute__((vector_size(W * 2)));   // 2 W lanes
 // The same in memory, at any address. (Locals keep their natural alignment: GCC spills them with aligned moves.)
 typedef float vf_memory __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_memory __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+typedef int16_t vs_memory __attribute__((vector_size(W * 4), aligned(2), may_alias));
+typedef int8_t vb_memory __attribute__((vector_size(W * 2), aligned(1), may_alias));
 
 struct bf16 {
     uint16_t bits;
@@ -164,6 +172,45 @@ PM_INLINE vf softplus(vf x, vf* slope) {
     p = p * q + 0.19999444484710693f;
     p = p * q + 0.3333333730697632f;
     return (x > 0.0f ? x : x - x) + 2.0f * (s + s * q * p);
+}
+
+// 2 W small integers.
+PM_INLINE vs load(const int16_t* p) { return *(const vs_memory*)p; }
+PM_INLINE vs load(const int8_t* p) {
+    vb narrow = *(const vb_memory*)p;
+#if defined(__AVX512BW__)
+    return (vs)_mm512_cvtepi8_epi16((__m256i)narrow);  // where GCC 12 makes two halves and joins them
+#elif defined(__AVX2__)
+    return (vs)_mm256_cvtepi8_epi16((__m128i)narrow);
+#else
+    return __builtin_convertvector(narrow, vs);
+#endif
+}
+
+// The first `count` lanes of v, |v| < 2^15, to the nearest integers.
+PM_INLINE void store_rounded(int16_t* p, vf v, int count) {
+    typedef int16_t half __attribute__((vector_size(W * 2)));
+    half rounded = __builtin_convertvector(bits_of(v + ROUND) - 0x4B400000, half);
+    std::memcpy(p, &rounded, sizeof(int16_t) * std::min(count, W));
+}
+
+// sum + a * b, each lane of the sum taking two of the products; which two depends on the level.
+PM_INLINE vi add_products(vi sum, vs a, vs b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    int32x4_t low = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return (vi)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
+#else
+    for (int i = 0; i < W; i++) sum[i] += int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
+    return sum;
+#endif
 }
 
 // Half of the lanes of a and b: of each group of 4 (AT < 4) the even or odd ones of a, then of b; from AT = 4 on the even

@@ -12,10 +12,13 @@ struct StackArgs {
     double eps, scale;
     const StepArgs* blocks;  // their x and out are this x; their pool is this one
     const int64_t* tokens;   // (B,)
-    const float *embedding, *norm, *head;  // (tokens, D), (D,), (V, D)
+    const float *embedding, *norm;         // (tokens, D), (D,)
+    int64_t kind;                          // of the head's matrix (matrix.h)
+    const void* head;                      // (V, D)
+    const float* head_scale;
     float *x, *z, *scores;                 // (B, D), (B, D), (B, V)
 };
-PM_FIELDS(StackArgs, B, D, V, layers, unit, eps, scale, blocks, tokens, embedding, norm, head, x, z, scores)
+PM_FIELDS(StackArgs, B, D, V, layers, unit, eps, scale, blocks, tokens, embedding, norm, kind, head, head_scale, x, z, scores)
 
 inline void stack_step(const StackArgs& a) {
     for (int64_t b = 0; b < a.B; b++) std::memcpy(a.x + b * a.D, a.embedding + a.tokens[b] * a.D, a.D * sizeof(float));
@@ -32,7 +35,7 @@ inline void stack_step(const StackArgs& a) {
         float *z = a.z + b * a.D, factor = float(a.scale) * (a.unit ? inverse_norm(z, a.D) : 1.0f);
         for_row(a.D, [&](int64_t d, int n) { store(z + d, load(z + d, n) * factor, n); });
     }
-    product({a.pool, a.B, a.V, a.D, a.D, a.z, a.head, a.scores});
+    product({a.pool, a.B, a.V, a.D, a.D, a.kind, a.z, a.head, a.head_scale, a.scores});
 }
 
 }  // namespace pm

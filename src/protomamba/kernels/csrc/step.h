@@ -1,5 +1,5 @@
 // One token of a whole residual block for a small batch (definition: mamba_step in reference.py). Bound by reading the
-// weights once (product.h); what is not a product runs in the task that made its input, channel block by channel block.
+// weights once (matrix.h); what is not a product runs in the task that made its input, channel block by channel block.
 #pragma once
 #include "norm.h"
 #include "product.h"
@@ -12,14 +12,17 @@ struct StepArgs {
     double eps;
     const float* x;  // (B, D)
     // As in reference.BlockWeights, but for taps (K, E) and A = -exp(A_log). in_proj is null in a compact block.
-    const float *norm, *in_proj, *taps, *conv_bias, *x_proj, *dt_proj, *dt_bias, *A, *skip, *out_proj;
+    const float *norm, *taps, *conv_bias, *dt_bias, *A, *skip;
+    int64_t kind;  // of the matrices (matrix.h)
+    const void *in_proj, *x_proj, *dt_proj, *out_proj;
+    const float *in_scale, *x_scale, *dt_scale, *out_scale;
     float *conv_state, *ssm_state, *out;  // (B, K - 1, E), (B, E, N), (B, D)
 
     int64_t width() const { return in_proj ? 2 * E : E; }
     int64_t projected() const { return R + 2 * N; }
 };
-PM_FIELDS(StepArgs, B, D, E, N, R, K, eps, x, norm, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, A, skip, out_proj, conv_state,
-          ssm_state, out)
+PM_FIELDS(StepArgs, B, D, E, N, R, K, eps, x, norm, taps, conv_bias, dt_bias, A, skip, kind, in_proj, x_proj, dt_proj, out_proj, in_scale,
+          x_scale, dt_scale, out_scale, conv_state, ssm_state, out)
 
 // u (E,) in: `lanes` new inputs from channel e; out: SiLU of the convolution. The state moves on by one.
 PM_INLINE void step_conv(const StepArgs& a, float* state, float* u, int64_t e, int lanes) {
@@ -68,8 +71,10 @@ inline void step_input(const StepArgs& a, const float* normed, float* uz) {
         for (int64_t b = 0; b < a.B; b++) for_row(a.E, [&](int64_t e, int lanes) { conv(b, e, lanes); });
         return;
     }
+    Matrix m{a.kind, a.width(), a.D, a.in_proj, a.in_scale};
+    Vectors v(m, normed, a.D, a.B);
     for_row_blocks(a.pool, a.width(), a.D, [&](Range blocks) {
-        rows_times_vectors(a.in_proj, a.width(), a.D, normed, a.D, a.B, blocks, [&](int64_t b, int64_t e, int lanes, vf sums) {
+        times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf sums) {
             store(uz + b * a.width() + e, sums, lanes);
             if (e < a.E) conv(b, e, int(std::min<int64_t>(lanes, a.E - e)));
         });
@@ -78,12 +83,25 @@ inline void step_input(const StepArgs& a, const float* normed, float* uz) {
 
 // uz (B, width) and p (B, projected) = dt, B, C -> y (B, E): dt_proj and the scan of the same channels.
 inline void step_core(const StepArgs& a, const float* uz, const float* p, float* y) {
+    Matrix m{a.kind, a.E, a.R, a.dt_proj, a.dt_scale};
+    Vectors v(m, p, a.projected(), a.B);
     // A state of the scan costs about as much as 8 weights of a product.
     for_row_blocks(a.pool, a.E, a.R + 8 * a.N, [&](Range blocks) {
-        rows_times_vectors(a.dt_proj, a.E, a.R, p, a.projected(), a.B, blocks, [&](int64_t b, int64_t e, int lanes, vf dt) {
+        times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf dt) {
             const float *u = uz + b * a.width(), *Bn = p + b * a.projected() + a.R, *z = a.in_proj ? u + a.E : nullptr;
             vf out = step_scan(a, a.ssm_state + b * a.E * a.N, u, Bn, Bn + a.N, z, e, lanes, dt);
             store(y + b * a.E + e, out, lanes);
+        });
+    });
+}
+
+// out = x + out_proj y.
+inline void step_output(const StepArgs& a, const float* y) {
+    Matrix m{a.kind, a.D, a.E, a.out_proj, a.out_scale};
+    Vectors v(m, y, a.E, a.B);
+    for_row_blocks(a.pool, a.D, a.E, [&](Range blocks) {
+        times_vectors(m, v, blocks, [&](int64_t b, int64_t r, int lanes, vf sums) {
+            store(a.out + b * a.D + r, sums + load(a.x + b * a.D + r, lanes), lanes);
         });
     });
 }
@@ -96,13 +114,9 @@ inline void step(const StepArgs& a) {
     norm.y = reinterpret_cast<char*>(a.in_proj ? normed : uz);
     norm_forward<float>(norm);
     step_input(a, normed, uz);
-    product({a.pool, a.B, a.projected(), a.E, a.width(), uz, a.x_proj, p});
+    product({a.pool, a.B, a.projected(), a.E, a.width(), a.kind, uz, a.x_proj, a.x_scale, p});
     step_core(a, uz, p, y);
-    for_row_blocks(a.pool, a.D, a.E, [&](Range blocks) {
-        rows_times_vectors(a.out_proj, a.D, a.E, y, a.E, a.B, blocks, [&](int64_t b, int64_t r, int lanes, vf sums) {
-            store(a.out + b * a.D + r, sums + load(a.x + b * a.D + r, lanes), lanes);
-        });
-    });
+    step_output(a, y);
 }
 
 }  // namespace pm
