@@ -155,3 +155,34 @@ def test_muons_state_comes_back() -> None:
     twin.model.head.draws.copy_(model.head.draws)
     assert twin.train_step(ids, ids) == trainer.train_step(ids, ids)
     assert same(dict(twin.model.named_parameters()), dict(model.named_parameters()))
+
+
+def stepped() -> Optimizer:
+    optimizer = adamw(SequenceModel(ModelConfig(vocab_size=5, d_model=8, n_layer=1)))
+    for parameter in optimizer.named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-3)
+    return optimizer
+
+
+def test_what_an_update_wrote_is_known_to_be_finite_until_somebody_writes_to_it() -> None:
+    optimizer = stepped()
+    assert not any(optimizer.unverified().values())
+    optimizer.state()["norm_f.weight"]["exp_avg"].view(-1)[0] = math.nan
+    optimizer.state()["layers.0.norm.weight"]["exp_avg_sq"] = torch.ones(8)
+    found = {name: list(slots) for name, slots in optimizer.unverified().items() if slots}
+    assert found == {"norm_f.weight": ["exp_avg"], "layers.0.norm.weight": ["exp_avg_sq"]}
+
+
+def test_a_loaded_state_is_not_known_to_be_finite() -> None:
+    optimizer = stepped()
+    optimizer.load_state(optimizer.state())
+    assert all(set(slots) == {"exp_avg", "exp_avg_sq"} for slots in optimizer.unverified().values())
+
+
+def test_a_moment_spoilt_behind_torchs_back_spoils_no_weight_and_is_seen_next() -> None:
+    optimizer = stepped()
+    optimizer.state()["head.prototypes"]["exp_avg"].data[0, 0] = math.nan
+    optimizer.step(1e-3)
+    assert all(p.isfinite().all() for p in optimizer.named.values())
+    assert {name for name, slots in optimizer.unverified().items() if slots} == {"head.prototypes"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from protomamba.kernels import matmul, native, reference
+from protomamba.kernels.adamw import adamw
 from protomamba.kernels.allocator import keep_freed_memory
 from protomamba.kernels.conv import causal_conv
 from protomamba.kernels.mamba_block import mamba_block
@@ -13,19 +14,21 @@ from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.prototype_loss import prototype_loss
-from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, LogitProjection
+from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, LogitProjection
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
 from protomamba.kernels.softmax_loss import softmax_loss
 from protomamba.kernels.square_sums import square_sums
 
 __all__ = [
+    "AdamWTensors",
     "BlockOutput",
     "BlockState",
     "BlockWeights",
     "DecodeStepper",
     "LogitProjection",
     "MambaStepper",
+    "adamw",
     "add_rms_norm",
     "available",
     "causal_conv",

@@ -113,6 +113,10 @@ OPS = {
     ),
     "sphere_turn": Arguments("T D: int", "unit inverse gradient: pointer"),
     "sphere_unit": Arguments("T D: int", "x unit inverse: pointer"),
+    "adamw": Arguments(
+        "count: int", "lr scale beta1 beta2 eps: float",
+        "sizes parameters gradients exp_avg exp_avg_sq steps decay spoilt: pointer",
+    ),
     "square_sums": Arguments("count: int", "sizes data sums: pointer"),
     "product": Arguments("T rows columns x_stride kind: int", "x w scale y: pointer"),
     "transpose": Arguments("rows columns in_row: int", "x out: pointer"),

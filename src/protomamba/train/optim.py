@@ -14,6 +14,7 @@ from protomamba import kernels
 from protomamba.config import Schema, TrainFields, part_settings
 from protomamba.model.registry import resolve
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 
 
@@ -45,6 +46,9 @@ class Optimizer(Protocol):
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over a state by name; names that are not trained here are left out. ValueError for another shape."""
 
+    def unverified(self) -> dict[str, dict[str, Tensor]]:
+        """The slots that may hold a NaN or Inf: all that were not found finite as they are now."""
+
     def bytes_to_come(self) -> int:
         """How much larger the state gets once every parameter has been updated."""
 
@@ -69,6 +73,9 @@ class OptimizerBase:
     def state(self) -> dict[str, dict[str, Tensor]]:
         return self._state
 
+    def unverified(self) -> dict[str, dict[str, Tensor]]:
+        return self.state()
+
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name in self.named.keys() & state.keys():
             self.check(name, state[name])
@@ -90,9 +97,9 @@ class OptimizerBase:
 
 
 class AdamW(OptimizerBase):
-    """torch's fused AdamW (Loshchilov & Hutter 2019): decoupled decay on matrices only, see `decays`."""
+    """AdamW (arXiv 1711.05101) in one pass over the memory: decoupled decay on matrices only, see `decays`."""
 
-    slots = ("step", "exp_avg", "exp_avg_sq")
+    slots = ("step", *MOMENTS)
     elementwise = True
 
     class Config(Schema):
@@ -103,49 +110,49 @@ class AdamW(OptimizerBase):
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
         super().__init__(named, config)
-        self._adamw: torch.optim.AdamW | None = None
-        if self.named:
-            betas = config.beta1, config.beta2
-            self._adamw = torch.optim.AdamW(self._groups(), lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: dict[bool, list[Tensor]] = {}
-        for name, parameter in self.named.items():
-            groups.setdefault(decays(name, parameter), []).append(parameter)
-        return [
-            {"params": parameters, "weight_decay": self.config.weight_decay if decay else 0.0}
-            for decay, parameters in groups.items()
-        ]
+        # The moments as the last update left them, all finite: (tensor, version) by name and slot.
+        self._verified: dict[tuple[str, str], tuple[Tensor, int]] = {}
 
     def step(self, lr: float, scale: float = 1.0) -> None:
-        if self._adamw is None:
-            return
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        divisor = None
-        if scale != 1.0 and all(p.dtype == torch.float32 for p in self.named.values()):
-            # The fused step divides the gradients by this on its way: a pass over them less than scaling them before.
-            divisor = torch.tensor(1.0 / scale, dtype=torch.float32)
-        elif scale != 1.0:
-            # The fused divisor is a float32.
-            torch._foreach_mul_([p.grad for p in self.named.values() if p.grad is not None], scale)
-        self._adamw.grad_scale = divisor  # type: ignore[attr-defined]
-        self._adamw.step()
+        config, names = self.config, [name for name, p in self.named.items() if p.grad is not None]
+        spoilt = kernels.adamw(
+            [self._tensors(name) for name in names],
+            lr=lr,
+            scale=scale,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.adam_eps,
+        )
+        for name, bad in zip(names, spoilt, strict=True):
+            for slot in MOMENTS:
+                moment = self._state[name][slot]
+                self._verified[name, slot] = (moment, -1 if bad else moment._version)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        if self._adamw is None:
-            return {}
-        state = self._adamw.state
-        return {name: {k: state[p][k] for k in self.slots} for name, p in self.named.items() if p in state}
+    def _tensors(self, name: str) -> kernels.AdamWTensors:
+        parameter = self.named[name]
+        assert parameter.grad is not None
+        slots = self._state.get(name)
+        if slots is None:
+            zero = torch.zeros((), dtype=torch.float32)
+            slots = {"step": zero, **{slot: torch.zeros_like(parameter.detach()) for slot in MOMENTS}}
+            self._state[name] = slots
+        decay = self.config.weight_decay if decays(name, parameter) else 0.0
+        first, second = (slots[slot] for slot in MOMENTS)
+        return kernels.AdamWTensors(parameter.detach(), parameter.grad, first, second, slots["step"], decay)
 
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name, parameter in self.named.items():
-            if self._adamw is not None and name in state:
-                self.check(name, state[name])
-                self._adamw.state[parameter] = {k: state[name][k].clone() for k in self.slots}
+    def unverified(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {slot: x for slot, x in slots.items() if slot != "step" and not self._is_verified(name, slot, x)}
+            for name, slots in self._state.items()
+        }
+
+    def _is_verified(self, name: str, slot: str, x: Tensor) -> bool:
+        """Whether this is what the last update wrote and found finite: a later writer has raised the version."""
+        tensor, version = self._verified.get((name, slot), (None, -1))
+        return x is tensor and x._version == version
 
     def bytes_to_come(self) -> int:
-        fresh = [p for p in self.named.values() if self._adamw is not None and p not in self._adamw.state]
+        fresh = [p for name, p in self.named.items() if name not in self._state]
         return sum(2 * p.numel() * p.element_size() + torch.float32.itemsize for p in fresh)
 
 

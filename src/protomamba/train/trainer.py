@@ -239,7 +239,7 @@ class Trainer:
         if grad_norm is not None or not math.isfinite(loss):
             suspects = {**self._weights(), **suspects}
         if grad_norm is not None:
-            for name, slots in self.optimizer.state().items():
+            for name, slots in self.optimizer.unverified().items():
                 suspects |= {f"{name} (optimizer {slot})": x for slot, x in slots.items() if x.ndim or slot != "step"}
             if not math.isfinite(grad_norm):
                 suspects |= {f"{name} (gradient)": g for name, g in self.gradients().items()}

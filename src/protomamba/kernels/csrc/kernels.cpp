@@ -1,5 +1,6 @@
 // The C ABI: every op takes a pointer to its argument struct, whose fields are made of 8-byte words and are described by
 // pm_OP_fields.
+#include "adamw.h"
 #include "conv.h"
 #include "norm.h"
 #include "product.h"
@@ -56,6 +57,7 @@ PM_OP(prototype_loss_backward, PrototypeLossArgs, prototype_loss_backward(*a))
 PM_OP(sphere_softmax, SphereSoftmaxArgs, sphere_softmax(*a))
 PM_OP(sphere_turn, SphereTurnArgs, sphere_turn(*a))
 PM_OP(sphere_unit, SphereUnitArgs, sphere_unit(*a))
+PM_OP(adamw, AdamWArgs, adamw(*a))
 PM_OP(square_sums, SquareSumsArgs, square_sums(*a))
 PM_OP(product, ProductArgs, product(*a))
 PM_OP(step, StepArgs, step(*a))

@@ -158,6 +158,15 @@ PM_INLINE vf exp(vf x) {
 
 PM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
+PM_INLINE vf vsqrt(vf x) {
+#if defined(__AVX512DQ__)
+    return (vf)_mm512_maskz_sqrt_ps(ALL_LANES, (__m512)x);
+#else
+    for (int i = 0; i < W; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
 PM_INLINE vf vabs(vf x) { return (vf)(bits_of(x) & 0x7fffffff); }
 
 // log(1 + e^x), relative error below 4 ulp, and its derivative 1 / (1 + e^-x). With y = e^-|x| in (0, 1] the logarithm is
