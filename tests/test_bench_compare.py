@@ -82,6 +82,11 @@ def test_a_commit_is_checked_out_beside_and_taken_away_again(tmp_path: Path, mon
     assert len(listed.splitlines()) == 1
 
 
+def test_a_folder_is_taken_as_it_is_built() -> None:
+    with compare.checkout(Path("elsewhere"), str(SOURCE.parent)) as source:
+        assert source == SOURCE
+
+
 def test_an_unknown_commit_and_a_missing_program_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ from protomamba.errors import ConfigError, UserError
 
 TURN_SECONDS = 0.15
 CONFIDENCE = 0.95
+WIDTH = 120  # of a table in a pipe
 
 
 class Comparison(NamedTuple):
@@ -107,7 +108,13 @@ def interval(ordered: Sequence[float]) -> tuple[float, float]:
 
 @contextmanager
 def checkout(root: Path, ref: str) -> Iterator[Path]:
-    """The source folder of a commit, checked out in a temporary worktree and built. UserError if either fails."""
+    """The source folder of a commit, checked out in a temporary worktree and built, or that of a folder as it is.
+
+    UserError if git or the build fails.
+    """
+    if (Path(ref) / "src" / "protomamba").is_dir():
+        yield Path(ref) / "src"
+        return
     with tempfile.TemporaryDirectory(prefix="bench-compare-") as folder:
         place = Path(folder) / "tree"
         run(["git", "-C", str(root), "worktree", "add", "--detach", str(place), ref])
@@ -152,7 +159,7 @@ def task_of(shape: Shape, precision: str, threads: int, clock: str) -> dict[str,
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench-compare", description="time the step of two commits in turns")
-    parser.add_argument("ref", help="the commit to compare with")
+    parser.add_argument("ref", help="the commit to compare with, or a folder with a built checkout")
     parser.add_argument("--shapes", default="S,M,L,demo", help="as in protomamba bench [%(default)s]")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="[%(default)s]")
     parser.add_argument("--pairs", type=int, default=30, metavar="N", help="pairs of turns [%(default)s]")
@@ -168,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare and print. The exit code: 0, or that of a UserError."""
     try:
         chosen = parse(sys.argv[1:] if arguments is None else arguments)
-        _compare_all(chosen, Console(soft_wrap=True))
+        _compare_all(chosen, Console(width=None if sys.stdout.isatty() else WIDTH))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
