@@ -201,6 +201,10 @@ class Muon(OptimizerBase):
         of_muon = {name: {k: held[p][k] for k in self.slots} for name, p in self._hidden.items() if p in held}
         return {**self._rest.state(), **of_muon}
 
+    def unverified(self) -> dict[str, dict[str, Tensor]]:
+        of_muon = {name: slots for name, slots in self.state().items() if name in self._hidden}
+        return {**self._rest.unverified(), **of_muon}
+
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._rest.load_state({name: slots for name, slots in state.items() if name not in self._hidden})
         for name, parameter in self._hidden.items():
