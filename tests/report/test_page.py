@@ -149,6 +149,9 @@ def test_thinning_keeps_ends_peaks_and_means() -> None:
     assert {0, 4_321, 7_777, 9_999} <= set(thinned.steps)
     assert all(values[step] == value for step, value in zip(thinned.steps, thinned.values, strict=True))
     assert max(map(abs, thinned.means)) < 1.2
+    skewed = [math.exp(math.sin(i * i)) for i in range(10_000)]
+    kept = thin(Series(list(range(10_000)), skewed), 200)
+    assert sum(kept.means) / len(kept.means) == pytest.approx(sum(skewed) / len(skewed), rel=0.01)
     short_one = Series([1, 2], [3.0, 4.0])
     assert thin(short_one, 200).values is short_one.values
 
