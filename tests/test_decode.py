@@ -12,7 +12,7 @@ from protomamba.errors import ConfigError
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
-@pytest.fixture(params=["mamba", "compact", "examples.lstm_layer:LSTMLayer"])
+@pytest.fixture(params=["mamba", "compact", "attention", "examples.lstm_layer:LSTMLayer"])
 def model(request: pytest.FixtureRequest) -> SequenceModel:
     return SequenceModel(ModelConfig(vocab_size=19, d_model=12, d_state=4, n_layer=2, layer=request.param), seed=2)
 

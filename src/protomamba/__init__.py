@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from protomamba.config import ModelConfig, RunConfig, Sampling, TrainConfig
+    from protomamba.config import ModelConfig, RunConfig, Sampling, Schema, TrainConfig
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
     from protomamba.data.dataset_stream import DatasetStream
     from protomamba.decode import generate
     from protomamba.errors import ConfigError, UserError
-    from protomamba.model.heads.base import Head
-    from protomamba.model.mixers.base import Layer
+    from protomamba.model.heads.base import Head, head
+    from protomamba.model.inputs.base import Input, input_part
+    from protomamba.model.mixers.base import PLAIN_CALL, ForwardContext, Mixer, MixerOutput, mixer
     from protomamba.model.sequence_model import SequenceModel
     from protomamba.predict.predictor import Predictor
     from protomamba.train.callbacks.base import Callback
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from protomamba.train.trainer import StepStats, Trainer, Validation
 
 _HOMES = {
-    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
+    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "Schema", "TrainConfig"),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.data.dataset_stream": ("DatasetStream",),
     "protomamba.errors": ("ConfigError", "UserError"),
     "protomamba.decode": ("generate",),
-    "protomamba.model.heads.base": ("Head",),
-    "protomamba.model.mixers.base": ("Layer",),
+    "protomamba.model.heads.base": ("Head", "head"),
+    "protomamba.model.inputs.base": ("Input", "input_part"),
+    "protomamba.model.mixers.base": ("PLAIN_CALL", "ForwardContext", "Mixer", "MixerOutput", "mixer"),
     "protomamba.model.sequence_model": ("SequenceModel",),
     "protomamba.train.callbacks.base": ("Callback",),
     "protomamba.train.callbacks.collapse": ("CollapseWatch",),
@@ -45,18 +47,23 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "PLAIN_CALL",
     "Callback",
     "CollapseWatch",
     "ConfigError",
     "DatasetStream",
+    "ForwardContext",
     "Head",
-    "Layer",
+    "Input",
+    "Mixer",
+    "MixerOutput",
     "ModelConfig",
     "Predictor",
     "Progress",
     "Run",
     "RunConfig",
     "Sampling",
+    "Schema",
     "SequenceModel",
     "StepStats",
     "TokenStream",
@@ -67,7 +74,10 @@ __all__ = [
     "__version__",
     "batch_from_tokens",
     "generate",
+    "head",
     "in_memory",
+    "input_part",
+    "mixer",
     "open_token_dir",
     "open_token_file",
 ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from protomamba.errors import ConfigError
@@ -69,23 +69,35 @@ class Schema(BaseModel):
 
     def project(self, schema: type[Schema], **extra: Any) -> Any:
         """The fields that `schema` shares with this config, as an instance of `schema`."""
-        return schema(
-            **{k: v for k, v in self.model_dump().items() if k in schema.model_fields and k not in extra}, **extra
-        )
+        shared = {k: v for k, v in self.model_dump().items() if k in schema.model_fields and k not in extra}
+        projected = schema(**shared, **extra)
+        projected._given = (self._given & shared.keys()) | extra.keys()
+        return projected
 
 
-class ArchitectureFields(Schema):
+# Options of parts as users write them: key -> value, or KIND -> {key: value}.
+Options = dict[str, Any]
+
+
+class StateSpaceFields(Schema):
     TITLE: ClassVar[str] = "model"
 
-    d_model: int = Field(512, ge=1, le=65_536, description="hidden width D")
     d_state: int = Field(16, ge=1, le=1_024, description="state width N of each channel")
     d_conv: int = Field(4, ge=1, le=64, description="taps K of the causal convolution")
+
+
+class InnerFields(Schema):
+    TITLE: ClassVar[str] = "model"
+
     expand: int = Field(2, ge=1, le=16, description="inner width as a multiple of d_model (mamba layer)")
     dt_rank: int | None = Field(
         None, ge=1, le=65_536, description="rank of the time-step projection; auto = ceil(d_model / 16)"
     )
-    layer: str = Field("mamba", description="mamba, compact or package.module:Class")
-    head: str = Field("hpn", description="hpn, softmax or package.module:Class")
+
+
+class PrototypeFields(Schema):
+    TITLE: ClassVar[str] = "model"
+
     prototypes: Literal["learned", "fixed"] = Field(
         "learned", description="hpn head: prototypes trained, or placed once and kept"
     )
@@ -96,12 +108,63 @@ class ArchitectureFields(Schema):
         description="hpn head, learned prototypes: 0 = the gradient of (1 - cos)^2 alone, which "
         "collapses; any other value = that of cross entropy, its size is unused",
     )
+
+
+class TieFields(Schema):
+    TITLE: ClassVar[str] = "model"
+
     tie_embedding: bool = Field(False, description="softmax head: share its matrix with the embedding")
+
+
+class PartFields(StateSpaceFields, InnerFields, PrototypeFields, TieFields):
+    """Settings with a flag of their own: each fills the field of that name in whatever part declares it."""
+
+
+class HeadFields(PrototypeFields, TieFields):
+    TITLE: ClassVar[str] = "model"
+
+    head: str = Field("hpn", description="hpn, softmax or package.module:Class")
+    head_options: Options = Field({}, description="setting of the head, repeatable; in files a table")
+
+
+class LayerFields(StateSpaceFields, InnerFields):
+    TITLE: ClassVar[str] = "model"
+
+    layer: str = Field("mamba", description="mamba, compact, attention or package.module:Class")
+    layers: str | None = Field(
+        None, description="kinds by final index, KIND[*N],..., repeated and cut to the depth; instead of --layer"
+    )
+    layer_options: Options = Field(
+        {}, description="setting of the layers, or of one kind, repeatable; in files a table"
+    )
+
+
+class InputFields(Schema):
+    TITLE: ClassVar[str] = "model"
+
+    input: str = Field("tokens", description="tokens, vector or package.module:Class")
+    input_options: Options = Field({}, description="setting of the input, repeatable; in files a table")
+
+
+class ArchitectureFields(LayerFields, HeadFields, InputFields):
+    TITLE: ClassVar[str] = "model"
+
+    d_model: int = Field(512, ge=1, le=65_536, description="hidden width D")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the embedded input and of each layer's output")
+
+    @field_validator("layer_options", "head_options", "input_options", mode="before")
+    @classmethod
+    def _parsed(cls, value: Any) -> Any:
+        return parse_options(value) if isinstance(value, list | tuple) else value
 
     @property
     def time_step_rank(self) -> int:
         """dt_rank, or its published default ceil(d_model / 16)."""
         return self.dt_rank or math.ceil(self.d_model / 16)
+
+    def kinds(self, n_layer: int) -> list[str]:
+        """The kind of each of `n_layer` layers, by index. ConfigError for a pattern that is none."""
+        return stack_kinds(self.layers or self.layer, n_layer)
 
 
 class ModelConfig(ArchitectureFields):
@@ -360,8 +423,39 @@ def part_settings(schema: type[Schema], fields: Schema, options: Iterable[str], 
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
+    """The command-line spelling of a field: options of parts are given one at a time."""
+    single = name.removesuffix("s") if name.endswith("_options") else name
+    return "--" + single.replace("_", "-")
+
+
+def pattern_kinds(pattern: str) -> list[str]:
+    """The kinds of one round of a pattern: `mamba*3,attention` -> mamba, mamba, mamba, attention."""
+    unit: list[str] = []
+    for word in pattern.split(","):
+        kind, star, count = word.strip().partition("*")
+        if not kind or (star and not (count.isdecimal() and 0 < int(count) <= 10_000)):
+            raise ConfigError(f"--layers {pattern}: expected KIND[*N],KIND[*N],..., found {word.strip() or 'nothing'}")
+        unit += [kind.strip()] * int(count or 1)
+    return unit
+
+
+def stack_kinds(pattern: str, n_layer: int) -> list[str]:
+    """The kind of each of `n_layer` layers: the pattern from layer 0 on, repeated, and cut to the depth."""
+    unit = pattern_kinds(pattern)
+    return [unit[index % len(unit)] for index in range(n_layer)]
+
+
+def parse_options(words: Iterable[str]) -> Options:
+    """`KEY=VALUE` and `KIND.KEY=VALUE` as {KEY: VALUE, KIND: {KEY: VALUE}}; of a key given twice the last counts."""
+    options: Options = {}
+    for word in words:
+        path, equals, value = str(word).partition("=")
+        kind, _, key = path.rpartition(".")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"option {word!r}: expected KEY=VALUE or KIND.KEY=VALUE")
+        place = options.setdefault(kind, {}) if kind else options
+        place[key] = value
+    return options
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -377,8 +471,8 @@ def is_unset(name: str, value: Any) -> bool:
 
 
 def is_repeatable(annotation: Any) -> bool:
-    """Whether a flag may be given several times: its field is a tuple of texts."""
-    return get_origin(annotation) is tuple
+    """Whether a flag may be given several times: its field is a tuple of texts, or a table of options."""
+    return get_origin(annotation) in (tuple, dict)
 
 
 def group_of(schema: type[Schema], name: str) -> type[Schema]:
@@ -400,6 +494,8 @@ def describe_bounds(schema: type[Schema], name: str) -> str:
     """What a field takes, in words: 'an integer >= 1 and <= 64', 'one of a, b'."""
     field = schema.model_fields[name]
     kind = value_type(field.annotation)
+    if is_repeatable(kind):
+        return "KEY=VALUE or KIND.KEY=VALUE, in a file a table" if get_origin(kind) is dict else "texts"
     if choices := get_args(kind):
         return "one of " + ", ".join(str(c) for c in choices)
     words = {int: "an integer", float: "a finite number", bool: "1, 0, true or false", Path: "a path", str: "text"}[

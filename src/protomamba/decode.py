@@ -129,13 +129,7 @@ def prefill(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> tuple[Ten
         ends.append(z_1LD[:, -1])
         assert state is not None
         states.append(state)
-    return torch.cat(ends), [_stack([state[layer] for state in states]) for layer in range(len(states[0]))]
-
-
-def _stack(layer_states: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
-    """One layer's states of several sequences as the state of a batch: every tensor has the batch first."""
-    present = [state for state in layer_states if state is not None]
-    return tuple(torch.cat(parts) for parts in zip(*present, strict=True)) if present else None
+    return torch.cat(ends), model.stack_states(states)
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

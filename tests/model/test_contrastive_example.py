@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from protomamba.config import ModelConfig
-from protomamba.model.heads import HEADS
-from protomamba.model.heads.base import Head
-from protomamba.model.registry import resolve
+from protomamba.model.heads import Head
+from protomamba.model.heads import head as registry
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -20,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def head(monkeypatch: pytest.MonkeyPatch) -> Head:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     torch.manual_seed(0)
-    return resolve("contrastive_head:ContrastiveHead", HEADS, Head, "head")(ModelConfig(vocab_size=12, d_model=16))
+    return registry.find("contrastive_head:ContrastiveHead")(ModelConfig(vocab_size=12, d_model=16))
 
 
 def test_it_learns_classes_and_how_common_they_are(head: Head) -> None:

@@ -83,7 +83,7 @@ def learnt(head: HyperspherePrototypes) -> list[Tensor]:
 
 @pytest.mark.parametrize("sample", [20, 64])
 def test_the_loss_is_the_documented_one_and_its_gradient_that_of_the_cross_entropy(sample: int) -> None:
-    head = HyperspherePrototypes(config(), sample=sample).double()
+    head = HyperspherePrototypes(config(head_options={"sample": sample})).double()
     z_BLD, targets_BL = batch()
     z_BLD = z_BLD.double().requires_grad_()
     kept = targets_BL >= 0
@@ -105,7 +105,7 @@ def test_the_loss_is_the_documented_one_and_its_gradient_that_of_the_cross_entro
 @pytest.mark.parametrize(("sample", "told"), [(12, False), (12, True), (24, False)])
 def test_a_sample_estimates_the_sum_over_all_wrong_classes_without_bias(sample: int, told: bool) -> None:
     """Over batches of targets drawn by known frequencies; where the batch has too many classes, over the lot too."""
-    head = HyperspherePrototypes(config(), sample=sample)
+    head = HyperspherePrototypes(config(head_options={"sample": sample}))
     generator = torch.Generator().manual_seed(0)
     share_V = 1.0 / torch.arange(1, 38, dtype=torch.float64)
     counts_V = (1e6 * share_V).long()
@@ -123,7 +123,7 @@ def test_a_sample_estimates_the_sum_over_all_wrong_classes_without_bias(sample: 
 
 
 def test_frequencies_are_counted_until_the_source_tells_them() -> None:
-    head = HyperspherePrototypes(config(), sample=12)
+    head = HyperspherePrototypes(config(head_options={"sample": 12}))
     targets_T = torch.tensor([3, 3, -100, 36])
     head(torch.randn(4, 8), targets_T).backward()
     assert head.counts.nonzero()[:, 0].tolist() == [3, 36] and int(head.counts[3]) == 2 and int(head.counted) == 3
@@ -137,7 +137,7 @@ def test_frequencies_are_counted_until_the_source_tells_them() -> None:
 
 
 def test_ranks_that_are_given_the_step_s_targets_draw_the_same_sample() -> None:
-    one, other = (HyperspherePrototypes(config(classes=500), sample=32) for _ in range(2))
+    one, other = (HyperspherePrototypes(config(classes=500, head_options={"sample": 32})) for _ in range(2))
     targets_T = torch.randint(-5, 500, (200,), generator=torch.Generator().manual_seed(0))
     samples = []
     for head, part in ((one, targets_T[:100]), (other, targets_T[100:])):
@@ -260,7 +260,7 @@ def test_the_cross_entropy_prevents_the_collapse_that_comes_without_it() -> None
 def test_uniform_targets_leave_prototypes_apart(classes: int, sample: int) -> None:
     """With nothing to learn 0.1's gradient pulled all prototypes to one place: nearest cosine 0.93 at 16 classes."""
     torch.manual_seed(0)
-    head = HyperspherePrototypes(config(classes=classes, width=16), sample=sample)
+    head = HyperspherePrototypes(config(classes=classes, width=16, head_options={"sample": sample}))
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=3e-3)
     for _ in range(800):
@@ -277,7 +277,7 @@ def test_uniform_targets_leave_prototypes_apart(classes: int, sample: int) -> No
 
 
 def test_the_sample_depends_on_the_state_alone() -> None:
-    head = HyperspherePrototypes(config(classes=1000), sample=100)
+    head = HyperspherePrototypes(config(classes=1000, head_options={"sample": 100}))
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in head.state_dict().items()}
 
     def drawn() -> list[int]:
@@ -394,7 +394,7 @@ def test_nothing_of_tokens_by_classes_or_classes_squared_in_a_training_step() ->
     classes, width, tokens = 9_000, 8, 600
     z_BLD, targets_BL = batch(classes, width, 6, 100)
     for kind in ("fixed", "learned"):
-        head = HyperspherePrototypes(config(classes, width, prototypes=kind), sample=512)
+        head = HyperspherePrototypes(config(classes, width, prototypes=kind, head_options={"sample": 512}))
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3) if kind == "learned" else None
         with Tensors() as seen:
             head(z_BLD.requires_grad_(), targets_BL).backward()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.errors import ConfigError
-from protomamba.model.mixers.mamba import MambaLayer
+from protomamba.model.mixers import Mamba, MixerOutput
 
-LAYERS = ("mamba", "compact", "examples.lstm_layer:LSTMLayer")
+LAYERS = ("mamba", "compact", "attention", "examples.lstm_layer:LSTMLayer")
 
 
 def make(layer: str = "mamba", head: str = "hpn", n_layer: int = 2, **fields: object) -> SequenceModel:
@@ -141,10 +141,10 @@ def test_scores_predictions_and_classes() -> None:
 @pytest.mark.parametrize(
     ("field", "name", "says"),
     [
-        ("layer", "mambo", "expected mamba, compact or package.module:Class .did you mean mamba"),
+        ("layer", "mambo", "expected .*mamba.* or package.module:Class .did you mean mamba"),
         ("layer", "no_such_module:Layer", "cannot import no_such_module"),
         ("layer", "examples.lstm_layer:Missing", "has no Missing"),
-        ("layer", "torch.nn:Linear", "expected a subclass of ResidualLayer"),
+        ("layer", "torch.nn:Linear", "expected a subclass of Mixer"),
         ("head", "torch.nn:Linear", "expected a subclass of Head"),
     ],
 )
@@ -160,16 +160,12 @@ def test_a_tied_softmax_head_shares_the_embedding() -> None:
         make(head="hpn", tie_embedding=True)
 
 
-class DoubledLayer(MambaLayer):
-    """Half of the input and twice the layer: what a class derived from ours may do in both of its entry points."""
+class DoubledMixer(Mamba):
+    """Twice the output: a class derived from ours that overrides one method."""
 
-    def residual(self, x_BLD, norm_weight_D, state, ctx, activation_hook):  # type: ignore[no-untyped-def]
-        y_BLD, state = super().residual(x_BLD, norm_weight_D, state, ctx, activation_hook)
-        return 2 * y_BLD - 1.5 * x_BLD, state
-
-    def residual_step(self, x_BD, norm_weight_D, state):  # type: ignore[no-untyped-def]
-        y_BD, state = super().residual_step(x_BD, norm_weight_D, state)
-        return 2 * y_BD - 1.5 * x_BD, state
+    def forward(self, x_BLD, ctx):  # type: ignore[no-untyped-def]
+        y_BLD, state = super().forward(x_BLD, ctx)
+        return MixerOutput(2 * y_BLD, state)
 
 
 class OwnNorm(torch.nn.LayerNorm):
@@ -178,7 +174,7 @@ class OwnNorm(torch.nn.LayerNorm):
 
 def changed_models() -> dict[str, SequenceModel]:
     models = {name: make() for name in ("norm", "hook")}
-    models["layer"] = make(f"{__name__}:DoubledLayer")
+    models["layer"] = make(f"{__name__}:DoubledMixer")
     models["norm"].norm_f = OwnNorm(12)  # type: ignore[assignment]
     models["hook"].embedding.register_forward_hook(lambda module, inputs, output: 3 * output)
     return models

@@ -340,7 +340,7 @@ def test_a_run_that_fails_says_so_in_its_metrics(tmp_path: Path, tokens: Path, m
 def test_a_layer_in_the_current_folder_is_found_by_name(
     tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_own_layer.py").write_text("from protomamba.model.mixers.mamba import MambaLayer as Mine\n")
+    (tmp_path / "my_own_layer.py").write_text("from protomamba.model.mixers.mamba import Mamba as Mine\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     assert train(tmp_path / "run", tokens, "--steps", 1, "--layer", "my_own_layer:Mine") == 0

@@ -59,10 +59,10 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
 
 
 def _refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
-    """Import the layer and head that the user named; ConfigError unless they are the checkpoint's own."""
+    """Import the parts that the user named; ConfigError unless they are the checkpoint's own."""
     load_named_code(config)
-    for what in {"layer", "head"} & config.given:
-        own = loaded.config["model"][what]
+    for what in {"layer", "layers", "head", "input"} & config.given:
+        own = getattr(ModelConfig(**loaded.config["model"]), what)
         if getattr(config, what) != own:
             raise ConfigError(f"--{what} {getattr(config, what)}: the checkpoint's {what} is {own}")
 

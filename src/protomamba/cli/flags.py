@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from protomamba.config import (
     RunConfig,
@@ -75,14 +75,14 @@ def add_fields(
 
 def _metavar(annotation: Any) -> str:
     if is_repeatable(annotation):
-        return "TEXT"
+        return "TEXT" if get_origin(annotation) is tuple else "[KIND.]KEY=VALUE"
     kind = value_type(annotation)
     choices = get_args(kind)
     return "|".join(choices) or {int: "N", float: "F", bool: "0|1", Path: "PATH"}.get(kind, "NAME")
 
 
 def _shown_default(value: Any, description: str) -> str:
-    if value is None or value == ():
+    if value is None or value in ((), {}):
         return "auto" if "auto =" in description else "none"
     if isinstance(value, bool):
         return "1" if value else "0"

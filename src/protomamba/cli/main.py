@@ -33,8 +33,8 @@ def _train(arguments: argparse.Namespace) -> int:
     return train(run_config(arguments))
 
 
-# The layer and the head have to be named where the checkpoint's are not ours: see model/registry.py.
-CODE_FLAGS = ("layer", "head")
+# Parts have to be named where the checkpoint's are not ours: see model/registry.py.
+CODE_FLAGS = ("layer", "layers", "head", "input")
 DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len")
 MACHINE_FLAGS = ("threads", "kernels")
 THE_CHECKPOINTS = "the checkpoint's"

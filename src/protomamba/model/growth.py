@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from protomamba.config import stack_kinds
 from protomamba.errors import ConfigError
 
 PLACEMENTS = "append, prepend, insert:N or specific:i,j,..."
@@ -31,6 +32,31 @@ def new_positions(placement: str, base: int, target: int) -> list[int]:
     if kind == "specific":
         return _specific(placement, _indices(placement, rest, PLACEMENTS, "--placement"), count, target)
     raise ConfigError(f"--placement {placement}: expected {PLACEMENTS}")
+
+
+def origins_of(placement: str, base: int, target: int) -> list[int | None]:
+    """For each layer of the grown model the index it had before, None for a new one. ConfigError as `new_positions`."""
+    new = set(new_positions(placement, base, target))
+    old = iter(range(base))
+    return [None if final in new else next(old) for final in range(target)]
+
+
+def check_kinds(before: Sequence[str], after: Sequence[str], origins: Sequence[int | None]) -> None:
+    """ConfigError for an old layer whose kind is not that of its place in the grown model."""
+    for final, origin in enumerate(origins):
+        if origin is not None and before[origin] != after[final]:
+            raise ConfigError(
+                f"layer {origin} is {before[origin]} and would come to place {final}, where --layers has "
+                f"{after[final]}: choose another --placement, or another --layers"
+            )
+
+
+def base_pattern(layers: str, placement: str, base: int, target: int) -> str:
+    """The --layers of a stack of `base` layers that is to grow to `target` by `placement`: `layers` counts final
+    places, so each layer has the kind of the place that it comes to. ConfigError as `new_positions`."""
+    kinds = stack_kinds(layers, target)
+    old = [kinds[final] for final, origin in enumerate(origins_of(placement, base, target)) if origin is not None]
+    return ",".join(old) or layers
 
 
 def frozen_layers(policy: str, n_layer: int) -> set[int]:

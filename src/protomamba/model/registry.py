@@ -1,42 +1,195 @@
-"""Finds a layer or head class by name: one of ours, or `package.module:Class` of the user's own."""
+"""Parts by name: a class registers itself where it is defined, or is found as `package.module:Class` of the user's own.
+
+@mixer("mamba2")
+class Mamba2(Mixer):
+    class Config(Schema):
+        headdim: int = 64      # --layer-option headdim=128
+    options: Config
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
-from protomamba.config import ModelConfig, nearest
+from torch import nn
+
+from protomamba.config import ModelConfig, Options, PartFields, Schema, flag, nearest
 from protomamba.errors import ConfigError, UserError
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Part")
 
 
-def resolve(
-    name: str, builtin: Mapping[str, Callable[[ModelConfig], T]], base: type, what: str
-) -> Callable[[ModelConfig], T]:
-    """The class called `name`, which must derive from `base`; `what` ('layer', 'head') names the flag in errors.
+class Part(nn.Module):
+    """Base of mixers, heads and inputs, also of a user's own. Constructed as `Class(config)`.
+
+    Config: the part's settings, as a Schema; `self.options` holds an instance of it. A field of the name of a flag
+    (--d-state, --expand, ...) is filled by that flag; every field by --layer-option, --head-option or --input-option.
+    """
+
+    Config: ClassVar[type[Schema]] = Schema
+    FIELD: ClassVar[str]  # of ModelConfig, with the options of parts of this sort
+
+    options: Any
+
+    def __init__(self, config: ModelConfig, **of_module: Any) -> None:
+        super().__init__(**of_module)
+        self.options = settings(type(self), config)
+
+
+class Registry(Generic[T]):
+    """The classes of one sort of part by name, and the decorator that registers one."""
+
+    def __init__(self, what: str, base: type[T]) -> None:
+        self.what, self.base = what, base
+        self.classes: dict[str, type[T]] = {}
+        _REGISTRIES[base.FIELD] = self
+
+    def __call__(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Register the decorated class under `name`, the value of its flag."""
+
+        def register(found: type[T]) -> type[T]:
+            if not name.isidentifier() or self.classes.get(name, found).__qualname__ != found.__qualname__:
+                raise ValueError(f"{self.what} {name!r}: expected an identifier that no other {self.what} has")
+            self.classes[name] = found
+            return found
+
+        return register
+
+    def find(self, name: str) -> type[T]:
+        """The class called `name`: registered, or `package.module:Class`, which must derive from the base.
+
+        Raises ConfigError where the name is unknown, cannot be imported, or is something else.
+        """
+        return cast("type[T]", resolve(name, self.classes, self.base, self.what))
+
+
+def resolve(name: str, registered: Mapping[str, type], base: type, what: str) -> type:
+    """The class called `name`, which must derive from `base`; `what` ('layer', 'callback') names the flag in errors.
 
     Raises ConfigError where the name is unknown, cannot be imported, or is something else.
     """
-    if name in builtin:
-        return builtin[name]
+    if name in registered:
+        return registered[name]
     if ":" not in name:
-        raise ConfigError(
-            f"--{what} {name}: expected {', '.join(builtin)} or package.module:Class{nearest(name, builtin)}"
-        )
+        known = " or ".join([*filter(None, [", ".join(registered)]), "package.module:Class"])
+        raise ConfigError(f"--{what} {name}: expected {known}{nearest(name, registered)}")
     module_name, _, class_name = name.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as error:
-        raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
+        found: Any = getattr(_imported(module_name, name, what), class_name)
     except AttributeError:
         raise ConfigError(f"--{what} {name}: {module_name} has no {class_name}") from None
     if isinstance(found, type) and issubclass(found, base):
-        return cast(Callable[[ModelConfig], T], found)
+        return found
     raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")
+
+
+_REGISTRIES: dict[str, Registry[Any]] = {}
+
+
+def chosen_parts(config: ModelConfig) -> dict[str, list[str]]:
+    """The names of the parts that a model is made of, by the field of their options."""
+    kinds = list(dict.fromkeys(config.kinds(max(1, config.n_layer))))
+    return {"layer_options": kinds, "head_options": [config.head], "input_options": [config.input]}
+
+
+def settings(part: type[Part], config: ModelConfig) -> Schema:
+    """The settings of a part in this model: its own defaults, then flags of the same name, then its options.
+
+    Raises ConfigError for a value that is none of its own.
+    """
+    values = {
+        name: getattr(config, name)
+        for name in part.Config.model_fields.keys() & PartFields.model_fields.keys()
+        if name in config.given or getattr(config, name) != PartFields.default(name)
+    }
+    registry = _REGISTRIES[part.FIELD]
+    mine = [kind for kind in chosen_parts(config)[part.FIELD] if registry.find(kind) is part]
+    for kind, key, value in _single(getattr(config, part.FIELD)):
+        if key in part.Config.model_fields and (kind is None or kind in mine):
+            values[key] = None if value in ("auto", "none") else value
+    try:
+        return part.Config(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{flag(part.FIELD)} of {mine[0] if mine else part.__name__}: {error}") from None
+
+
+def with_settings(config: ModelConfig) -> ModelConfig:
+    """The configuration with every setting of its parts written out, so that a checkpoint says all of them.
+
+    A setting with a flag of its own stands under that name where all parts that have it agree. Raises ConfigError for
+    an option that no part of the model has.
+    """
+    changes: dict[str, Any] = {}
+    for field, kinds in chosen_parts(config).items():
+        parts = {kind: _REGISTRIES[field].find(kind) for kind in kinds}
+        _refuse_unknown(field, getattr(config, field), parts)
+        values = {kind: settings(part, config).model_dump(mode="json") for kind, part in parts.items()}
+        for name, flagged in PartFields.model_fields.items():
+            found = [each[name] for each in values.values() if name in each]
+            defaults = {part.Config.default(name) for part in parts.values() if name in part.Config.model_fields}
+            if defaults == {flagged.default} and all(each == found[0] for each in found):
+                changes[name] = found[0]
+                values = {kind: {k: v for k, v in each.items() if k != name} for kind, each in values.items()}
+        changes[field] = {kind: each for kind, each in values.items() if each}
+    return config.replace(**changes)
+
+
+def idle_settings(config: ModelConfig) -> dict[str, list[str]]:
+    """Flags of parts that no part of this model declares, with the parts that do. A part without settings of its own
+    that is not ours may read every flag from the configuration."""
+    chosen = {name: _REGISTRIES[field].find(name) for field, names in chosen_parts(config).items() for name in names}
+    if any(":" in name and part.Config is Schema for name, part in chosen.items()):
+        return {}
+    read = {name for part in chosen.values() for name in part.Config.model_fields}
+    return {name: _readers(name) for name in PartFields.model_fields if name not in read}
+
+
+def _readers(field: str) -> list[str]:
+    classes = [(name, part) for registry in _REGISTRIES.values() for name, part in registry.classes.items()]
+    return [name for name, part in classes if field in part.Config.model_fields]
+
+
+def _single(options: Options) -> Iterator[tuple[str | None, str, Any]]:
+    """(kind or None for all, key, value) of each option, those of a kind last: they are the more particular ones."""
+    for key, value in sorted(options.items(), key=lambda item: isinstance(item[1], Mapping)):
+        if isinstance(value, Mapping):
+            yield from ((key, inner, each) for inner, each in value.items())
+        else:
+            yield None, key, value
+
+
+def merged_options(recorded: Options, given: Options) -> Options:
+    """The options of a checkpoint, by kind, with those that somebody gives over them."""
+    merged = dict(given)
+    for kind, values in recorded.items():
+        over = {**{k: v for k, v in given.items() if k in values}, **given.get(kind, {})}
+        merged[kind] = {**values, **over}
+    return merged
+
+
+def _refuse_unknown(field: str, options: Options, parts: Mapping[str, type[Part]]) -> None:
+    """ConfigError for an option that none of the parts has, with the nearest name that one has."""
+    for kind, key, _ in _single(options):
+        if kind is not None and kind not in parts:
+            raise ConfigError(f"{flag(field)} {kind}.{key}: the model has no {kind}{nearest(kind, parts)}")
+        among = parts if kind is None else {kind: parts[kind]}
+        known = {name for part in among.values() for name in part.Config.model_fields}
+        if key not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise ConfigError(
+                f"{flag(field)} {key}: {' and '.join(among)} has no such setting{nearest(key, known)}; it has {listed}"
+            )
+
+
+def _imported(module_name: str, name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
 
 
 def load_named(name: str, what: str) -> None:
@@ -48,10 +201,7 @@ def load_named(name: str, what: str) -> None:
     if colon:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.append(os.getcwd())  # as `python -m` has it; a console script does not
-        try:
-            importlib.import_module(module_name)
-        except ImportError as error:
-            raise ConfigError(f"--{what} {name}: cannot import {module_name}: {error} (is it on PYTHONPATH?)") from None
+        _imported(module_name, name, what)
 
 
 def refuse_unnamed(name: str, what: str) -> None:
@@ -65,3 +215,10 @@ def refuse_unnamed(name: str, what: str) -> None:
             f"the checkpoint's {what} is {name}, code that is not ours: if you trust it, name it with --{what} {name} "
             f"(in a program: import {module_name} first)"
         )
+
+
+def refuse_unnamed_parts(config: ModelConfig) -> None:
+    """`refuse_unnamed` for every part of a configuration that came from a file."""
+    for field, names in chosen_parts(config).items():
+        for name in names:
+            refuse_unnamed(name, field.removesuffix("_options"))

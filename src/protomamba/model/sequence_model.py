@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import cast, overload
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.config import NORM_EPS, ModelConfig
+from protomamba.errors import ConfigError
 from protomamba.kernels.packed import check_weights
-from protomamba.model.growth import frozen_layers, moved_freeze, new_positions
-from protomamba.model.heads import HEADS
-from protomamba.model.heads.base import Head
-from protomamba.model.mixers.base import Block, ForwardContext, Norm, ResidualLayer, State, scale_output_init
-from protomamba.model.mixers.mamba import LAYERS
-from protomamba.model.registry import resolve
+from protomamba.model.growth import check_kinds, frozen_layers, moved_freeze, origins_of
+from protomamba.model.heads import Head, head
+from protomamba.model.inputs import Input, TokenEmbedding, input_part
+from protomamba.model.mixers import Block, ForwardContext, mixer
+from protomamba.model.mixers.base import Norm, State, scale_output_init
+from protomamba.model.plain import any_global_hook, is_plain
+from protomamba.model.registry import with_settings
 
 ModelState = list[State | None]
 LayerHook = Callable[[int, Tensor], None]
@@ -34,21 +36,22 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = with_settings(config)
         self.precision = "fp32"
         self.frozen: tuple[str, bool] = ("none", False)
         with _seeded(seed):
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-            nn.init.normal_(self.embedding.weight, std=0.02)
-            self.layers = nn.ModuleList(self._new_block(config.n_layer) for _ in range(config.n_layer))
+            self.embedding: Input = input_part.find(config.input)(config)
+            kinds = config.kinds(config.n_layer)
+            self.layers = nn.ModuleList(self._new_block(kind, config.n_layer) for kind in kinds)
             self.norm_f = Norm(config.d_model)
-            self.head: Head = resolve(config.head, HEADS, Head, "head")(config)
+            self.head: Head = head.find(config.head)(config)
+        self.dropout = nn.Dropout(config.dropout)
         if config.tie_embedding:
-            self.head.tie_weights(cast(nn.Parameter, self.embedding.weight))
+            self.head.tie_weights(self._table())
 
     def features(
         self,
-        tokens_BL: Tensor,
+        inputs: Tensor,
         *,
         state: ModelState | None = None,
         reset_BL: Tensor | None = None,
@@ -61,22 +64,25 @@ class SequenceModel(nn.Module):
         precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
         activation_hook: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
-        ctx = ForwardContext(reset_BL, return_state, precision or self.precision)
-        x_BLD: Tensor = self.embedding(tokens_BL)
+        x_BLD: Tensor = self.embedding(inputs)
+        if x_BLD.ndim != 3:
+            raise ValueError(f"expected {self.embedding.expected()}, got {inputs.dtype} of shape {tuple(inputs.shape)}")
+        x_BLD = self.dropout(x_BLD)
         states: ModelState = []
         for index, block in enumerate(self.blocks()):
-            layer_hook = (
-                partial(activation_hook, index) if activation_hook and trainable(block.mixer.local_weight()) else None
-            )
-            x_BLD, layer_state = block(x_BLD, state[index] if state else None, ctx, layer_hook)
+            hooked = activation_hook is not None and trainable(block.mixer.local_weight())
+            hook = partial(activation_hook, index) if hooked and activation_hook else None
+            held = state[index] if state else None
+            ctx = ForwardContext(held, reset_BL, return_state, precision or self.precision, hook)
+            x_BLD, layer_state = block(x_BLD, ctx)
             states.append(layer_state)
         return self.norm_f(x_BLD), states if return_state else []
 
     @overload
     def forward(
         self,
-        tokens_BL: Tensor,
-        targets_BL: Tensor,
+        inputs: Tensor,
+        targets_BL: Tensor | None = ...,
         *,
         state: ModelState | None = ...,
         reset_BL: Tensor | None = ...,
@@ -86,8 +92,8 @@ class SequenceModel(nn.Module):
     @overload
     def forward(
         self,
-        tokens_BL: Tensor,
-        targets_BL: Tensor,
+        inputs: Tensor,
+        targets_BL: Tensor | None = ...,
         *,
         state: ModelState | None = ...,
         reset_BL: Tensor | None = ...,
@@ -97,43 +103,83 @@ class SequenceModel(nn.Module):
 
     def forward(
         self,
-        tokens_BL: Tensor,
-        targets_BL: Tensor,
+        inputs: Tensor,
+        targets_BL: Tensor | None = None,
         *,
         state: ModelState | None = None,
         reset_BL: Tensor | None = None,
         return_state: bool = False,
         activation_hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, ModelState]:
-        """The loss, the mean over targets >= 0; with `return_state` also the state to go on from.
+        """The loss, the mean over targets >= 0; without targets the head's logits (B, L, classes), differentiable, or
+        its scores where it has no logits. With `return_state` also the state to go on from.
 
-        tokens_BL: int64 (B, L); targets_BL: int64 (B, L), ignored where negative; reset_BL: bool (B, L), True where a
-        document starts. A long sequence runs in chunks: pass each chunk's returned state to the next.
+        inputs: int64 tokens (B, L), or floating values (B, L, C) of `--input vector`; targets_BL: int64 (B, L), ignored
+        where negative; reset_BL: bool (B, L), True where a document starts. A long sequence runs in chunks: pass each
+        chunk's returned state to the next.
         """
         z_BLD, states = self.features(
-            tokens_BL, state=state, reset_BL=reset_BL, return_state=return_state, activation_hook=activation_hook
+            inputs, state=state, reset_BL=reset_BL, return_state=return_state, activation_hook=activation_hook
         )
-        loss: Tensor = self.head(z_BLD, targets_BL)
-        return (loss, states) if return_state else loss
+        result: Tensor | None = self.head.logits(z_BLD) if targets_BL is None else self.head(z_BLD, targets_BL)
+        result = self.head.scores(z_BLD) if result is None else result
+        return (result, states) if return_state else result
+
+    @overload
+    def scores(self, inputs: Tensor, *, state: ModelState | None = ..., reset_BL: Tensor | None = ...) -> Tensor: ...
+
+    @overload
+    def scores(
+        self, inputs: Tensor, *, state: ModelState | None = ..., reset_BL: Tensor | None = ..., return_state: bool
+    ) -> tuple[Tensor, ModelState]: ...
 
     @torch.no_grad()
-    def scores(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L, classes): higher is likelier. The cosine to each prototype, or the logits of a softmax head."""
-        return self.head.scores(self.features(tokens_BL)[0])
+    def scores(
+        self,
+        inputs: Tensor,
+        *,
+        state: ModelState | None = None,
+        reset_BL: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """(B, L, classes): higher is likelier. The cosine to each prototype, or the logits of a softmax head.
+
+        Goes on from `state`; with `return_state` the second value is the state after the last position.
+        """
+        z_BLD, states = self.features(inputs, state=state, reset_BL=reset_BL, return_state=return_state)
+        scores_BLV = self.head.scores(z_BLD)
+        return (scores_BLV, states) if return_state else scores_BLV
+
+    @overload
+    def predict(self, inputs: Tensor, *, state: ModelState | None = ..., reset_BL: Tensor | None = ...) -> Tensor: ...
+
+    @overload
+    def predict(
+        self, inputs: Tensor, *, state: ModelState | None = ..., reset_BL: Tensor | None = ..., return_state: bool
+    ) -> tuple[Tensor, ModelState]: ...
 
     @torch.no_grad()
-    def predict(self, tokens_BL: Tensor) -> Tensor:
-        """int64 (B, L): the class of the nearest prototype (of the highest score)."""
-        return self.head.predict(self.features(tokens_BL)[0])
+    def predict(
+        self,
+        inputs: Tensor,
+        *,
+        state: ModelState | None = None,
+        reset_BL: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """int64 (B, L): the class of the nearest prototype (of the highest score). `state` as in `scores`."""
+        z_BLD, states = self.features(inputs, state=state, reset_BL=reset_BL, return_state=return_state)
+        classes_BL = self.head.predict(z_BLD)
+        return (classes_BL, states) if return_state else classes_BL
 
     @torch.no_grad()
-    def decode_step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """z (B, D) after one more token, and the state after it: the same numbers as `features` gives position by
-        position (in fp32), at constant cost. Takes the state over: do not use the one passed in again."""
-        x_BD: Tensor = self.embedding(tokens_B)
+    def decode_step(self, inputs: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """z (B, D) after one more token (B,) or vector (B, C), and the state after it: the same numbers as `features`
+        gives position by position (in fp32). Takes the state over: do not use the one passed in again."""
+        x_BD: Tensor = self.dropout(self.embedding(inputs))
         states: ModelState = []
         for block, layer_state in zip(self.blocks(), state, strict=True):
-            x_BD, layer_state = block.step(x_BD, layer_state)
+            x_BD, layer_state = block.decode_step(x_BD, layer_state)
             states.append(layer_state)
         return self.norm_f(x_BD), states
 
@@ -145,23 +191,43 @@ class SequenceModel(nn.Module):
         one, of the head; all else stays in float32. ConfigError for another name.
         """
         check_weights(weights)
+        if type(self).features is not SequenceModel.features or "features" in vars(self):
+            return self._decode_by_features(state)
         steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
         for step in steps:
             if isinstance(step, kernels.MambaStepper):
                 step.pack(weights)
-        scoring = self.head.logit_projection()
-        if scoring is not None and _is_plain(self.embedding, nn.Embedding) and _is_plain(self.norm_f, Norm):
-            embedding, norm = self.embedding.weight.detach(), self.norm_f.weight.detach()
-            native = kernels.DecodeStepper.of(embedding, steps, norm, scoring, eps=NORM_EPS, weights=weights)
+        projection = self.head.logit_projection()
+        if projection is not None and self._ends_are_plain():
+            embedding, norm = cast(Tensor, self.embedding.weight).detach(), self.norm_f.weight.detach()
+            native = kernels.DecodeStepper.of(embedding, steps, norm, projection, eps=NORM_EPS, weights=weights)
             if native is not None:
                 return native
 
         @torch.no_grad()
         def advance(tokens_B: Tensor) -> Tensor:
-            x_BD: Tensor = self.embedding(tokens_B)
+            x_BD: Tensor = self.dropout(self.embedding(tokens_B))
             for step in steps:
                 x_BD = step(x_BD)
             return self.head.next_logits(self.norm_f(x_BD))
+
+        return advance
+
+    def _ends_are_plain(self) -> bool:
+        """Whether nothing but the blocks stands between a token and its logits that a kernel would not know."""
+        drops = self.training and self.dropout.p > 0
+        plain = is_plain(self.embedding, TokenEmbedding) and is_plain(self.norm_f, Norm)
+        return plain and is_plain(self.head, type(self.head)) and not drops and not any_global_hook()
+
+    def _decode_by_features(self, state: ModelState) -> Callable[[Tensor], Tensor]:
+        """For a model whose `features` are somebody else's."""
+        held = state
+
+        @torch.no_grad()
+        def advance(tokens_B: Tensor) -> Tensor:
+            nonlocal held
+            z_B1D, held = self.features(tokens_B[:, None], state=held, return_state=True, precision="fp32")
+            return self.head.next_logits(z_B1D[:, 0])
 
         return advance
 
@@ -169,28 +235,48 @@ class SequenceModel(nn.Module):
         """The state before the first token, for any batch size."""
         return [None] * len(self.layers)
 
-    def grow(self, target: int, placement: str = "append", seed: int | None = None) -> list[int | None]:
+    def stack_states(self, states: Sequence[ModelState]) -> ModelState:
+        """The states of several sequences as the state of a batch of them, in that order."""
+        stacked: ModelState = []
+        for block, layer_states in zip(self.blocks(), zip(*states, strict=True), strict=True):
+            present = [state for state in layer_states if state is not None]
+            stacked.append(block.mixer.stack_states(present) if present else None)
+        return stacked
+
+    def unfused_reasons(self) -> dict[str, str]:
+        """For each layer that runs module by module though its kind has a kernel for the whole block: why, by name.
+
+        Such layers give the same within rounding and are slower; see Block.unfused_reason.
+        """
+        reasons = {f"layers.{index}": block.unfused_reason() for index, block in enumerate(self.blocks())}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def grow(
+        self, target: int, placement: str = "append", seed: int | None = None, layers: str | None = None
+    ) -> list[int | None]:
         """Grow to `target` layers; the outputs stay the same to the bit (new layers start with out_proj = 0).
 
-        Returns for each final layer the index it had before, None for a new one. Raises ConfigError for a placement
-        that does not fit. What is frozen stays so, at its new place; new layers train until `freeze` says otherwise.
+        layers: kinds by final index, as in the configuration; None for the model's own pattern. Returns for each final
+        layer the index it had before, None for a new one. Raises ConfigError for a placement that does not fit, and for
+        an old layer that comes to a place of another kind. What is frozen stays so, at its new place; new layers train
+        until `freeze` says otherwise.
         """
-        base = len(self.layers)
-        positions = set(new_positions(placement, base, target))
+        origins = origins_of(placement, len(self.layers), target)
+        config = self.config.replace(n_layer=target, **({"layers": layers} if layers else {}))
+        check_kinds(self.config.kinds(len(self.layers)), config.kinds(target), origins)
+        config = with_settings(config)
         with _seeded(seed):
-            fresh = [self._new_block(target) for _ in positions]
+            fresh = [
+                self._new_block(kind, target, config)
+                for kind, origin in zip(config.kinds(target), origins, strict=True)
+                if origin is None
+            ]
         for block in fresh:
             block.zero_init_output()
-        old, new = iter(enumerate(self.layers)), iter(fresh)
-        origins: list[int | None] = []
-        blocks: list[nn.Module] = []
-        for final in range(target):
-            origin, placed = (None, next(new)) if final in positions else next(old)
-            origins.append(origin)
-            blocks.append(placed)
-        self.layers = nn.ModuleList(blocks)
+        new = iter(fresh)
+        self.layers = nn.ModuleList(next(new) if origin is None else self.layers[origin] for origin in origins)
         self.frozen = (moved_freeze(self.frozen[0], origins), self.frozen[1])
-        self.config = self.config.replace(n_layer=target)
+        self.config = config
         return origins
 
     expand = grow  # its name before 0.2
@@ -215,16 +301,18 @@ class SequenceModel(nn.Module):
     def parameter_count(self, trainable_only: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)
 
-    def _new_block(self, n_layer: int) -> Block:
-        layer = resolve(self.config.layer, LAYERS, ResidualLayer, "layer")(self.config)
-        if self.config.layer in LAYERS:
+    def _new_block(self, kind: str, n_layer: int, config: ModelConfig | None = None) -> Block:
+        config = config or self.config
+        layer = mixer.find(kind)(config)
+        if kind in mixer.classes:
             scale_output_init(layer, n_layer)
-        return Block(layer, self.config.d_model)
+        return Block(layer, config.d_model, config.dropout)
 
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is one of ours that nobody has replaced, derived from or hooked into."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    def _table(self) -> nn.Parameter:
+        """The embedding's matrix, to be shared. ConfigError where the inputs are no tokens."""
+        if not isinstance(self.embedding, TokenEmbedding):
+            raise ConfigError(f"--tie-embedding: --input {self.config.input} has no table of tokens to share")
+        return cast(nn.Parameter, self.embedding.weight)
 
 
 def trainable(parameter: nn.Parameter | None) -> bool:

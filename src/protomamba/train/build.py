@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from protomamba import kernels
-from protomamba.checkpoint import file as checkpoint
-from protomamba.checkpoint.folder import LATEST, RunDir, make_folder
+from protomamba.checkpoint.folder import RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
-from protomamba.checkpoint.transformers_folder import read_transformers_folder
-from protomamba.config import DATA_PRESETS, ArchitectureFields, DataFields, ModelConfig, RunConfig, TrainConfig, flag
+from protomamba.config import DATA_PRESETS, DataFields, ModelConfig, RunConfig, TrainConfig, flag, pattern_kinds
 from protomamba.data.source import DataInfo
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
-from protomamba.model.registry import load_named, refuse_unnamed, resolve
+from protomamba.model.growth import base_pattern
+from protomamba.model.registry import load_named, resolve
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import budget, presets
 from protomamba.train.callbacks.base import Callback
@@ -34,6 +32,7 @@ from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.comm import Comm, Local, join
 from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
+from protomamba.train.initial_weights import InitialWeights, adapt_to_weights, load_weights, read_initial_weights
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.resume import Resumed, run_folder
 from protomamba.train.run import Run
@@ -42,7 +41,7 @@ from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
 from protomamba.train.trainer import Trainer, renamed_layers
 
 # The flags whose value may name code of the user's own.
-CODE_FLAGS = ("layer", "head", "optimizer")
+CODE_FLAGS = ("layer", "layers", "head", "input", "optimizer")
 
 
 def train(config: RunConfig, console: Console | None = None) -> int:
@@ -81,8 +80,11 @@ def lead(comm: Comm, folder: Path) -> Iterator[None]:
 
 def load_named_code(config: RunConfig) -> None:
     """Import the code that the user named; what only a checkpoint names stays unloaded."""
-    for what in set(CODE_FLAGS) & config.given:
-        load_named(getattr(config, what), what)
+    if {"layer", "layers"} <= config.given:
+        raise ConfigError(f"--layer {config.layer} and --layers {config.layers}: give one of them")
+    for what in sorted(set(CODE_FLAGS) & config.given):
+        for name in pattern_kinds(getattr(config, what) or ""):
+            load_named(name, what)
     for name in config.callback:
         load_named(name, "callback")
 
@@ -184,7 +186,8 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
     config = config.replace(grad_shards=trainer.grad_shards)
     notes += check_ranks(comm, config, inputs.training, resumed)
-    notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *default_notes(config), *idle_flags(config)]
+    told = [*default_notes(config), *idle_flags(config, trainer.model.config)]
+    notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *told]
     return Parts(config, trainer, inputs, stream, validation, notes, further)
 
 
@@ -254,62 +257,25 @@ def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -
         ) from None
 
 
-@dataclass(frozen=True)
-class InitialWeights:
-    """Weights to start from: a model shape, its tensors by our names, and the moments of a checkpoint that grows."""
-
-    source: Path
-    model: ModelConfig
-    state: dict[str, Tensor]
-    moments: dict[str, Any]
-
-
-def read_initial_weights(path: Path) -> InitialWeights:
-    """A protomamba checkpoint, or a folder of transformers' MambaForCausalLM. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"--init-from {path}: there is no such checkpoint or folder")
-    if path.is_dir() and not (path / LATEST).is_file():
-        fields, state = read_transformers_folder(path)
-        return InitialWeights(path, ModelConfig(**{"head": "softmax", **fields}), state, {})
-    loaded = checkpoint.load(path)
-    moments = loaded.parts.get("optimizer", {}).get("moments", {})
-    return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments)
-
-
-def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
-    """The run's configuration with the shape that `weights` have; ConfigError where a given flag contradicts it.
-
-    The head is the run's own. Without --target-layers the model does not grow.
-    """
-    given = config.given
-    refuse_unnamed(weights.model.layer, "layer")
-    shape = {n: getattr(weights.model, n) for n in ArchitectureFields.model_fields if n not in _HEAD_FIELDS}
-    shape |= {"vocab_size": weights.model.vocab_size, "base_layers": weights.model.n_layer}
-    wrong = [
-        f"{flag(name)}: the weights have {value}, given {getattr(config, name)}"
-        for name, value in shape.items()
-        if name in given and getattr(config, name) != value
-    ]
-    if wrong:
-        raise ConfigError(f"--init-from {weights.source}: contradicts the flags given:\n  " + "\n  ".join(wrong))
-    target = config.target_layers if "target_layers" in given else weights.model.n_layer
-    return config.replace(**shape, target_layers=target)
-
-
-_HEAD_FIELDS = ("head", "prototypes", "separation", "tie_embedding")
+def base_shape(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The model before it grows: --layers counts final places, so each layer is of the kind of its own."""
+    layers = config.layers and base_pattern(config.layers, config.placement, config.base_layers, config.final_layers)
+    shape: ModelConfig = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers, layers=layers)
+    return shape
 
 
 def fresh_trainer(
     config: RunConfig, vocab_size: int, weights: InitialWeights | None, comm: Comm | None = None
 ) -> tuple[Trainer, list[str]]:
     """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
-    shape = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers)
+    with _naming_the_default(config, "placement", "append"):
+        shape = base_shape(config, vocab_size)
     model = SequenceModel(shape, seed=config.seed)
-    notes, moments = _load_weights(model, weights) if weights else ([], {})
+    notes, moments = load_weights(model, weights) if weights else ([], {})
     origins: list[int | None] = list(range(config.base_layers))
     if config.final_layers != config.base_layers:
         with _naming_the_default(config, "placement", "append"):
-            origins = model.grow(config.final_layers, config.placement, seed=config.seed + 1)
+            origins = model.grow(config.final_layers, config.placement, config.seed + 1, config.layers)
     with _naming_the_default(config, "freeze", "none"):
         model.freeze(config.freeze, config.freeze_embedding)
     trainer = Trainer(model, config.project(TrainConfig), comm)
@@ -328,22 +294,3 @@ def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[
         if getattr(config, name) != RunConfig.default(name):
             raise
         raise ConfigError(f"{error}; it is the default: give {flag(name)} {instead}, or what you want") from None
-
-
-def _load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
-    """Loads what fits; what the user should know about it, and the moments of what was loaded."""
-    same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
-    if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
-        raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
-    state, moments = (
-        {k: v for k, v in each.items() if same_head or not k.startswith("head.")}
-        for each in (weights.state, weights.moments)
-    )
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
-    if lost:
-        raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
-    notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
-    if not same_head:
-        notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts fresh")
-    return notes, moments

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from protomamba import __version__, kernels
-from protomamba.config import RunConfig, flag
+from protomamba.config import ModelConfig, RunConfig, flag
+from protomamba.model.registry import chosen_parts, idle_settings
 from protomamba.train.trainer import Trainer
 
 
@@ -16,7 +17,8 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None) -
     environment, model, config = describe_environment(), trainer.model, trainer.config
     shape = model.config
     parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
-    layers = f"{len(model.layers)} x {shape.layer}, d_model {shape.d_model}, d_state {shape.d_state}"
+    layers = f"{len(model.layers)} x {shape.layers or shape.layer}, d_model {shape.d_model}, d_state {shape.d_state}"
+    unfused = [f"{name}.{reason}" for name, reason in model.unfused_reasons().items()]
     return {
         "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
         f"torch {environment['torch']}, python {environment['python']}",
@@ -24,6 +26,7 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None) -
         f"{environment['matmul']}, {counted(environment['threads'], 'thread')}",
         "model": f"{layers}, {shape.head} head over {shape.classes:,} classes; "
         f"{parameters:,} parameters, {moving:,} trainable",
+        **({"unfused": f"module by module, which is slower: {'; '.join(unfused)}"} if unfused else {}),
         "data": data,
         "run": f"steps {trainer.global_step:,} to {trainer.target_step:,}, seed {config.seed}, "
         f"in {folder}" + (f", resumed from {resumed_from}" if resumed_from else ""),
@@ -45,19 +48,14 @@ def goodbye(reason: str, step: int, folder: Path | None) -> str:
     )
 
 
-# Fields that only one layer or head reads, and which.
-_READ_BY = {"prototypes": ("head", "hpn"), "separation": ("head", "hpn"), "tie_embedding": ("head", "softmax")}
-_READ_BY |= {"expand": ("layer", "mamba"), "dt_rank": ("layer", "mamba")}
-
-
-def idle_flags(config: RunConfig) -> list[str]:
-    """Notes on flags that were given and change nothing. A user's own layer or head may read all."""
-    notes = []
-    for name, (what, reader) in _READ_BY.items():
-        chosen = getattr(config, what)
-        if ":" not in chosen and chosen != reader and name in config.given:
-            notes.append(f"{flag(name)} changes nothing: the {what} is {chosen}, {reader} reads it")
-    return notes
+def idle_flags(config: RunConfig, model: ModelConfig) -> list[str]:
+    """Notes on flags that were given and change nothing."""
+    chosen = ", ".join(name for names in chosen_parts(model).values() for name in names)
+    return [
+        f"{flag(name)} changes nothing: {' and '.join(readers) or 'nobody'} reads it, and the model is made of {chosen}"
+        for name, readers in idle_settings(model).items()
+        if name in config.given
+    ]
 
 
 def default_notes(config: RunConfig) -> list[str]:

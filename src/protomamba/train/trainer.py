@@ -18,7 +18,7 @@ from protomamba.config import ModelConfig, TrainConfig, TrainFields
 from protomamba.data.windows import Batch
 from protomamba.errors import UserError
 from protomamba.kernels import keep_freed_memory
-from protomamba.model.registry import refuse_unnamed
+from protomamba.model.registry import refuse_unnamed, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local
 from protomamba.train.local import LocalSignals, combine
@@ -433,8 +433,7 @@ TRAINER_STATE = {"step": "global_step", **{name: name for name in _SAME}}
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
     """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
     config = ModelConfig(**loaded.config["model"])
-    refuse_unnamed(config.layer, "layer")
-    refuse_unnamed(config.head, "head")
+    refuse_unnamed_parts(config)
     model = SequenceModel(config)
     state, frozen = loaded.parts["model"], loaded.config["frozen"]
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.kernels import LogitProjection, product
+from protomamba.model.registry import Part, Registry
 
 # Scores held at once in predict, evaluate and calibrate: 16 MiB of float32.
 BLOCK_SCORES = 4_194_304
@@ -36,7 +37,7 @@ class Evaluation:
         return self.correct / max(1, self.count)
 
 
-class Head(nn.Module, ABC):
+class Head(Part, ABC):
     """Base of every head, also of a user's own: `forward` and `scores` suffice. Constructed as `Class(config)`.
 
     Take rows of a parameter by `index_select` or `F.embedding`: with several threads the gradient of plain indexing
@@ -45,10 +46,12 @@ class Head(nn.Module, ABC):
     A head of the user's goes in by name: `--head package.module:Class`.
     """
 
+    FIELD = "head_options"
+
     class_weights: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.d_model = config.d_model
         self.classes = config.classes
         # What loading weights changed that the user should know, one line each.
@@ -158,6 +161,9 @@ class Head(nn.Module, ABC):
         """Rows so many at a time that their scores for all classes stay within BLOCK_SCORES."""
         if len(items_T):
             yield from torch.split(items_T, max(1, BLOCK_SCORES // self.classes))
+
+
+head: Registry[Head] = Registry("head", Head)  # type: ignore[type-abstract]
 
 
 def valid_positions(z_BLD: Tensor, targets_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from protomamba.config import ModelConfig
+from protomamba.config import ModelConfig, PrototypeFields
 from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
 from protomamba.model.heads import prototypes, sampling
-from protomamba.model.heads.base import Head, inner_products, valid_positions
+from protomamba.model.heads.base import Head, head, inner_products, valid_positions
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
@@ -23,6 +24,7 @@ SINCE_0_1 = (
 )
 
 
+@head("hpn")
 class HyperspherePrototypes(Head):
     """Hyperspherical prototypes (Mettes, van der Pol & Snoek 2019, arXiv 1901.10514): every class is a direction.
 
@@ -35,6 +37,12 @@ class HyperspherePrototypes(Head):
     prototypes have the loss alone for their gradient too, and collapse.
     """
 
+    class Config(PrototypeFields):
+        sample: int = Field(
+            1_024, ge=2, le=16_777_216, description="classes that a training step of learned prototypes looks at"
+        )
+
+    options: Config
     prototypes: Tensor
     log_scale: Tensor
     scale: Tensor
@@ -44,13 +52,12 @@ class HyperspherePrototypes(Head):
     counted: Tensor
     told: Tensor
 
-    def __init__(self, config: ModelConfig, sample: int = 1_024) -> None:
-        """sample: classes a training step of learned prototypes looks at, at most; all where there are no more."""
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         placed_VD = prototypes.place(self.classes, self.d_model)
-        self.sample = sample
-        self.learned = config.prototypes == "learned"
-        self.contrastive = self.learned and config.separation > 0 and self.classes > 1
+        self.sample = self.options.sample
+        self.learned = self.options.prototypes == "learned"
+        self.contrastive = self.learned and self.options.separation > 0 and self.classes > 1
         # Before anything is learnt or fitted: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
         start = math.sqrt(2) * math.log(max(2, self.classes - 1))
         self._shared: tuple[int, Tensor] | None = None

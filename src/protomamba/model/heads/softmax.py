@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from protomamba.config import ModelConfig
+from protomamba.config import ModelConfig, TieFields
 from protomamba.errors import ConfigError
 from protomamba.kernels import LogitProjection, softmax_loss
-from protomamba.model.heads.base import Head, inner_products
+from protomamba.model.heads.base import Head, head, inner_products
 
 
+@head("softmax")
 class SoftmaxHead(Head):
     """logits = z W^T, cross entropy in blocks. W starts as published: torch's default for a linear layer."""
 
+    class Config(TieFields):
+        """tie_embedding."""
+
+    options: Config
     weight: nn.Parameter
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,10 +1,14 @@
-"""What a layer of the residual stack is: `x = x + layer(norm(x))`, for our layers and for a user's own."""
+"""What a mixer is: `x = x + mixer(norm(x))`, for our layers and for a user's own.
+
+It is a module like any other: it is called, so that hooks fire and adapters act.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,52 +16,53 @@ from torch import Tensor, nn
 from protomamba import kernels
 from protomamba.config import NORM_EPS
 from protomamba.errors import ConfigError
+from protomamba.model.plain import any_global_hook, is_plain, why_not_plain
+from protomamba.model.registry import Part, Registry
 
 State = tuple[Tensor, ...]
 ActivationHook = Callable[[Tensor], None]
 Stepper = Callable[[Tensor], Tensor]
 
 
+class MixerOutput(NamedTuple):
+    """y (B, L, D), and the state after the last position where it was asked for."""
+
+    y_BLD: Tensor
+    state: State | None = None
+
+
 @dataclass(frozen=True)
 class ForwardContext:
-    """How one forward pass runs: the same for every layer of it."""
+    """How one call of a mixer or block runs. Everything has a default: `mixer(x)` starts from nothing."""
 
-    reset_BL: Tensor | None = None  # True where a document starts: no state crosses into that position
+    state: State | None = None  # what an earlier call returned: the sequence goes on from there
+    reset_BL: Tensor | None = None  # True where a document starts: nothing crosses into that position
     return_state: bool = False
     precision: str = "fp32"  # or bf16: matrix products in bf16
+    activation_hook: ActivationHook | None = None  # receives what `local_weight` multiplies (B, L, E), detached
 
 
-class ResidualLayer(nn.Module, ABC):
-    """A layer together with the norm before it and the residual around it. Constructed as `Class(config)`."""
+PLAIN_CALL = ForwardContext()
+
+
+class Mixer(Part, ABC):
+    """Base of every layer's mixer, also of a user's own: give `forward`, and `output_parameters` without `out_proj`.
+
+    A mixer of the user's goes in by name: `--layer package.module:Class`. Constructed as `Class(config)`.
+    """
+
+    FIELD = "layer_options"
+
+    # Whether `fused_block` stands for norm, mixer and residual together. Said by a class for itself, never inherited:
+    # a class derived from it may do something else.
+    fused: ClassVar[bool] = False
+    # The modules that it does not call: the class each must have for that, and whether with a bias.
+    FUSED_PARTS: ClassVar[Mapping[str, tuple[type[nn.Module], bool]]] = {}
 
     @abstractmethod
-    def residual(
-        self,
-        x_BLD: Tensor,
-        norm_weight_D: Tensor,
-        state: State | None,
-        ctx: ForwardContext,
-        activation_hook: ActivationHook | None,
-    ) -> tuple[Tensor, State | None]:
-        """x + layer(norm(x)), (B, L, D), from `state` (None = from nothing), and the state after the last position.
-
-        activation_hook: receives the activation (B, L, E) that `local_weight` multiplies, detached.
-        """
-
-    @abstractmethod
-    def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """`residual` for one token (B, D), without gradient. Takes `state` over: it may be changed in place."""
-
-    def stepper(self, norm_weight_D: Tensor, state: State | None) -> Stepper:
-        """`residual_step` for one token after another, from `state`; the parameters stay as they are meanwhile."""
-        held = state
-
-        def step(x_BD: Tensor) -> Tensor:
-            nonlocal held
-            x_BD, held = self.residual_step(x_BD, norm_weight_D, held)
-            return x_BD
-
-        return step
+    def forward(self, x_BLD: Tensor, ctx: ForwardContext = PLAIN_CALL) -> MixerOutput:
+        """The output (B, L, D) for the normalised input (B, L, D), from `ctx.state` (None = from nothing), and with
+        `ctx.return_state` the state after the last position: tensors with the batch first."""
 
     def output_parameters(self) -> list[nn.Parameter]:
         """The parameters that, all zero, make the output exactly zero: a new layer of a grown model starts so."""
@@ -70,29 +75,24 @@ class ResidualLayer(nn.Module, ABC):
         """The vector (E,) that Forward-Forward updates train by a local signal; None where a layer has none."""
         return None
 
+    def stack_states(self, states: Sequence[State]) -> State:
+        """The states of several sequences as the state of a batch of them."""
+        return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
-class Layer(ResidualLayer):
-    """Base of a user's layer: give `forward`, and `output_parameters` if there is no `out_proj`."""
+    def fused_block(self, x_BLD: Tensor, norm_weight_D: Tensor, ctx: ForwardContext) -> MixerOutput:
+        """x + mixer(norm(x)), (B, L, D), by one kernel: what a class that says `fused` defines."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def forward(self, x_BLD: Tensor, state: State | None, reset_BL: Tensor | None) -> tuple[Tensor, State]:
-        """Output (B, L, D) for the normalised input (B, L, D), from `state` (None = from nothing), and the state after
-        the last position. Where `reset_BL` (B, L) is true, nothing earlier may be seen."""
+    def fused_stepper(self, norm_weight_D: Tensor, state: State) -> Stepper:
+        """`fused_block` for one token after another (B, D), without gradient; moves the state on in place."""
+        raise NotImplementedError
 
-    def residual(
-        self,
-        x_BLD: Tensor,
-        norm_weight_D: Tensor,
-        state: State | None,
-        ctx: ForwardContext,
-        activation_hook: ActivationHook | None,
-    ) -> tuple[Tensor, State]:
-        y_BLD, new_state = self(kernels.rms_norm(x_BLD, norm_weight_D, NORM_EPS), state, ctx.reset_BL)
-        return x_BLD + y_BLD, new_state
+    def empty_state(self, x_BD: Tensor) -> State:
+        """The state before the first token, for a batch of that size and dtype: where `fused_stepper` starts."""
+        raise NotImplementedError
 
-    def residual_step(self, x_BD: Tensor, norm_weight_D: Tensor, state: State | None) -> tuple[Tensor, State]:
-        y_BLD, new_state = self(kernels.rms_norm(x_BD[:, None], norm_weight_D, NORM_EPS), state, None)
-        return x_BD + y_BLD[:, 0], new_state
+
+mixer: Registry[Mixer] = Registry("layer", Mixer)  # type: ignore[type-abstract]
 
 
 class Norm(nn.Module):
@@ -107,35 +107,99 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One step of the stack: a norm and a layer, under the names of published Mamba checkpoints."""
+    """One step of the stack: a norm, a mixer and dropout, under the names of published Mamba checkpoints."""
 
-    def __init__(self, layer: ResidualLayer, d_model: int) -> None:
+    def __init__(self, mixer: Mixer, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = Norm(d_model)
-        self.mixer: ResidualLayer = layer
+        self.mixer: Mixer = mixer
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x_BLD: Tensor, state: State | None, ctx: ForwardContext, activation_hook: ActivationHook | None = None
-    ) -> tuple[Tensor, State | None]:
-        """x (B, L, D) with the layer's output added, and its state."""
-        return self.mixer.residual(x_BLD, self.norm.weight, state, ctx, activation_hook)
+    def forward(self, x_BLD: Tensor, ctx: ForwardContext = PLAIN_CALL) -> MixerOutput:
+        """x (B, L, D) with the mixer's output added, and its state.
 
-    def step(self, x_BD: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """`forward` for one token."""
-        return self.mixer.residual_step(x_BD, self.norm.weight, state)
+        By one kernel where nothing inside is wrapped, hooked, replaced or derived; else module by module.
+        """
+        drops = self.training and self.dropout.p > 0
+        if self.is_fused():
+            output = self.mixer.fused_block(x_BLD, self.norm.weight, ctx)
+            if not drops:
+                return output
+            y_BLD, state = output.y_BLD - x_BLD, output.state
+        else:
+            y_BLD, state = self.mixer(self.norm(x_BLD), ctx)
+        return MixerOutput(x_BLD + self.dropout(y_BLD), state)
+
+    def is_fused(self) -> bool:
+        """Whether one kernel runs the block."""
+        mixer, inside = self.mixer, self.mixer._modules
+        return (
+            vars(type(mixer)).get("fused", False)
+            and is_plain(self.norm, Norm)
+            and is_plain(mixer, type(mixer))
+            and all(_stands_in(inside[name], kind, bias) for name, (kind, bias) in mixer.FUSED_PARTS.items())
+            and not any_global_hook()
+        )
+
+    def unfused_reason(self) -> str | None:
+        """Why a block whose mixer derives from one with a kernel does not run by it: which module, and what it is.
+
+        None for a block that runs fused, and for one that never does.
+        """
+        mixer = self.mixer
+        fused = next((each for each in type(mixer).__mro__ if vars(each).get("fused", False)), None)
+        if fused is None or self.is_fused():
+            return None
+        if not is_plain(self.norm, Norm):
+            return f"norm {why_not_plain(self.norm, Norm)}"
+        if not is_plain(mixer, fused):
+            return f"mixer {why_not_plain(mixer, fused)}"
+        for name, (kind, bias) in mixer.FUSED_PARTS.items():
+            part = getattr(mixer, name)
+            if not is_plain(part, kind):
+                return f"mixer.{name} {why_not_plain(part, kind)}"
+            if not _stands_in(part, kind, bias):
+                return f"mixer.{name} has {'no' if bias else 'a'} bias"
+        return "every module of the process is hooked"
+
+    @torch.no_grad()
+    def decode_step(self, x_BD: Tensor, state: State | None) -> MixerOutput:
+        """`forward` for one token (B, D). Takes the state over: it may be changed in place."""
+        if self._steps_fused():
+            held = state if state is not None else self.mixer.empty_state(x_BD)
+            return MixerOutput(self.mixer.fused_stepper(self.norm.weight, held)(x_BD), held)
+        y_B1D, new_state = self(x_BD[:, None], ForwardContext(state, return_state=True))
+        return MixerOutput(y_B1D[:, 0], new_state)
 
     def stepper(self, state: State | None) -> Stepper:
-        """`step` for one token after another, from `state`."""
-        return self.mixer.stepper(self.norm.weight, state)
+        """`decode_step` for one token after another, from `state`; the parameters stay as they are meanwhile."""
+        if state is not None and self._steps_fused():
+            return self.mixer.fused_stepper(self.norm.weight, state)
+        held = state
+
+        def step(x_BD: Tensor) -> Tensor:
+            nonlocal held
+            x_BD, held = self.decode_step(x_BD, held)
+            return x_BD
+
+        return step
+
+    def _steps_fused(self) -> bool:
+        return is_plain(self, Block) and self.is_fused() and not (self.training and self.dropout.p > 0)
 
     def zero_init_output(self) -> None:
-        """Zero what makes the layer's output, so that the block is the identity, to the bit."""
+        """Zero what makes the mixer's output, so that the block is the identity, to the bit."""
         with torch.no_grad():
             for parameter in self.mixer.output_parameters():
                 parameter.zero_()
 
 
-def scale_output_init(layer: ResidualLayer, n_layer: int) -> None:
+def _stands_in(module: nn.Module | None, kind: type[nn.Module], bias: bool) -> bool:
+    """Whether a kernel that knows this kind of module, with or without a bias, may stand for it."""
+    return module is not None and is_plain(module, kind) and (module._parameters["bias"] is not None) == bias
+
+
+def scale_output_init(layer: Mixer, n_layer: int) -> None:
     """Scale a fresh layer's output matrices by 1/sqrt(2 * layers), as GPT-2 and Mamba do for residual stacks."""
     with torch.no_grad():
         for parameter in layer.output_parameters():
