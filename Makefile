@@ -24,7 +24,8 @@ export CXX
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan test-reliability test-slow lint \
+.PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
+	test-reliability fuzz test-slow lint \
 	types check bench bench-compare parity decoding digits study wheel sdist clean
 
 help: ## list the targets
@@ -93,6 +94,9 @@ test-tsan: $(CASES) ## the kernel tests' cases with four threads under ThreadSan
 
 test-reliability: $(READY) ## all reliability promises at full figures, and one table (a quarter of an hour)
 	@$(BIN)/python -m tests.reliability $(ARGS)
+
+fuzz: $(READY_PARITY) ## 100,000 hostile variants of every kind of file (hours); ARGS='--readers npy,checkpoint --count 1000'
+	@$(BIN)/python -m tests.reliability.fuzz $(ARGS)
 
 test-slow: $(READY) ## every test that `make test` leaves out (long)
 	@$(PYTEST) -m slow $(ARGS)

@@ -32,7 +32,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         values = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ConfigError(f"--config {path}: expected names and values, found {type(values).__name__}")

@@ -82,7 +82,7 @@ class FolderLock:
 def _read(fd: int) -> dict[str, Any] | None:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return holder if isinstance(holder, dict) else None
 

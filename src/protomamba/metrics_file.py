@@ -25,7 +25,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
 
@@ -63,11 +63,18 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(file, 1):
                 event = parse_line(line)
                 if event is not None:
-                    yield _with_non_finite(event, "", event.pop("non_finite", {}))
+                    yield _restored(event, path, number)
                 elif line.endswith(b"\n"):
                     raise UserError(f"{path}: line {number}: not a JSON object: the file was damaged or edited")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _restored(event: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+    try:
+        return dict(_with_non_finite(event, "", event.pop("non_finite", {})))
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: line {number}: its non-finite numbers are not as written: {error}") from error
 
 
 def _with_non_finite(value: Any, place: str, non_finite: Mapping[str, str]) -> Any:

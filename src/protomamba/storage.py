@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -41,8 +42,8 @@ class Disk:
     """The system calls of a save, one method each; unbuffered, so that there is nothing to flush before `fsync`."""
 
     def free_bytes(self, folder: Path) -> int:
-        stat = os.statvfs(folder)
-        return stat.f_bavail * stat.f_frsize
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -204,6 +205,7 @@ def _blocks(path: Path) -> Iterator[memoryview]:
 @contextlib.contextmanager
 def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path]:
     """A temporary path to make a file at, which is renamed to `path` at the end of the block."""
+    _refuse_what_is_no_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
         yield temporary
@@ -222,6 +224,19 @@ def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path
             f"{path}: saved and readable, but its folder could not be synced ({_reason(error)}):"
             " a power cut may bring the earlier file back"
         ) from error
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """A rename would put a file in the place of a device, pipe or socket: of /dev/null too, for who may write there."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # nothing there, or what the write itself will say
+    except ValueError as error:
+        raise NotCommittedError(f"{str(path)!r}: not saved: no name of a file: {error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        found = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise NotCommittedError(f"{path}: not saved: expected a file or nothing there, found {found}")
 
 
 def _failure(path: Path, size: int | None, error: OSError, disk: Disk) -> str:

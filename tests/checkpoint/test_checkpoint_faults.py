@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,32 @@ def test_a_kill_at_a_sample_of_calls() -> None:
 def test_a_kill_before_and_after_every_call() -> None:
     report = _kill_trials(stride=1)
     assert report["failures"] == [] and report["trials"] == 2 * report["calls"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "folder"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root that saved to /dev/null had a file of that name afterwards, and the system no /dev/null."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket has at most 108 bytes
+    target = Path("target")
+    if kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(target))
+    before = target.lstat()
+    with pytest.raises(NotCommittedError, match="target: not saved: expected a file or nothing there, found a"):
+        checkpoint.save(target, {"model": {"w": torch.ones(2)}}, config={})
+    assert target.lstat() == before and os.listdir() == ["target"]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "no/such/folder/x", "x" * 300, "file/below"])
+def test_a_name_no_file_can_have_is_a_save_that_failed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(NotCommittedError) as caught:
+        checkpoint.save(name, {"model": {"w": torch.ones(2)}}, config={})
+    assert "\n" not in str(caught.value) and "not saved" in str(caught.value) and os.listdir() == ["file"]

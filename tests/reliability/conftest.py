@@ -29,6 +29,7 @@ PROMISES = {
     10: "no pickle, no code from files, no network, nothing outside",
     11: "memory and open files stay flat",
     12: "output that breaks costs its text only",
+    13: "hostile files of every kind are read or refused in one line",
 }
 ELSEWHERE = {
     "tests/checkpoint/test_checkpoint_faults.py": 2,

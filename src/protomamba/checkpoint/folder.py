@@ -257,6 +257,6 @@ def _info_or_none(path: Path) -> dict[str, Any] | None:
 def _run_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "run_state.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}

@@ -151,7 +151,8 @@ def _model_values(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(file: Path, key: str, value: Any) -> int:
     """A positive integer; 2.0 is one, as some config.json write `expand`."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    whole = whole and not isinstance(value, bool)
     if not whole or value < 1:
         raise UserError(f"{file}: {key}: expected a whole number from 1, found {value!r}")
     return int(value)
@@ -270,7 +271,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")

@@ -147,7 +147,7 @@ def _jsonl(path: Path, field: str) -> Iterator[Piece]:
 def _json_text(where: str, line: bytes, field: str) -> bytes:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: expected a JSON object: {error}") from error
     if not isinstance(value, dict) or field not in value:
         found = f"keys {', '.join(sorted(value))[:100]}" if isinstance(value, dict) else type(value).__name__

@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {os_message(error)}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: expected JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, a number of 5,000 digits, 1,000 brackets
         raise UserError(f"{path}: expected JSON text: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")

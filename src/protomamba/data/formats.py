@@ -153,8 +153,12 @@ def _npy_layout(path: Path, file: IO[bytes]) -> Layout:
         if version not in readers:
             raise ValueError(f"version {version} of the format is for structured arrays")
         shape, _, dtype = readers[version](file)
-    # numpy reads the header as Python's literals, with Python's own parser and tokenizer.
-    except (ValueError, SyntaxError, EOFError, TypeError, RecursionError, tokenize.TokenError, Warning) as error:
+    # numpy reads the header as Python's literals, with Python's own parser and tokenizer; the parser's word for too
+    # many brackets is MemoryError.
+    except (
+        *(ValueError, SyntaxError, EOFError, TypeError, RecursionError, MemoryError, OverflowError),
+        *(tokenize.TokenError, Warning),
+    ) as error:
         raise UserError(f"{path}: not a readable .npy file: {' '.join(str(error).split())[:200]}") from error
     if dtype.kind not in "iu" or len(shape) != 1:
         raise UserError(

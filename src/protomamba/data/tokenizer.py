@@ -150,7 +150,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             return ByteTokenizer(value["eos"])
         if value["kind"] == HuggingFaceTokenizer.kind:
             return HuggingFaceTokenizer(value["tokenizer"], value["eos"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"tokenizer: damaged description: {error}") from error
     raise UserError(f"tokenizer: kind {value['kind']!r}: expected bytes or huggingface")
 

@@ -68,7 +68,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json_row(number: int, line: str) -> Row:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Row(number, error=f"expected a JSON object: {error}")
     if isinstance(value, list):
         return Row(number, {LINE: value})

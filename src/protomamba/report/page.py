@@ -30,16 +30,21 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write the page of these runs to `out`, atomically. UserError for a folder without metrics."""
-    content = page(read_runs(folders)).encode()
+    content = _utf8(page(read_runs(folders)))
     commit(Path(out), len(content), [memoryview(content)])
     return Path(out)
+
+
+def _utf8(html: str) -> bytes:
+    # A path that is no UTF-8 has halves of surrogate pairs in its text.
+    return html.encode("utf-8", "backslashreplace")
 
 
 def page(records: Sequence[RunRecord]) -> str:
     """The page, with as many points of each curve as fit."""
     points = MAX_POINTS
     html = _page(records, points)
-    while len(html.encode()) > MAX_BYTES and points > FEWEST_POINTS:
+    while len(_utf8(html)) > MAX_BYTES and points > FEWEST_POINTS:
         points //= 2
         html = _page(records, points)
     return html

@@ -77,9 +77,12 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         )
     record = RunRecord(folder, name or folder.resolve().name, _read_config(folder / "config.json"))
     since: float | None = None
-    for event in read_metrics(metrics):
-        since = _advance_clock(record, event, since)
-        _READERS.get(event["event"], _ignore)(record, event)
+    for number, event in enumerate(read_metrics(metrics), 1):
+        try:
+            since = _advance_clock(record, event, since)
+            _READERS.get(event["event"], _ignore)(record, event)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise UserError(f"{metrics}: line {number}: no event of a run ({type(error).__name__}: {error})") from error
         record.last_step = max(record.last_step, _step(event))
     return record
 
@@ -90,7 +93,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected the run's configuration as JSON: {error}") from None
     return flattened(config) if isinstance(config, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def _marks(line: Line, series: Series, x: Axis, y: Axis) -> str:
 
 def numbers(series: Thinned) -> dict[str, list[float]]:
     """The points for page.js: steps as differences, values of five digits, which is half the bytes."""
-    steps = [step - before for step, before in zip(series.steps, [0, *series.steps[:-1]], strict=True)]
+    steps = [step - before for before, step in itertools.pairwise([0, *series.steps])]
     thinned = {} if series.means is series.values else {"mean": _digits(series.means)}
     return {"x": list(steps), "y": _digits(series.values), **thinned}
 

@@ -1,0 +1,264 @@
+"""The registry: every reader of files that others may have made, with a good file, its mutations and how it is read.
+
+A new reader is one entry: `make` writes a good input below a folder and returns the file to be mutated; `read` reads
+the whole of it, as the product does, and may raise UserError only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint import layout
+from protomamba.config import ModelConfig, TrainConfig
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.trainer import Trainer
+from tests.reliability.fuzz import mutate
+from tests.reliability.fuzz.mutate import Mutator
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`foreign`: the bytes are parsed by another project's native code, which may take the process with it."""
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+    mutate: Mutator
+    foreign: bool = False
+
+
+def _file(name: str, content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def _model() -> SequenceModel:
+    return SequenceModel(ModelConfig(vocab_size=11, d_model=8, d_state=4, n_layer=1), seed=0)
+
+
+# Checkpoints
+
+
+def _checkpoint(folder: Path) -> Path:
+    Trainer(_model(), TrainConfig()).save_checkpoint(folder / "c.safetensors")
+    return folder / "c.safetensors"
+
+
+def signed(data: bytes, rng: random.Random) -> bytes:
+    """A checkpoint with a hostile header whose checksum is right, as whoever wants to harm would make it."""
+    length = int.from_bytes(data[:8], "little")
+    text = mutate.any_json(data[8 : 8 + length], rng)
+    head = len(text).to_bytes(8, "little") + text
+    start = 8 + len(layout._PREFIX)
+    text = text.replace(b'{"__metadata__": {"protomamba.checksum": ', b'{"__metadata__":{"protomamba.checksum":', 1)
+    head = len(text).to_bytes(8, "little") + text
+    if head[8:start] != layout._PREFIX:
+        return head + data[8 + length :]
+    head = head[:start] + layout._digest(head).encode() + head[start + 64 :]
+    return head + data[8 + length :]
+
+
+def _load_checkpoint(path: Path) -> None:
+    checkpoint.verify(path)
+    loaded = checkpoint.load(path)
+    checkpoint.describe_checkpoint(path)
+    Trainer.from_checkpoint(loaded)
+
+
+def _transformers(folder: Path) -> Path:
+    from protomamba.checkpoint.transformers_folder import write_transformers_folder
+
+    model = _model()
+    write_transformers_folder(folder / "hf", model.config, model.state_dict())
+    return folder / "hf" / "model.safetensors"
+
+
+def _read_transformers(path: Path) -> None:
+    from protomamba.checkpoint.transformers_folder import read_transformers_folder
+
+    read_transformers_folder(path.parent)
+
+
+def _transformers_config(folder: Path) -> Path:
+    return _transformers(folder).with_name("config.json")
+
+
+def _run_folder(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from tests.runs import token_file, train
+
+        assert train(folder / "run", token_file(folder), "--steps", 4) == 0
+        return folder / "run" / name
+
+    return make
+
+
+def _resume(path: Path) -> None:
+    from protomamba.checkpoint.folder import find_resumable
+
+    find_resumable(path.parent)
+
+
+def _report(path: Path) -> None:
+    from protomamba.report.page import page
+    from protomamba.report.record import read_run
+
+    page([read_run(path.parent)])
+
+
+# Token files
+
+
+def _tokens(dtype: str, version: str = "") -> bytes:
+    from io import BytesIO
+
+    file = BytesIO()
+    np.save(file, (np.arange(90) % 11).astype(dtype))
+    return file.getvalue()
+
+
+def _read_tokens(path: Path) -> None:
+    from protomamba.data import open_token_file
+
+    shards = open_token_file(path)
+    for number, shard in enumerate(shards.shards):
+        shards.read(number, 0, shard.tokens)
+
+
+def _bin(folder: Path) -> Path:
+    from protomamba.data.formats import TokenWriter
+
+    with open(folder / "t.bin", "wb") as file:
+        writer = TokenWriter(file, "uint16")
+        writer.write((np.arange(90) % 11).astype(np.uint32))
+        writer.finish()
+    return folder / "t.bin"
+
+
+def _prepared(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from protomamba.data.prepare import prepare
+
+        (folder / "text.txt").write_text("some text to prepare\n" * 20)
+        prepare([folder / "text.txt"], folder / "out", shard_tokens=100)
+        return folder / "out" / name
+
+    return make
+
+
+def _read_prepared(path: Path) -> None:
+    from protomamba.data import open_token_dir
+
+    shards = open_token_dir(path.parent, "bin")
+    for number, shard in enumerate(shards.shards):
+        shards.read(number, 0, shard.tokens)
+
+
+def _labels(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "seq.txt").write_text("".join(f"{n} {n + 1} {n + 2}\n" for n in range(8)))
+        (folder / "labels.txt").write_text("".join(f"{n % 3}\n" for n in range(8)))
+        return folder / name
+
+    return make
+
+
+def _read_labels(path: Path) -> None:
+    from protomamba.data.labels import open_labelled
+
+    open_labelled(path.parent / "seq.txt", path.parent / "labels.txt")
+
+
+# Inputs of prepare
+
+
+def _prepare_it(path: Path, **options: Any) -> None:
+    import shutil
+
+    from protomamba.data.prepare import prepare
+
+    out = path.parent / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    prepare([path], out, **options)
+
+
+def _parquet(folder: Path) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [f"line {n}" for n in range(50)], "n": list(range(50))})
+    pyarrow.parquet.write_table(table, folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def _tokenizer(folder: Path) -> Path:
+    from protomamba.data.tokenizer import train_bpe_tokenizer
+
+    (folder / "tokenizer.json").write_text(train_bpe_tokenizer(["a text of words and a few more words"] * 9, 280))
+    return folder / "tokenizer.json"
+
+
+def _read_tokenizer(path: Path) -> None:
+    from protomamba.data import load_tokenizer
+
+    tokenizer = load_tokenizer(str(path))
+    tokenizer.decode(tokenizer.encode("a text of words é ☃"))
+
+
+def _config(path: Path) -> None:
+    from protomamba.config import RunConfig
+    from protomamba.config_file import read_config_file
+
+    RunConfig(**read_config_file(path))
+
+
+def _metrics(path: Path) -> None:
+    from protomamba.metrics_file import read_metrics
+
+    list(read_metrics(path))
+
+
+_SETTINGS: dict[str, Any] = {"d-model": 96, "lr": 1e-3, "freeze": "none", "bp_cadence_steps": 4, "token-file": "x.txt"}
+_YAML = b"d-model: 96\nlr: 1e-3\nfreeze: none\nbp_cadence_steps: 4\ntoken-file: x.txt\n"
+_TOML = b'd-model = 96\nlr = 1e-3\nfreeze = "none"\nbp-cadence-steps = 4\n'
+_EVENTS = b"".join(
+    json.dumps({"event": "train", "step": n, "loss": 1.5, "time": 1.0, "non_finite": {}}).encode() + b"\n"
+    for n in range(1, 6)
+)
+_TEXT = " ".join(str(n % 11) for n in range(90)).encode()
+_JSONL = b"".join(json.dumps({"text": f"entry {n} ☃", "label": n}).encode() + b"\n" for n in range(12))
+BYTES, JSON = mutate.any_bytes, mutate.any_json
+
+READERS: dict[str, Reader] = {
+    "checkpoint": Reader(_checkpoint, _load_checkpoint, mutate.either(BYTES, signed, signed, signed)),
+    "transformers": Reader(_transformers, _read_transformers, mutate.either(BYTES, mutate.safetensors_header), True),
+    "transformers config": Reader(_transformers_config, _read_transformers, mutate.either(BYTES, JSON, JSON)),
+    "run_state": Reader(_run_folder("run_state.json"), _resume, mutate.either(BYTES, JSON, JSON)),
+    "report of metrics": Reader(_run_folder("metrics.jsonl"), _report, mutate.either(BYTES, mutate.json_lines)),
+    "report of config": Reader(_run_folder("config.json"), _report, mutate.either(BYTES, JSON, JSON)),
+    "metrics": Reader(_file("metrics.jsonl", _EVENTS), _metrics, mutate.either(BYTES, mutate.json_lines)),
+    "config json": Reader(_file("c.json", json.dumps(_SETTINGS).encode()), _config, mutate.either(BYTES, JSON, JSON)),
+    "config yaml": Reader(_file("c.yaml", _YAML), _config, BYTES),
+    "config toml": Reader(_file("c.toml", _TOML), _config, BYTES),
+    "npy": Reader(_file("t.npy", _tokens("int32")), _read_tokens, mutate.either(BYTES, mutate.npy_header)),
+    "bin": Reader(_bin, _read_tokens, BYTES),
+    "txt": Reader(_file("t.txt", _TEXT), _read_tokens, BYTES),
+    "manifest": Reader(_prepared("manifest.json"), _read_prepared, mutate.either(BYTES, JSON, JSON)),
+    "shard": Reader(_prepared("shard-00000.bin"), _read_prepared, BYTES),
+    "sequences": Reader(_labels("seq.txt"), _read_labels, BYTES),
+    "labels": Reader(_labels("labels.txt"), _read_labels, BYTES),
+    "text": Reader(_file("t.txt", "text é ☃\n".encode() * 30), _prepare_it, BYTES),
+    "jsonl": Reader(_file("t.jsonl", _JSONL), _prepare_it, mutate.either(BYTES, mutate.json_lines)),
+    "parquet": Reader(_parquet, _prepare_it, BYTES, True),
+    "tokenizer": Reader(_tokenizer, _read_tokenizer, mutate.either(BYTES, JSON, JSON, JSON), True),
+}

@@ -1,0 +1,101 @@
+"""A sample of `make fuzz`: hostile variants of every kind of file, and each one that has failed before."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protomamba.errors import UserError
+from tests.reliability.conftest import Trials
+from tests.reliability.fuzz import mutate
+from tests.reliability.fuzz.__main__ import run
+from tests.reliability.fuzz.harness import CORPUS, fuzz, good_input, peak_bytes, problem_with
+from tests.reliability.fuzz.readers import READERS, Reader
+
+OURS = [name for name, reader in READERS.items() if not reader.foreign]
+NEEDS = {"parquet": "pyarrow", "tokenizer": "tokenizers"}
+
+
+def needed(name: str) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_hostile_variants_are_read_or_refused_in_one_line(name: str, trials: Callable[[int], Trials]) -> None:
+    needed(name)
+    counted, count = trials(13), 40
+    for seed, found in fuzz(name, first=random.Random(name).randrange(10**6), count=count):
+        counted.add(f"{name}, seed {seed}: {found}" if found else None, count=0 if found else 1)
+    counted.finish()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.foreign])
+def test_hostile_variants_for_parsers_of_others(name: str, trials: Callable[[int], Trials]) -> None:
+    needed(name)
+    counted, count = trials(13), 500
+    failures = run(name, count, first=10**6)
+    counted.add(None, count=count - len(failures))
+    for seed, found in failures.items():
+        counted.add(f"{name}, seed {seed}: {found}")
+    counted.finish()
+
+
+@pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_failed_before(path: Path, trials: Callable[[int], Trials]) -> None:
+    counted, name = trials(13), path.parent.name.replace("-", " ")
+    needed(name)
+    with good_input(READERS[name]) as (place, _):
+        counted.add(problem_with(READERS[name], place, path.read_bytes(), peak_bytes()))
+    counted.finish()
+
+
+def _panics(path: Path) -> None:
+    raise BaseException("a panic of a foreign parser is no Exception")
+
+
+def _spins(path: Path) -> None:
+    while True:
+        pass
+
+
+def _talks(path: Path) -> None:
+    raise UserError("two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("read", "says"),
+    [(_panics, "BaseException"), (_spins, "processor"), (_talks, "several")],
+)
+def test_the_judge_sees_what_it_is_there_for(
+    read: Callable[[Path], None], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.reliability.fuzz.harness.SECONDS", 0.2)
+    reader = Reader(lambda folder: folder / "x", read, mutate.any_bytes)
+    found = problem_with(reader, tmp_path / "x", b"data", peak_bytes())
+    assert found is not None and says in found
+
+
+def test_the_judge_sees_memory(tmp_path: Path) -> None:
+    reader = Reader(lambda folder: folder / "x", lambda path: None, mutate.any_bytes)
+    assert problem_with(reader, tmp_path / "x", b"data", peak_bytes()) is None
+    found = problem_with(reader, tmp_path / "x", b"data", peak_bytes() - (201 << 20))
+    assert found is not None and "memory grew by" in found
+
+
+@pytest.mark.parametrize("change", [mutate.any_bytes, mutate.any_json, mutate.json_lines, mutate.npy_header])
+def test_mutations_repeat_by_their_seed_and_seldom_do_nothing(change: mutate.Mutator) -> None:
+    good = b'{"a": [1, 2, {"b": "text"}], "c": "{}", "d": 1.5}\n{"e": null}'
+    if change is mutate.npy_header:
+        file = io.BytesIO()
+        np.save(file, np.arange(9))
+        good = file.getvalue()
+    made = [change(good, random.Random(seed)) for seed in range(300)]
+    assert made == [change(good, random.Random(seed)) for seed in range(300)]
+    assert sum(each == good for each in made) < 15 and len(set(made)) > 50
