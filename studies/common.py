@@ -18,6 +18,7 @@ from typing import Any
 from protomamba.config import DataFields, RunConfig
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.train.build import fresh_trainer
+from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.inputs import Held, open_inputs, stream_spec
 from protomamba.train.trainer import MicroBatch, StepStats, Trainer
 
@@ -58,7 +59,9 @@ class Session:
             batch = stream.batch(index)
             return batch.tokens_BL, batch.targets_BL, batch.reset_BL
 
-        return cls(trainer or fresh_trainer(config, inputs.vocab_size, None)[0], batches, held_out)
+        trainer = trainer or fresh_trainer(config, inputs.vocab_size, None)[0]
+        tell_frequencies(trainer.model.head, inputs.training, stream_spec(data, config.seed))
+        return cls(trainer, batches, held_out)
 
     def train(self, steps: int) -> list[StepStats]:
         return [self.trainer.train_step(*self.batches(self.trainer.global_step)) for _ in range(steps)]

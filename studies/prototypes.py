@@ -1,24 +1,22 @@
 """Heads side by side on the standard library's sources: the table and the picture of docs/prototypes.md.
 
-    python studies/prototypes.py                                  # everything; hours
-    python studies/prototypes.py --vocabularies 257 --steps 1500  # a part of it
+    python studies/prototypes.py                                                # everything; hours
+    python studies/prototypes.py --vocabularies 257 --steps 1500 --seeds 0      # a part of it
 
-Trains each head through `protomamba train`, one run a variant and vocabulary: bytes (257 with the end of file), and
-byte pairs learned on the training part (4096, 16384). A run that is finished is not trained again, one that was
-interrupted goes on. What a step costs is measured before, with the heads taking turns on one thread, and a run's clock
-is its steps times that; the last variant gives learned prototypes the time that the softmax head takes.
-Needs the extras `tokenizers` and `plots`.
+Trains each head with each seed, on bytes (257 with the end of file) and on byte pairs learned on the training part
+(4096, 16384). A run that is finished is not trained again. What a step costs is measured before, with the heads taking
+turns on one thread, and a run's clock is its steps times that; the last variant gives learned prototypes the time that
+the softmax head takes. Bits a token are compared with a temperature fitted for each head on every second held-out
+window and judged, as accuracy is, on the others. Needs the extras `tokenizers` and `plots`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
+import math
 import re
-import subprocess
-import sys
+import statistics
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from common import PLAIN, UPDATES, Session, costs, new_figure, write_between_marks
+from torch import Tensor
 
 from protomamba.config import RunConfig
 from protomamba.data.corpus import stdlib_sources
@@ -35,30 +35,28 @@ from protomamba.data.corpus import stdlib_sources
 VARIANTS: dict[str, dict[str, Any]] = {
     "fixed": {"head": "hpn", "prototypes": "fixed"},
     "learned": {"head": "hpn", "prototypes": "learned"},
-    "learned, no separation": {"head": "hpn", "prototypes": "learned", "separation": 0.0},
     "softmax": {"head": "softmax"},
 }
 EQUAL_TIME = "learned, softmax's time"
 # Mamba layers of width 128 on 8 x 256 tokens a step.
 SHAPE = {"d_model": 128, "base_layers": 2, "target_layers": 2, "freeze": "none", "batch_size": 8, "seq_len": 256}
-CADENCE = {"log_every": 50, "eval_batches": 64, "progress": False}
 COST_STEPS, COST_TURNS = 5, 9
-VALIDATIONS = 8
+POINTS = 6
+# Targets that a temperature is fitted on.
+FIT_TARGETS = 2_048
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run: held-out figures at its end, milliseconds a step, peak resident memory, the validations."""
+    """One run: held-out figures at its end, milliseconds a step, the figures on the way."""
 
     vocabulary: int
     variant: str
+    seed: int
     steps: int
     accuracy: float
-    perplexity: float
-    majority: float
+    bits: float  # a token, with the temperature fitted
     step_ms: float
-    train_s: float
-    peak_mib: float
     curve: list[tuple[float, float]]  # (seconds of training, accuracy)
 
 
@@ -94,89 +92,98 @@ def pair_encoder(vocabulary: int, texts: Sequence[str]) -> Callable[[str], Seque
     return lambda text: tokenizer.encode(text).ids
 
 
-def settings(vocabulary: int, variant: str, out: Path) -> dict[str, Any]:
-    """The fields of one variant's run that do not depend on its length."""
+def session(vocabulary: int, variant: str, seed: int, out: Path) -> Session:
+    """A trainer of that head on its data."""
     train, held_out = token_files(vocabulary, out / "tokens")
     fields = {**SHAPE, **UPDATES, **PLAIN, **VARIANTS[variant], "packed_sequences": False, "vocab_size": vocabulary}
-    return {**fields, "token_file": train, "val_token_file": held_out}
+    files = {"token_file": train, "val_token_file": held_out, "out_dir": out}
+    return Session.start(RunConfig(**{**fields, **files, "seed": seed}))
 
 
 def step_costs(vocabulary: int, out: Path) -> dict[str, float]:
     """Milliseconds of one thread a step of each head, the heads taking turns; kept beside the runs."""
-    torch.set_num_threads(1)
     kept = out / f"costs-{vocabulary}.json"
     if not kept.is_file():
-        sessions = {name: Session.start(RunConfig(**settings(vocabulary, name, out))) for name in VARIANTS}
+        sessions = {name: session(vocabulary, name, 0, out) for name in VARIANTS}
         kept.write_text(json.dumps(costs(sessions, COST_STEPS, COST_TURNS)))
     found: dict[str, float] = json.loads(kept.read_text())
     return found
 
 
-def run(vocabulary: int, name: str, variant: str, steps: int, step_ms: float, out: Path) -> Result:
-    """Train `variant` to the end under that name, or go on with it, or read what it left."""
-    folder = out / re.sub("[^a-z0-9]+", "-", f"{vocabulary}-{name}")
-    kept = folder / "result.json"
+@torch.no_grad()
+def judged(trained: Session) -> tuple[float, float]:
+    """Accuracy and bits a token over every second held-out window, a temperature being fitted on the others."""
+    model = trained.trainer.model.eval()
+    pairs = [(model.features(ids, reset_BL=reset)[0], targets) for ids, targets, reset in trained.held_out]
+    model.train()
+    (z_fit, y_fit), (z_TD, y_T) = (
+        (torch.cat([z[y >= 0] for z, y in part]), torch.cat([y[y >= 0] for _, y in part]))
+        for part in (pairs[1::2], pairs[::2])
+    )
+    head = model.head
+    chosen = torch.linspace(0, len(y_fit) - 1, min(FIT_TARGETS, len(y_fit))).long()
+    temperature = fitted(head.scores(z_fit[chosen]), y_fit[chosen])
+    hits, nats = 0, 0.0
+    for z_RD, y_R in zip(head.blocks(z_TD), head.blocks(y_T), strict=True):
+        scores_RV = head.scores(z_RD)
+        hits += int((scores_RV.argmax(-1) == y_R).sum())
+        nats += float(F.cross_entropy(temperature * scores_RV, y_R, reduction="sum"))
+    return hits / len(y_T), nats / len(y_T) / math.log(2)
+
+
+def fitted(scores_TV: Tensor, targets_T: Tensor) -> float:
+    """The factor on the scores with the least cross entropy, which is convex in it: by ternary search on its log."""
+    low, high = math.log(1e-2), math.log(1e3)
+    for _ in range(30):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        worse = [float(F.cross_entropy(math.exp(x) * scores_TV, targets_T)) for x in (left, right)]
+        low, high = (left, high) if worse[0] > worse[1] else (low, right)
+    return math.exp((low + high) / 2)
+
+
+def run(vocabulary: int, name: str, variant: str, seed: int, steps: int, step_ms: float, out: Path) -> Result:
+    """Train `variant` to the end under that name, or read what it left."""
+    kept = out / (re.sub("[^a-z0-9]+", "-", f"{vocabulary}-{name}-{seed}-{steps}") + ".json")
     if kept.is_file():
         return Result(**json.loads(kept.read_text()))
-    every = max(1, steps // VALIDATIONS)
-    fields = {**settings(vocabulary, variant, out), **CADENCE, "val_every": every, "save_every": every}
-    if (folder / "latest.safetensors").is_file():
-        # Its own target stands in the checkpoint: --steps would ask for that many more.
-        fields["resume"] = "auto"
-    else:
-        fields["steps"] = steps
-    flags = [part for key, value in fields.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "protomamba", "train", *flags, "--threads", "1", "--out-dir", str(folder)]
-    print("+", " ".join(command), flush=True)
-    child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(
-            f"{folder}: the run ended with status {os.waitstatus_to_exitcode(status)}; start again to go on"
-        )
-    result = read_result(folder / "metrics.jsonl", vocabulary, name, step_ms, usage.ru_maxrss / 1024)
+    trained = session(vocabulary, variant, seed, out)
+    trained.run(steps, step_ms, POINTS)
+    accuracy, bits = judged(trained)
+    curve = [(point["seconds"], point["accuracy"]) for point in trained.curve[1:]]
+    result = Result(vocabulary, name, seed, steps, accuracy, bits, step_ms, curve)
     kept.write_text(json.dumps(asdict(result)))
+    print(asdict(result), flush=True)
     return result
 
 
-def read_result(metrics: Path, vocabulary: int, variant: str, step_ms: float, peak_mib: float) -> Result:
-    """The figures of a finished run. A resumed run's memory is that of its last process."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    validations = [line for line in lines if line["event"] == "validation"]
-    last = validations[-1]
-    return Result(
-        vocabulary=vocabulary,
-        variant=variant,
-        steps=last["step"],
-        accuracy=last["val_accuracy"],
-        perplexity=last["val_perplexity"],
-        majority=last["majority_accuracy"],
-        step_ms=step_ms,
-        train_s=step_ms * last["step"] / 1000,
-        peak_mib=peak_mib,
-        curve=[(line["step"] * step_ms / 1000, line["val_accuracy"]) for line in validations],
-    )
-
-
-def study(vocabulary: int, steps: int, out: Path) -> list[Result]:
+def study(vocabulary: int, steps: int, seeds: Sequence[int], names: Sequence[str], out: Path) -> list[Result]:
     """All variants at one vocabulary."""
-    # In a process of its own: the peak memory of a run includes that of the process that starts it.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        ms = pool.apply(step_costs, (vocabulary, out))
-    results = [run(vocabulary, name, name, steps, ms[name], out) for name in VARIANTS]
+    out.mkdir(parents=True, exist_ok=True)
+    ms = step_costs(vocabulary, out)
     longer = round(steps * ms["softmax"] / ms["learned"])
-    if longer > 1.02 * steps:
-        results.append(run(vocabulary, EQUAL_TIME, "learned", longer, ms["learned"], out))
-    return results
+    wanted = {name: (name, steps) for name in VARIANTS} | {EQUAL_TIME: ("learned", longer)}
+    return [
+        run(vocabulary, name, wanted[name][0], seed, wanted[name][1], ms[wanted[name][0]], out)
+        for name in names
+        for seed in seeds
+    ]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and how far the furthest is from it where there are several."""
+    mean = statistics.fmean(values)
+    far = max(abs(value - mean) for value in values)
+    return f"{mean:.{digits}f}" + (f" ± {far:.{digits}f}" if len(values) > 1 else "")
 
 
 def table(results: Sequence[Result]) -> str:
-    rows = ["| classes | head | steps | accuracy | perplexity | ms a step | training s | peak MiB |", "|---" * 8 + "|"]
-    for r in results:
-        rows.append(
-            f"| {r.vocabulary} | {r.variant} | {r.steps:,} | {r.accuracy:.4f} | {r.perplexity:.2f} | {r.step_ms:.0f} "
-            f"| {r.train_s:.0f} | {r.peak_mib:.0f} |"
-        )
+    rows = ["| classes | head | steps | seeds | bits a token | accuracy | step, of softmax's |", "|---" * 7 + "|"]
+    ms = {r.vocabulary: r.step_ms for r in results if r.variant == "softmax"}
+    for key in dict.fromkeys((r.vocabulary, r.variant, r.steps) for r in results):
+        group = [r for r in results if (r.vocabulary, r.variant, r.steps) == key]
+        bits, accuracy = spread([r.bits for r in group], 3), spread([r.accuracy for r in group], 4)
+        ratio = f"{group[0].step_ms / ms[key[0]]:.2f}" if key[0] in ms else ""
+        rows.append(f"| {key[0]:,} | {key[1]} | {key[2]:,} | {len(group)} | {bits} | {accuracy} | {ratio} |")
     return "\n".join(rows)
 
 
@@ -186,9 +193,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure, axes = new_figure("prototypes", len(vocabularies))
     colours = {name: f"C{index}" for index, name in enumerate([*VARIANTS, EQUAL_TIME])}
     for axis, vocabulary in zip(axes[0], vocabularies, strict=True):
-        for r in (r for r in results if r.vocabulary == vocabulary):
+        for r in (r for r in results if r.vocabulary == vocabulary and r.seed == results[0].seed):
             axis.plot(*zip(*r.curve, strict=True), label=r.variant, color=colours[r.variant], marker=".")
-        axis.axhline(r.majority, color="grey", linestyle=":", label="always the commonest")
         axis.set(title=f"{vocabulary:,} classes", xlabel="seconds of training")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("held-out accuracy")
@@ -199,17 +205,22 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out-dir", type=Path, default=Path("runs/prototypes"), help="runs, tokens and results")
-    parser.add_argument("--docs-dir", type=Path, default=Path("docs"), help="where prototypes.md and .svg are written")
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/prototypes"), help="tokens and results")
+    parser.add_argument("--docs-dir", type=Path, help="where prototypes.md and .svg are written; nowhere without")
     parser.add_argument("--vocabularies", default="257,4096,16384", help="classes, comma-separated")
+    parser.add_argument("--variants", default=",".join([*VARIANTS, EQUAL_TIME]).replace(EQUAL_TIME, "longer"))
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=3_000)
     given = parser.parse_args()
-    vocabularies = [int(v) for v in given.vocabularies.split(",")]
-    results = [r for v in vocabularies for r in study(v, given.steps, given.out_dir)]
-    given.docs_dir.mkdir(parents=True, exist_ok=True)
-    write_between_marks(given.docs_dir / "prototypes.md", "python studies/prototypes.py", table(results))
-    draw(results, given.docs_dir / "prototypes.svg")
+    torch.set_num_threads(1)
+    names = [EQUAL_TIME if name == "longer" else name for name in given.variants.split(",")]
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    every = [study(int(v), given.steps, seeds, names, given.out_dir) for v in given.vocabularies.split(",")]
+    results = [result for one in every for result in one]
     print(table(results))
+    if given.docs_dir:
+        write_between_marks(given.docs_dir / "prototypes.md", "python studies/prototypes.py", table(results))
+        draw(results, given.docs_dir / "prototypes.svg")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.comm import Comm, Local, join
 from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
+from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.initial_weights import InitialWeights, adapt_to_weights, load_weights, read_initial_weights
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.resume import Resumed, run_folder
@@ -181,6 +182,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
         trainer, notes = Trainer.from_checkpoint(resumed.found.checkpoint, comm), list[str]()
     else:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
+        tell_frequencies(trainer.model.head, inputs.training, spec)
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
     config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)

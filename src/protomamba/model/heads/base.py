@@ -83,6 +83,14 @@ class Head(Part, ABC):
         """Called before each forward pass of training that several ranks share: `targets_T` are those of all ranks, in
         their order, `key` (>= 0) tells the pass from every other. A head that draws anything draws it from these."""
 
+    @property
+    def samples_classes(self) -> bool:
+        """Whether training looks at some of the classes only, and corrects for how often each comes."""
+        return False
+
+    def set_frequencies(self, counts_V: Tensor) -> None:
+        """How often each class is a target in the data (V,), int64, for a head that samples classes."""
+
     def set_class_weights(self, weight_V: Tensor) -> None:
         """What a target of each class counts in training (V,), >= 0: the loss becomes the weighted mean. Kept in the
         checkpoint; evaluation stays unweighted. Raises ConfigError for weights that cannot be."""

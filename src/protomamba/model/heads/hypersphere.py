@@ -91,6 +91,10 @@ class HyperspherePrototypes(Head):
         """The next forward pass draws its sample by this key for these targets: those of all ranks (see `Head`)."""
         self._shared = (key, targets_T)
 
+    @property
+    def samples_classes(self) -> bool:
+        return self.contrastive and self.classes > self.sample
+
     def set_frequencies(self, counts_V: Tensor) -> None:
         """Take how often each class comes from the source (V,), instead of counting while training.
 
