@@ -63,7 +63,9 @@ def recall(generator: torch.Generator, rows: int = ROWS) -> Batch:
 def trainer_of(head: str, seed: int, lr: float, **shape: int) -> Trainer:
     """Two Mamba layers at a constant rate."""
     model = SequenceModel(ModelConfig(n_layer=2, **shape, **HEADS[head]), seed=seed)
-    return Trainer(model, TrainConfig(lr=lr, lr_warmup_steps=0, lr_min_scale=1.0, bp_cadence_steps=1, ff_lr=0.0, steps=10**9))
+    return Trainer(
+        model, TrainConfig(lr=lr, lr_warmup_steps=0, lr_min_scale=1.0, bp_cadence_steps=1, ff_lr=0.0, steps=10**9)
+    )
 
 
 def run_uniform(head: str, classes: int, one_a_row: bool, seed: int, steps: int) -> dict[str, Any]:
