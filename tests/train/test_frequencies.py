@@ -22,7 +22,7 @@ CLASSES = 100
 
 
 def head(sample: int = 20) -> HyperspherePrototypes:
-    return HyperspherePrototypes(ModelConfig(vocab_size=CLASSES, d_model=4), sample=sample)
+    return HyperspherePrototypes(ModelConfig(vocab_size=CLASSES, d_model=4, head_options={"sample": sample}))
 
 
 @pytest.fixture
