@@ -189,6 +189,10 @@ class TrainFields(Schema):
     steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
+    sparse_rows: bool | None = Field(
+        None,
+        description="update only the touched rows of embedding and prototypes; auto = from 65,536 rows on",
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="how the rate goes down; wsd: at full rate, then down in the last fifth"
     )

@@ -233,7 +233,7 @@ def test_the_watch_for_collapse_works_in_a_library_run() -> None:
     with torch.no_grad():
         trainer.model.head.prototypes.copy_(torch.ones(10, 8))
     trainer.model.head.requires_grad_(False)
-    trainer.optimizer = trainer._new_optimizer()
+    trainer.optimizer, trainer.rows = trainer._new_optimizer()
     listener = Listener()
     Run(trainer, stream, [stream.batch(0)], [CollapseWatch(), listener]).fit()
     assert any(line.startswith("collapse: ") for line in listener.heard)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.bits import same
+from protomamba.errors import ConfigError
 from protomamba.kernels.rows import gather_rows, row_gradient, unique_rows
-from protomamba.train.row_sparse import RowAdamW, load_slots
+from protomamba.train.row_sparse import RowAdamW
+from protomamba.train.trainer import NonFiniteError
 
 CONFIG = SimpleNamespace(beta1=0.9, beta2=0.99, adam_eps=1e-8, weight_decay=0.1)
 
@@ -108,10 +113,116 @@ def test_the_slots_come_back_to_the_bit_and_others_are_refused() -> None:
         rows.update(0.1)
     saved = {slot: tensor.clone() for slot, tensor in rows.slots.items()}
     again = RowAdamW(nn.Parameter(table.detach().clone()), CONFIG, decay=True, row_wise=False)
-    load_slots(again.slots, saved, "table")
+    again.load(saved, "table")
     for one in (rows, again):
         touch(one.table, [0, 2], torch.Generator().manual_seed(9))
         one.update(0.2, scale=0.5)
     assert same(again.table.detach(), table.detach()) and same(again.slots, rows.slots)
-    with pytest.raises(ValueError, match="--sparse-rows"):
-        load_slots(again.slots, {"exp_avg": saved["exp_avg"]}, "table")
+    with pytest.raises(ValueError, match="table: a state of exp_avg, expected"):
+        again.load({"exp_avg": saved["exp_avg"]}, "table")
+
+
+def make(sparse: bool | None, **more: Any) -> Trainer:
+    options = {"head_options": {"sample": 16}}
+    model = SequenceModel(ModelConfig(vocab_size=200, d_model=8, n_layer=1, d_state=4, **options), seed=0)
+    return Trainer(model, TrainConfig(**{"lr": 1e-2, "steps": 40, "sparse_rows": sparse, **more}))
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def test_a_trainers_untouched_rows_do_not_move_and_cost_no_dense_gradient() -> None:
+    trainer = make(True)
+    assert set(trainer.rows.tables) == {"embedding.weight", "head.prototypes"}
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    inputs, targets = batch(0)
+    trainer.train_step(inputs, targets)
+    moved = (trainer.model.embedding.weight != before["embedding.weight"]).any(-1)
+    assert sorted(moved.nonzero()[:, 0].tolist()) == sorted(set(inputs.flatten().tolist()))
+    prototypes = trainer.model.head.prototypes
+    turned = (prototypes != before["head.prototypes"]).any(-1)
+    assert 0 < int(turned.sum()) < 60
+    torch.testing.assert_close(torch.linalg.vector_norm(prototypes.detach(), dim=-1), torch.ones(200))
+
+
+def test_the_first_step_is_that_of_dense_tables() -> None:
+    """Nothing is owed yet: the touched rows move as they do in AdamW, and so does all else."""
+    sparse, dense = make(True, weight_decay=0.0), make(False, weight_decay=0.0)
+    one, other = sparse.train_step(*batch(0)), dense.train_step(*batch(0))
+    assert one.loss == other.loss
+    assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+    for (name, a), b in zip(sparse.model.named_parameters(), dense.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_it_learns() -> None:
+    trainer = make(True, steps=120)
+    losses = [trainer.train_step(*batch(step % 3)).loss for step in range(120)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_tables_are_dense_below_the_bound_and_where_something_else_reads_them() -> None:
+    assert not make(None).rows.tables
+    tied = ModelConfig(vocab_size=200, d_model=8, n_layer=1, head="softmax", tie_embedding=True)
+    assert not Trainer(SequenceModel(tied), TrainConfig(sparse_rows=True)).rows.tables
+    with pytest.raises(ConfigError, match="--sparse-rows 1"):
+        make(True, grad_shards=2)
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("row_wise", [False, True])
+def test_resume_is_exact_at_any_cut(tmp_path: Path, cut: int, row_wise: bool) -> None:
+    more: dict[str, Any] = {"grad_clip_norm": 0.5, "optimizer_option": (f"row_wise_moment={int(row_wise)}",)}
+    straight, trainer = make(True, **more), make(True, **more)
+    stats = [straight.train_step(*batch(step)) for step in range(8)]
+    found = [trainer.train_step(*batch(step)) for step in range(cut)]
+    trainer.save_checkpoint(tmp_path / "c.safetensors")
+    trainer = Trainer.load_checkpoint(tmp_path / "c.safetensors")
+    found += [trainer.train_step(*batch(step)) for step in range(cut, 8)]
+    assert found == stats
+    assert same(trainer.parts(), straight.parts())
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_the_bits_do_not_depend_on_threads(threads: int) -> None:
+    ends = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        trainer = make(True)
+        for step in range(4):
+            trainer.train_step(*batch(step))
+        ends.append(trainer.rows.state())
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("where", ["row", "exp_avg", "unread row"])
+def test_nan_in_the_rows_read_is_met_at_that_step_and_elsewhere_before_a_save(tmp_path: Path, where: str) -> None:
+    trainer = make(True)
+    inputs, targets = batch(0)
+    trainer.train_step(inputs, targets)
+    row = int(inputs[0, 0]) if where != "unread row" else 199
+    spoilt = trainer.rows.tables["embedding.weight"]
+    with torch.no_grad():
+        (spoilt.slots["exp_avg"] if where == "exp_avg" else spoilt.table)[row] = float("nan")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    stats = trainer.train_step(inputs, targets)
+    assert stats.skipped_update == (where != "unread row")
+    if where == "unread row":
+        with pytest.raises(NonFiniteError, match="in rows that no step has read"):
+            trainer.require_finite_tables()
+    else:
+        assert same(before, dict(trainer.model.named_parameters()))
+
+
+def test_a_dense_checkpoint_goes_on_with_rows(tmp_path: Path) -> None:
+    dense = make(False)
+    for step in range(3):
+        dense.train_step(*batch(step))
+    trainer = make(True)
+    trainer.model.load_state_dict(dense.model.state_dict())
+    trainer.load_slots(dense.optimizer.state())
+    slots = trainer.rows.tables["head.prototypes"].slots
+    assert same(slots["exp_avg"], dense.optimizer.state()["head.prototypes"]["exp_avg"])
+    assert slots["touched"].tolist() == [3] * 200 and float(slots["step"]) == 3

@@ -34,10 +34,17 @@ class Part(nn.Module):
     FIELD: ClassVar[str]  # of ModelConfig, with the options of parts of this sort
 
     options: Any
+    # The name of a parameter (rows, D) of which a step reads few rows, and whether its gradient is to be those rows.
+    row_table: ClassVar[str | None] = None
+    row_sparse = False
 
     def __init__(self, config: ModelConfig, **of_module: Any) -> None:
         super().__init__(**of_module)
         self.options = settings(type(self), config)
+
+    def reads_few_rows(self) -> bool:
+        """Whether a training step reads a few rows of `row_table` only."""
+        return self.row_table is not None
 
 
 class Registry(Generic[T]):

@@ -293,6 +293,28 @@ class SequenceModel(nn.Module):
         self.frozen = (policy, embedding)
         return frozen
 
+    def use_row_tables(self, wanted: Callable[[Tensor], bool]) -> dict[str, nn.Parameter]:
+        """Let the tables that `wanted` chooses give row-sparse gradients, the others dense ones; the former by name.
+
+        A table is the embedding, or the prototypes of a head that looks at a sample of its classes: what is trainable,
+        not shared, and of which a step reads few rows.
+        """
+        chosen: dict[str, nn.Parameter] = {}
+        for prefix, part in (("embedding", self.embedding), ("head", self.head)):
+            # A class derived from one of ours may read its table in its own way: it inherits the name, and has none.
+            table = getattr(part, str(vars(type(part)).get("row_table")), None)
+            part.row_sparse = (
+                isinstance(table, nn.Parameter)
+                and table.requires_grad
+                and not self.config.tie_embedding
+                and part.reads_few_rows()
+                and is_plain(part, type(part))
+                and wanted(table)
+            )
+            if part.row_sparse:
+                chosen[f"{prefix}.{part.row_table}"] = cast(nn.Parameter, table)
+        return chosen
+
     def blocks(self) -> Iterator[Block]:
         for block in self.layers:
             assert isinstance(block, Block)

@@ -36,6 +36,7 @@ class Optimizer(Protocol):
     slots: ClassVar[tuple[str, ...]]  # the tensors it keeps for a parameter, as they are called in the state
     elementwise: ClassVar[bool]  # an element's update looks at no other: several ranks may share a parameter
     named: dict[str, nn.Parameter]
+    config: Any  # its settings
 
     def step(self, lr: float, scale: float = 1.0) -> None:
         """One update at rate `lr` with every gradient multiplied by `scale` (clipping)."""
@@ -107,6 +108,9 @@ class AdamW(OptimizerBase):
         beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
         beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
         adam_eps: float = Field(1e-8, gt=0, le=1, description="epsilon")
+        row_wise_moment: bool = Field(
+            False, description="row-sparse tables: one second moment a row, the mean over it, instead of one a number"
+        )
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
         super().__init__(named, config)

@@ -85,7 +85,8 @@ class Passes:
         return torch.tensor([mean], dtype=torch.float64), signals
 
     def _hand_in(self, shard: int) -> None:
-        named = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        # A row-sparse table keeps its gradient: there is one shard then, and nothing to add up.
+        named = {n: p for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         for parameter in named.values():
             parameter.grad = None

@@ -11,16 +11,14 @@ moments that are not yet 0 keep moving a row without a gradient. What that is wo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from protomamba import kernels
 from protomamba.kernels.rows import row_gradient
-
-# Tables of at least this many rows are row-sparse unless the run says otherwise.
-MANY_ROWS = 65_536
 
 
 class RowAdamW:
@@ -84,19 +82,73 @@ class RowAdamW:
             square_RX = square_RX.mean(1, keepdim=True)
         return first_RD.add_(gradient_RD, alpha=1 - beta1), second_RX.add_(square_RX, alpha=1 - beta2)
 
+    def load(self, given: Mapping[str, Tensor], name: str) -> None:
+        """Take over the slots of a checkpoint, in place; those of a dense AdamW count as touched at its last update.
 
-def wants_rows(table: Tensor, setting: bool | None) -> bool:
-    """Whether a table is row-sparse: as --sparse-rows says, or, without it, by its size."""
-    return table.ndim == 2 and (len(table) >= MANY_ROWS if setting is None else setting)
+        ValueError where it has others, or of other shapes.
+        """
+        if set(given) == {"step", "exp_avg", "exp_avg_sq"}:
+            step = torch.as_tensor(given["step"]).double()
+            touched = torch.full_like(self.slots["touched"], int(step))
+            given = {**given, "step": step, "touched": touched, "shrunk": torch.zeros_like(self.slots["shrunk"])}
+            given["log_decay"] = torch.zeros_like(self.slots["log_decay"])
+        if self.slots.keys() != given.keys():
+            raise ValueError(f"{name}: a state of {', '.join(given)}, expected {', '.join(self.slots)}")
+        for slot, tensor in self.slots.items():
+            if tensor.shape != given[slot].shape:
+                raise ValueError(f"{name}: {slot} of shape {tuple(given[slot].shape)}, expected {tuple(tensor.shape)}")
+            tensor.copy_(given[slot])
 
 
-def load_slots(mine: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> None:
-    """Take over the slots of a checkpoint, in place. ValueError where it has others, or of other shapes."""
-    if mine.keys() != given.keys():
-        raise ValueError(
-            f"{name}: a state of {', '.join(given)}, expected {', '.join(mine)}: was --sparse-rows another then?"
-        )
-    for slot, tensor in mine.items():
-        if tensor.shape != given[slot].shape:
-            raise ValueError(f"{name}: {slot} of shape {tuple(given[slot].shape)}, expected {tuple(tensor.shape)}")
-        tensor.copy_(given[slot])
+class RowTables:
+    """The row-sparse tables of a model, by parameter name, beside the optimizer of all else."""
+
+    def __init__(self, tables: Mapping[str, nn.Parameter], config: Any, decays: Callable[[str, Tensor], bool]) -> None:
+        row_wise = bool(getattr(config, "row_wise_moment", False))
+        self.tables = {name: RowAdamW(p, config, decays(name, p), row_wise) for name, p in tables.items()}
+
+    def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rows and their gradients of each table that the last pass read."""
+        found = {name: each.table.grad for name, each in self.tables.items()}
+        return {name: row_gradient(gradient) for name, gradient in found.items() if gradient is not None}
+
+    def square_sums(self) -> list[float]:
+        """The squared norm of each table's gradient."""
+        return kernels.square_sums([values for _, values in self.gradients().values()])
+
+    @torch.no_grad()
+    def suspects(self) -> dict[str, Tensor]:
+        """What the step read and would change, by name: the rows, their slots and gradients."""
+        found: dict[str, Tensor] = {}
+        for name, (rows_R, values) in self.gradients().items():
+            each = self.tables[name]
+            found[name] = each.table.index_select(0, rows_R)
+            for slot in ("exp_avg", "exp_avg_sq"):
+                found[f"{name} (optimizer {slot})"] = each.slots[slot].index_select(0, rows_R)
+            found[f"{name} (gradient)"] = values
+        return found
+
+    @torch.no_grad()
+    def everything(self) -> dict[str, Tensor]:
+        """The whole tables and moments, by name: what is looked at before each save."""
+        found: dict[str, Tensor] = {name: each.table.detach() for name, each in self.tables.items()}
+        for name, each in self.tables.items():
+            found |= {f"{name} (optimizer {slot})": each.slots[slot] for slot in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    def step(self, lr: float, scale: float) -> dict[str, Tensor]:
+        """One update of each table; which rows it moved."""
+        moved = {name: rows_R for name, (rows_R, _) in self.gradients().items()}
+        for each in self.tables.values():
+            each.update(lr, scale)
+        return moved
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Each table's slots, in place."""
+        return {name: each.slots for name, each in self.tables.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over slots by name; a table without any keeps its own. ValueError for others than its own."""
+        for name, each in self.tables.items():
+            if name in state:
+                each.load(state[name], name)

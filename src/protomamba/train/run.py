@@ -241,6 +241,7 @@ class Run:
         step, started = self.trainer.global_step, time.perf_counter()
         info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
         self.saved_best = best
+        self.trainer.require_finite_tables()
         try:
             report = folder.save(parts, config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:

@@ -16,23 +16,29 @@ from torch import Tensor
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import ModelConfig, TrainConfig, TrainFields
 from protomamba.data.windows import Batch
-from protomamba.errors import UserError
+from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import keep_freed_memory
 from protomamba.model.registry import refuse_unnamed, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local
 from protomamba.train.local import LocalSignals, combine
 from protomamba.train.optim import (
+    AdamW,
+    Muon,
     Optimizer,
+    decays,
     first_non_finite,
     make_optimizer,
     optimizer_class,
     total_norm,
 )
 from protomamba.train.passes import MicroBatch, Passes
+from protomamba.train.row_sparse import RowTables
 from protomamba.train.schedule import learning_rate
 
 MAX_SKIPPED_IN_A_ROW = 10
+# Tables of at least this many rows are row-sparse unless the run says otherwise.
+MANY_ROWS = 65_536
 AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
 
 
@@ -117,7 +123,7 @@ class Trainer:
         self.skipped_in_row = 0
         self.skipped_total = 0
         self.tokens_seen = 0
-        self.optimizer = self._new_optimizer()
+        self.optimizer, self.rows = self._new_optimizer()
 
     @property
     def target_step(self) -> int:
@@ -151,7 +157,7 @@ class Trainer:
         if backpropagate:
             self.comm.hand_over()
             squares, conflicts = self.comm.square_sums(conflicts)
-            grad_norm = total_norm(squares)
+            grad_norm = total_norm([*squares, *self.rows.square_sums()])
         culprit = self._non_finite(loss, grad_norm, local)
         clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
         if culprit is None:
@@ -223,8 +229,9 @@ class Trainer:
     def _apply(self, lr: float, local: Mapping[Tensor, Tensor], scale: float, backpropagate: bool) -> None:
         if backpropagate:
             self.optimizer.step(lr, scale)
+            moved = self.rows.step(lr, scale)
             self.comm.spread()
-            self.model.head.post_step()
+            self.model.head.post_step(moved.get(f"head.{self.model.head.row_table}"))
         with torch.no_grad():
             for weight, gradient_E in local.items():
                 weight.sub_(gradient_E, alpha=self.config.ff_lr)
@@ -237,7 +244,7 @@ class Trainer:
         """
         suspects = {f"the local gradient of D ({i})": gradient_E for i, gradient_E in enumerate(local.values())}
         if grad_norm is not None or not math.isfinite(loss):
-            suspects = {**self._weights(), **suspects}
+            suspects = {**self._weights(), **self.rows.suspects(), **suspects}
         if grad_norm is not None:
             for name, slots in self.optimizer.unverified().items():
                 suspects |= {f"{name} (optimizer {slot})": x for slot, x in slots.items() if x.ndim or slot != "step"}
@@ -252,6 +259,15 @@ class Trainer:
         """The frozen parameters, and of the others what this rank updates."""
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
         return {**frozen, **self.optimizer.named}
+
+    def require_finite_tables(self) -> None:
+        """NonFiniteError, naming the first, for a NaN or Inf in a row-sparse table, of which a step sees a few rows."""
+        culprit = first_non_finite(self.rows.everything())
+        if culprit is not None:
+            raise NonFiniteError(
+                f"step {self.global_step}: NaN or Inf in {culprit}, in rows that no step has read: not saved; the "
+                "earlier checkpoint is whole"
+            )
 
     def _guard(self, culprit: str | None) -> None:
         """Count a skipped update; stop where that is asked for, or when nothing but skipping happens."""
@@ -307,21 +323,22 @@ class Trainer:
 
     def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
-        slots = self.comm.collect(self.optimizer.state(), everywhere=True)
+        slots = {**self.comm.collect(self.optimizer.state(), everywhere=True), **self.rows.state()}
         origins = self.model.grow(target, placement, seed)
-        self.optimizer = self._new_optimizer()
+        self.optimizer, self.rows = self._new_optimizer()
         self.load_slots(renamed_layers(slots, origins))
 
     def freeze(self, policy: str = "none", embedding: bool = False) -> None:
         """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its moments."""
-        slots = self.comm.collect(self.optimizer.state(), everywhere=True)
+        slots = {**self.comm.collect(self.optimizer.state(), everywhere=True), **self.rows.state()}
         self.model.freeze(policy, embedding)
-        self.optimizer = self._new_optimizer()
+        self.optimizer, self.rows = self._new_optimizer()
         self.load_slots(slots)
 
     def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the optimizer's state of whole parameters, by name; names that are not trained are left out."""
-        self.optimizer.load_state(self.comm.cut(slots))
+        self.rows.load_state(slots)
+        self.optimizer.load_state(self.comm.cut({n: s for n, s in slots.items() if n not in self.rows.tables}))
 
     def state_dict(self) -> dict[str, int]:
         return {stored: getattr(self, name) for stored, name in TRAINER_STATE.items()}
@@ -334,7 +351,7 @@ class Trainer:
         """What a checkpoint holds of the training itself, by name; on rank 0, but all ranks must ask for it."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": {"moments": self.comm.collect(self.optimizer.state())},
+            "optimizer": {"moments": {**self.comm.collect(self.optimizer.state()), **self.rows.state()}},
             "trainer": self.state_dict(),
             "rng": {"torch": torch.get_rng_state()},
         }
@@ -391,9 +408,23 @@ class Trainer:
         self.load_state_dict(loaded.parts["trainer"])
         torch.set_rng_state(loaded.parts["rng"]["torch"])
 
-    def _new_optimizer(self) -> Optimizer:
+    def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return make_optimizer(self.comm.lay(named, not optimizer_class(self.config).elementwise), self.config)
+        tables = self.model.use_row_tables(self._wants_rows)
+        rest = {name: parameter for name, parameter in named.items() if name not in tables}
+        whole = not optimizer_class(self.config).elementwise
+        optimizer = make_optimizer(self.comm.lay(rest, whole), self.config)
+        return optimizer, RowTables(tables, optimizer.config, decays)
+
+    def _wants_rows(self, table: Tensor) -> bool:
+        """Whether a table that can be row-sparse is to be. ConfigError where the run asks for it and cannot have it."""
+        asked = self.config.sparse_rows
+        possible = issubclass(optimizer_class(self.config), AdamW | Muon) and self.grad_shards == 1
+        if asked and not possible:
+            raise ConfigError(
+                "--sparse-rows 1: row-sparse tables are for one gradient shard, with adamw or muon; leave it out"
+            )
+        return possible and (len(table) >= MANY_ROWS if asked is None else asked)
 
 
 def micro_batch(batch: AnyBatch) -> MicroBatch:

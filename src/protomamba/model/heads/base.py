@@ -124,7 +124,7 @@ class Head(Part, ABC):
         """Share the embedding's matrix. Raises ConfigError where the head has no such matrix."""
         raise ConfigError(f"--tie-embedding: {type(self).__name__} cannot share the embedding; the softmax head can")
 
-    def post_step(self) -> None:
+    def post_step(self, rows_R: Tensor | None = None) -> None:
         """Called after each update of the parameters."""
 
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

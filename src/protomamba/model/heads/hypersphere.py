@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig, PrototypeFields
 from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
+from protomamba.kernels.rows import gather_rows
 from protomamba.model.heads import prototypes, sampling
 from protomamba.model.heads.base import Head, head, inner_products, valid_positions
 
@@ -43,6 +44,7 @@ class HyperspherePrototypes(Head):
         )
 
     options: Config
+    row_table = "prototypes"
     prototypes: Tensor
     log_scale: Tensor
     scale: Tensor
@@ -84,8 +86,24 @@ class HyperspherePrototypes(Head):
         weight_T = self.target_weights(targets_T)
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
-        sample = self.next_sample(targets_T)
-        return separated_prototype_loss(z_TD, self.prototypes, self.log_scale, targets_T, *sample, weight_T)
+        sample_S, log_chance_S = self.next_sample(targets_T)
+        if self.row_sparse and sample_S is not None:
+            prototypes_RD, targets_T, sample_S = self._rows_of(targets_T, sample_S)
+        else:
+            prototypes_RD = self.prototypes
+        return separated_prototype_loss(
+            z_TD, prototypes_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T
+        )
+
+    def _rows_of(self, targets_T: Tensor, sample_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The prototypes (R, D) of targets and sample alone, and where in them those are; targets below 0 stay so."""
+        wanted_T = targets_T >= 0
+        rows_R = torch.unique(torch.cat([sample_S, targets_T[wanted_T]]))
+        places_T = torch.where(wanted_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)), targets_T)
+        return gather_rows(self.prototypes, rows_R), places_T, torch.searchsorted(rows_R, sample_S)
+
+    def reads_few_rows(self) -> bool:
+        return self.contrastive and self.classes > self.sample
 
     def begin_step(self, key: int, targets_T: Tensor) -> None:
         """The next forward pass draws its sample by this key for these targets: those of all ranks (see `Head`)."""
@@ -161,9 +179,11 @@ class HyperspherePrototypes(Head):
         return LogitProjection(self._unit_prototypes().detach(), unit=True, scale=float(self.scale)) if own else None
 
     @torch.no_grad()
-    def post_step(self) -> None:
+    def post_step(self, rows_R: Tensor | None = None) -> None:
         """Back to unit length: gradients are tangential, so each update makes a prototype longer and slower to turn."""
-        if self.learned and self.prototypes.requires_grad:
+        if self.learned and self.prototypes.requires_grad and rows_R is not None:
+            self.prototypes.index_copy_(0, rows_R, F.normalize(self.prototypes.index_select(0, rows_R), dim=-1))
+        elif self.learned and self.prototypes.requires_grad and not self.row_sparse:
             self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
         if self.contrastive and not self.fitted:
             self.scale.copy_(self.log_scale.exp())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from protomamba.config import ModelConfig
+from protomamba.kernels.rows import gather_rows, unique_rows
 from protomamba.model.inputs.base import Input, input_part
 
 
@@ -16,8 +18,13 @@ class TokenEmbedding(Input, nn.Embedding):
         super().__init__(config, num_embeddings=config.vocab_size, embedding_dim=config.d_model)
         nn.init.normal_(self.weight, std=0.02)
 
+    row_table = "weight"
+
     def forward(self, inputs: Tensor) -> Tensor:
         """int64 (...) -> (..., D)."""
+        if self.row_sparse and torch.is_grad_enabled():
+            rows_R, places = unique_rows(inputs)
+            return nn.functional.embedding(places, gather_rows(self.weight, rows_R))
         return nn.Embedding.forward(self, inputs)
 
     def expected(self) -> str:
