@@ -11,6 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 READY := $(VENV)/.ready
 READY_PARITY := $(VENV)/.ready-parity
 READY_STUDIES := $(VENV)/.ready-studies
+READY_DOCS := $(VENV)/.ready-docs
 READY_TRACKERS := $(VENV)/.ready-trackers
 SANITIZED := build/sanitized
 # CMake's own files: an editable build runs in the source folder (docs/decisions/004-editable-in-place.md).
@@ -26,7 +27,7 @@ export CXX
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
 	test-reliability fuzz test-slow lint \
-	types check bench bench-compare parity decoding digits study wheel sdist clean
+	types check bench bench-compare parity decoding digits study docs hooks wheel sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -151,6 +152,18 @@ digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-f
 
 study: $(READY_STUDIES) ## make a study of docs/ again: NAME=growing, local_updates, precision or prototypes (long)
 	@$(BIN)/python studies/$(NAME).py $(ARGS)
+
+$(READY_DOCS): $(READY)
+	@echo "installing sphinx into $(VENV)"
+	@$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: $(READY_DOCS) ## the documentation site in build/docs; a link or reference that leads nowhere is an error
+	@$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
+
+hooks: $(READY) ## run formatting, lint, types and the house's rules before each commit
+	@$(PIP) pre-commit && $(BIN)/pre-commit install
 
 wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
