@@ -1,4 +1,4 @@
-"""The documentation site, from docs/ and the docstrings: `make docs`. A link or reference that leads nowhere is an error."""
+"""The documentation site, from docs/ and the docstrings: `make docs`. What leads nowhere is an error."""
 
 from protomamba import __version__
 

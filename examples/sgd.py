@@ -1,6 +1,6 @@
 """An optimizer of one's own: momentum, kept by parameter name, saved and resumed like ours.
 
-    protomamba train --optimizer examples.sgd:SGD --optimizer-option momentum=0.95 --lr 0.1
+protomamba train --optimizer examples.sgd:SGD --optimizer-option momentum=0.95 --lr 0.1
 """
 
 import torch

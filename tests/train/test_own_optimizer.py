@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.runs import losses, same_state, token_file, train
 
 SGD = ["--optimizer", "examples.sgd:SGD", "--optimizer-option", "momentum=0.5", "--lr", 0.05]
@@ -34,9 +33,7 @@ def test_it_trains_and_resumes_to_the_bit(tmp_path: Path) -> None:
         ("momentum", "expected KEY=VALUE"),
     ],
 )
-def test_wrong_settings_are_named(
-    tmp_path: Path, option: str, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_settings_are_named(tmp_path: Path, option: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--optimizer", "examples.sgd:SGD", "--optimizer-option", option]
     assert train(tmp_path / "run", token_file(tmp_path), "--steps", 1, *more) == 2
     assert says in capsys.readouterr().err
