@@ -78,7 +78,7 @@ class OptimizerBase:
         return self.state()
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for name in self.named.keys() & state.keys():
+        for name in (name for name in self.named if name in state):
             self.check(name, state[name])
             self._state[name] = {slot: tensor.clone() for slot, tensor in state[name].items()}
 
