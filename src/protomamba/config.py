@@ -157,6 +157,13 @@ class ArchitectureFields(LayerFields, HeadFields, InputFields):
     def _parsed(cls, value: Any) -> Any:
         return parse_options(value) if isinstance(value, list | tuple) else value
 
+    def replace(self, **changes: Any) -> Self:
+        """As ever; options of a part that another takes the place of are dropped."""
+        for what in ("head", "input"):
+            if changes.get(what, getattr(self, what)) != getattr(self, what):
+                changes.setdefault(f"{what}_options", {})
+        return super().replace(**changes)
+
     @property
     def time_step_rank(self) -> int:
         """dt_rank, or its published default ceil(d_model / 16)."""

@@ -1,14 +1,18 @@
-"""Decoding: a batch of prompts goes on token by token through the recurrent kernels, in memory that does not grow."""
+"""Decoding: a batch of prompts goes on token by token through the recurrent kernels.
+
+In memory that does not grow with the text, but for attention layers, which keep keys and values of the document so far.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba.config import Sampling
 from protomamba.errors import ConfigError
@@ -16,13 +20,14 @@ from protomamba.kernels.packed import check_weights
 from protomamba.model.sequence_model import ModelState, SequenceModel
 
 PREFILL_CHUNK = 1_024
+TINY_TEMPERATURE = 1e-30
 OnToken = Callable[[list[int]], None]
 
 
 @torch.no_grad()
 def generate(
     model: SequenceModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor] | Tensor,
     sampling: Sampling | None = None,
     stop_token: int | None = None,
     on_token: OnToken | None = None,
@@ -30,21 +35,34 @@ def generate(
 ) -> list[list[int]]:
     """The tokens that follow each prompt, at most `sampling.max_tokens`, without `stop_token`, which ends a sequence.
 
+    prompts: lists or tensors of tokens, of any lengths, or one int64 tensor (B, L). Dropout is off meanwhile.
     on_token: called after each position with the new token of every prompt (-1 where a sequence has ended).
     weights: "fp32", "bf16" or "int8": what the matrices are read in after the prompts (`SequenceModel.make_decode_fn`);
     `weights_loss` tells what that costs in accuracy.
     Raises ConfigError for an empty prompt, a token the model does not know, or other weights.
     """
     check_weights(weights)
-    sampling = sampling or Sampling()
+    sampling, prompts = sampling or Sampling(), as_lists(prompts)
     check_prompts(model, prompts)
     if not prompts:
         return []
+    with evaluating(model):
+        z_BD, state = prefill(model, prompts)
+        logits_BV, advance = model.head.next_logits(z_BD), model.make_decode_fn(state, weights)
+        return _continue(logits_BV, advance, sampling, stop_token, on_token)
+
+
+def _continue(
+    logits_BV: Tensor,
+    advance: Callable[[Tensor], Tensor],
+    sampling: Sampling,
+    stop_token: int | None,
+    on_token: OnToken | None,
+) -> list[list[int]]:
+    """The tokens drawn from `logits_BV` on; `advance` gives the logits after each."""
     generator = torch.Generator().manual_seed(sampling.seed)
-    z_BD, state = prefill(model, prompts)
-    logits_BV, advance = model.head.next_logits(z_BD), model.make_decode_fn(state, weights)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    alive = [True] * len(prompts)
+    outputs: list[list[int]] = [[] for _ in logits_BV]
+    alive = [True] * len(outputs)
     for position in range(sampling.max_tokens):
         next_B = choose(logits_BV, sampling, generator)
         tokens = next_B.tolist()
@@ -103,6 +121,25 @@ def weights_loss(model: SequenceModel, prompt: Sequence[int], weights: str, toke
     return WeightsLoss(weights, scored, bits_fp32, bits_rounded, largest)
 
 
+def as_lists(prompts: Sequence[Sequence[int] | Tensor] | Tensor) -> list[list[int]]:
+    """Prompts of any of the forms that `generate` takes as lists of tokens."""
+    if isinstance(prompts, Tensor) and prompts.ndim != 2:
+        raise ConfigError(f"prompts: expected a tensor (B, L) or a list of prompts, got shape {tuple(prompts.shape)}")
+    return [prompt.tolist() if isinstance(prompt, Tensor) else list(map(int, prompt)) for prompt in prompts]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> None:
     """Raises ConfigError for a prompt that is empty or has a token outside the vocabulary, and for labels."""
     vocab_size = model.config.vocab_size
@@ -136,7 +173,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """int64 (B,): the next token of each row, by temperature, then top-k, then top-p."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float()
+    # Where float32 would take the temperature, or a logit over it, for 0 or infinity.
+    logits_BV = logits_BV.double() if sampling.temperature < TINY_TEMPERATURE else logits_BV.float()
     logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]

@@ -205,13 +205,18 @@ def _auto() -> Library | None:
 def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> Library | None:
     """The library to run `op` on x with, or None for the reference path."""
     mode = get_kernels()
-    if mode == "reference":
+    if mode == "reference" or in_transform():
         return None
     if x.dtype in dtypes and x.device.type == "cpu":
         return _auto() if mode == "auto" else _best()
     if mode == "native":
         raise ValueError(f"{op}: kernels are set to native, which does not take {x.dtype} on {x.device}; set auto")
     return None
+
+
+def in_transform() -> bool:
+    """Whether torch.func (grad, vmap, ...) runs: it sees through plain torch operations alone."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast, overload
+from typing import TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.config import NORM_EPS, ModelConfig
-from protomamba.errors import ConfigError
+from protomamba.errors import ConfigError, UserError
 from protomamba.kernels.packed import check_weights
 from protomamba.model.growth import check_kinds, frozen_layers, moved_freeze, origins_of
 from protomamba.model.heads import Head, head
@@ -23,6 +23,7 @@ from protomamba.model.plain import any_global_hook, is_plain
 from protomamba.model.registry import with_settings
 
 ModelState = list[State | None]
+Result = TypeVar("Result")
 LayerHook = Callable[[int, Tensor], None]
 
 
@@ -48,6 +49,7 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_embedding:
             self.head.tie_weights(self._table())
+        self._own_parameters = self._parameter_names()
 
     def features(
         self,
@@ -64,6 +66,11 @@ class SequenceModel(nn.Module):
         precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
         activation_hook: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
+        if torch.compiler.is_compiling():
+            return uncompiled(SequenceModel.features)(
+                self, inputs, state=state, reset_BL=reset_BL, return_state=return_state,
+                activation_hook=activation_hook, precision=precision,
+            )  # fmt: skip
         x_BLD: Tensor = self.embedding(inputs)
         if x_BLD.ndim != 3:
             raise ValueError(f"expected {self.embedding.expected()}, got {inputs.dtype} of shape {tuple(inputs.shape)}")
@@ -118,6 +125,11 @@ class SequenceModel(nn.Module):
         where negative; reset_BL: bool (B, L), True where a document starts. A long sequence runs in chunks: pass each
         chunk's returned state to the next.
         """
+        if torch.compiler.is_compiling():
+            return uncompiled(SequenceModel.forward)(
+                self, inputs, targets_BL, state=state, reset_BL=reset_BL, return_state=return_state,
+                activation_hook=activation_hook,
+            )  # fmt: skip
         z_BLD, states = self.features(
             inputs, state=state, reset_BL=reset_BL, return_state=return_state, activation_hook=activation_hook
         )
@@ -277,6 +289,7 @@ class SequenceModel(nn.Module):
         self.layers = nn.ModuleList(next(new) if origin is None else self.layers[origin] for origin in origins)
         self.frozen = (moved_freeze(self.frozen[0], origins), self.frozen[1])
         self.config = config
+        self._own_parameters = self._parameter_names()
         return origins
 
     expand = grow  # its name before 0.2
@@ -315,6 +328,20 @@ class SequenceModel(nn.Module):
                 chosen[f"{prefix}.{part.row_table}"] = cast(nn.Parameter, table)
         return chosen
 
+    def refuse_unbuildable(self) -> None:
+        """UserError, naming the first, where parameters are not those the configuration builds: a checkpoint of such a
+        model could not be loaded."""
+        changed = sorted(self._parameter_names() ^ self._own_parameters)
+        if changed:
+            raise UserError(
+                f"{changed[0]}: the model's parameters are not those that its configuration builds (an adapter, a "
+                "parametrization, pruning): a checkpoint of it could not be loaded. Merge or remove it first (torch's "
+                "remove_parametrizations, prune.remove, peft's merge_and_unload), or keep model.state_dict() yourself"
+            )
+
+    def _parameter_names(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.named_parameters())
+
     def blocks(self) -> Iterator[Block]:
         for block in self.layers:
             assert isinstance(block, Block)
@@ -339,6 +366,15 @@ class SequenceModel(nn.Module):
 
 def trainable(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.requires_grad
+
+
+def uncompiled(method: Callable[..., Result]) -> Callable[..., Result]:
+    """A method that torch.compile leaves as it is, with all that it calls: the kernels are nothing it could see into.
+
+    Only called while torch.compile runs, which has loaded its modules by then; they take a second.
+    """
+    left: Callable[..., Result] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+    return left
 
 
 @contextmanager

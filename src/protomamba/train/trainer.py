@@ -148,6 +148,11 @@ class Trainer:
         return self._step([micro_batch(batch) for batch in whole])
 
     def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
+        if self.model.norm_f.weight.dtype == torch.float16:
+            raise ConfigError(
+                "the model's parameters are float16, whose gradients underflow: train in float32 (model.float()); "
+                "TrainConfig(precision='bf16') has the matrix products in bfloat16"
+            )
         backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
         lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
         self.zero_grad()
@@ -357,7 +362,9 @@ class Trainer:
         }
 
     def configs(self) -> dict[str, Any]:
-        """What is needed to build this trainer again before its parts are loaded."""
+        """What is needed to build this trainer again before its parts are loaded. UserError where that is no use: the
+        model has been changed in a way that its configuration does not say."""
+        self.model.refuse_unbuildable()
         policy, embedding = self.model.frozen
         return {
             "model": self.model.config.model_dump(mode="json"),
