@@ -51,7 +51,7 @@ def test_every_documented_flag_has_its_documented_default_and_help(
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert COMMANDS[command][0] in capsys.readouterr().out
 
 
@@ -156,7 +156,7 @@ def test_threads_are_called_threads_by_every_command(tmp_path: Path, capsys: pyt
         assert "--threads 0: expected an integer >= 1" in capsys.readouterr().err
     for command in ("train", "eval", "generate", "bench", "prepare"):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         assert "--threads" in capsys.readouterr().out, command
 
 

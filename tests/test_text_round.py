@@ -18,7 +18,7 @@ def test_text_goes_in_and_comes_out(tokenizer: list[str], tmp_path: Path, capsys
     data, run = tmp_path / "data", tmp_path / "run"
     assert main(["prepare", str(text), "--out-dir", str(data), *tokenizer]) == 0
     shown = capsys.readouterr().out
-    assert f"--token-dir {data} --shard-ext bin" in shown and "\x1b" not in shown
+    assert f"protomamba train {data} --out-dir runs/mine" in shown and "\x1b" not in shown
     more = ["--token-dir", str(data), "--shard-ext", "bin", "--steps", "150", "--seq-len", "16"]
     assert main(["train", *TINY, *more, "--d-model", "24", "--out-dir", str(run), "--log-every", "50"]) == 0
     text.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import sys
@@ -287,3 +288,16 @@ def test_a_call_that_failed_before_its_first_shard_is_in_nobodys_way(texts: Path
     with pytest.raises(ConfigError, match="--eos foo"):
         prepare([texts], out, eos="foo")
     assert prepare([texts], out).tokens > 0
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.TSV", "x.csv.gz", "x.fa", "x.fasta.gz", "x.ts", "x.npz"])
+def test_a_table_or_sequences_are_not_silently_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"a,b\n") if name.endswith(".gz") else b"a,b\n1,2\n")
+    kind = "fasta" if ".fa" in name else "labels" if name in ("x.ts", "x.npz") else "events"
+    with pytest.raises(ConfigError, match=rf"`protomamba prepare {kind} .*or --format text"):
+        prepare([tmp_path / name], tmp_path / "out")
+    if not name.endswith(".gz"):
+        assert prepare([tmp_path / name], tmp_path / "out", format="text").tokens == 9
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(b"a,b\n1,2\n")
+        assert prepare([tmp_path / "in"], tmp_path / "out2").tokens == 9, "a folder may hold anything"

@@ -13,7 +13,6 @@ from typing import Any
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
 from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
-from protomamba.data.prepare import prepare
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate, weights_loss
 from protomamba.errors import ConfigError, UserError
@@ -168,37 +167,6 @@ def _token_list(text: str, where: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise UserError(f"{where}: expected tokens as N,N,..., found {text!r}")
     return [int(part) for part in parts]
-
-
-def prepare_command(arguments: argparse.Namespace) -> int:
-    """Make token shards, with a bar on a terminal; print where they are and how to train on them."""
-    console = Console()
-    with console.bar("preparing") as progress:
-        manifest = prepare(
-            arguments.inputs,
-            arguments.out_dir,
-            format=arguments.format,
-            field=arguments.field,
-            tokenizer=arguments.tokenizer,
-            train_bpe=arguments.train_bpe,
-            shard_tokens=arguments.shard_tokens,
-            jobs=arguments.jobs,
-            eos=arguments.eos,
-            progress=progress,
-        )
-    kind = manifest.tokenizer["kind"]
-    if arguments.train_bpe and manifest.vocab_size < arguments.train_bpe:
-        console.line(
-            f"note: the inputs hold no more pairs: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
-        )
-    console.header(
-        {
-            "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",
-            "vocabulary": f"{manifest.vocab_size:,} ({kind}), end of document {manifest.eos_token}",
-            "train": f"protomamba train --token-dir {manifest.folder} --shard-ext bin --out-dir runs/mine",
-        }
-    )
-    return 0
 
 
 def inspect_command(path: Path, *, verify_only: bool, as_json: bool) -> int:

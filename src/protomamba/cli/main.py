@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba import __version__
-from protomamba.cli import compare, completion, doctor, predict, report, track
+from protomamba.cli import compare, completion, doctor, predict, prepare, report, track
 from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
 from protomamba.config import RunConfig, Sampling, nearest
 from protomamba.errors import ConfigError, UserError
@@ -77,40 +77,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     given = given_fields(arguments)
     sampling = Sampling(**{name: given.pop(name) for name in list(given) if name in Sampling.model_fields})
     return generate_command(arguments, sampling, RunConfig(**given))
-
-
-def _configure_prepare(parser: Parser) -> None:
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="files and folders")
-    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder for the shards")
-    formats = ("auto", "text", "bytes", "jsonl", "parquet")
-    parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
-    parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes or a tokenizer.json [%(default)s]")
-    source.add_argument(
-        "--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the inputs instead"
-    )
-    parser.add_argument(
-        "--eos", default="auto", metavar="NAME", help="ends a document: auto, none, a token [%(default)s]"
-    )
-    parser.add_argument(
-        "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
-    )
-    jobs = ("--threads", "--jobs")
-    parser.add_argument(
-        *jobs,
-        dest="jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="threads; the bytes do not depend on it [%(default)s]",
-    )
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from protomamba.cli.commands import prepare_command
-
-    return prepare_command(arguments)
 
 
 def _configure_inspect(parser: Parser) -> None:
@@ -194,7 +160,12 @@ COMMANDS = {
     "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
     "generate": ("go on from a prompt", _configure_generate, _generate),
     "predict": ("answers for every row of a file", predict.configure, predict.work),
-    "prepare": ("make token shards of text, bytes, JSON lines or parquet", _configure_prepare, _prepare),
+    "prepare": (
+        "make token shards of text, JSON lines or parquet",
+        prepare.configure_text,
+        prepare.prepare_text,
+    ),
+    "prepare events": ("make item sequences of tables", prepare.configure_events, prepare.prepare_events),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
         "hold the program against its references, or a resumed run against an uncut one",
@@ -212,7 +183,7 @@ COMMANDS = {
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {about}" for name, (about, _, _) in COMMANDS.items()]
+    lines = [f"  {name:<15} {about}" for name, (about, _, _) in COMMANDS.items()]
     return "usage: protomamba COMMAND [flags]   (protomamba COMMAND --help lists them)\n\n" + "\n".join(lines)
 
 
@@ -226,11 +197,13 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], COMMANDS)} (see protomamba --help)")
-    about, configure, work = COMMANDS[arguments[0]]
-    parser = Parser(prog=f"protomamba {arguments[0]}", description=about)
+    two = " ".join(arguments[:2])
+    name = two if two in COMMANDS else arguments[0]
+    about, configure, work = COMMANDS[name]
+    parser = Parser(prog=f"protomamba {name}", description=about)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     configure(parser)
-    return work(parser.parse_checked(arguments[1:]))
+    return work(parser.parse_checked(arguments[len(name.split()) :]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protomamba.data.compressed import plain_suffix
 from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message
 from protomamba.errors import ConfigError, UserError
 
 FORMATS = ("auto", "text", "bytes", "jsonl", "parquet")
 SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+# What a suffix looks like, and the kinds of `prepare` that take it.
+_TABLE, _FASTA = ("a table", "events", "labels"), ("FASTA", "fasta")
+OTHER_KINDS = {
+    **dict.fromkeys((".csv", ".tsv"), _TABLE),
+    **dict.fromkeys((".fa", ".fasta", ".fna", ".ffn"), _FASTA),
+    **dict.fromkeys((".ts", ".npz"), ("labelled series", "labels")),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class Piece:
 def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
     """The files of the inputs in a fixed order: as given, within folders by name; hidden files are left out.
 
-    `auto` reads .jsonl, .ndjson and .parquet by their suffix and all else as text.
+    `auto` reads .jsonl, .ndjson and .parquet by their suffix and all else as text; a table, FASTA or series named by
+    itself is refused, because its text is hardly what was meant.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
@@ -45,11 +55,22 @@ def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
     for given in inputs:
         for path, name in _files_in(given) if os.path.isdir(given) else [(given, given.name)]:
             if check_regular_file(path).st_size:  # an empty file has no document
-                chosen = SUFFIX_FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
+                if format == "auto" and path == given:
+                    _refuse_other_kinds(path)
+                chosen = SUFFIX_FORMATS.get(plain_suffix(path), "text") if format == "auto" else format
                 sources.append(Source(path, name, chosen))
     if not sources:
         raise UserError(f"{', '.join(map(str, inputs)) or 'no input'}: expected files or folders with text, found none")
     return sources
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """ConfigError for a file that is clearly not text, naming the kind it may be of."""
+    kinds = OTHER_KINDS.get(plain_suffix(path))
+    if kinds is not None:
+        what, *names = kinds
+        commands = " or ".join(f"`protomamba prepare {name} {path}`" for name in names)
+        raise ConfigError(f"{path}: looks like {what}: use {commands}, or --format text to take it as plain text")
 
 
 def _files_in(folder: Path) -> list[tuple[Path, str]]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from protomamba.data.order import derive_key, permute
+from protomamba.data.order import endless
 from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
 
@@ -39,14 +39,8 @@ class LabelledStream(BatchStream):
         if index < 0:
             raise IndexError(f"batch {index}")
         numbers = np.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        return make_labelled_batch(self.sequences, self._places(numbers), self.cursor(index + 1))
-
-    def _places(self, numbers: Integers) -> Integers:
-        """Which sequences stand at some numbers of the endless order."""
-        epochs, within = np.divmod(numbers, len(self.sequences))
-        keys = {int(epoch): derive_key(self.seed, int(epoch), _SEQUENCES) for epoch in np.unique(epochs)}
-        parts = [permute(within[epochs == epoch], len(self.sequences), key) for epoch, key in keys.items()]
-        return np.concatenate(parts)
+        _, places = endless(numbers, len(self.sequences), self.seed, _SEQUENCES)
+        return make_labelled_batch(self.sequences, places, self.cursor(index + 1))
 
     @property
     def steps_per_epoch(self) -> float:

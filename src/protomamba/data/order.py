@@ -45,10 +45,7 @@ def _round_keys(key: int) -> tuple[np.uint64, ...]:
 
 def shuffled(size: int, key: int) -> npt.NDArray[np.int64]:
     """All of [0, size) in the order chosen by `key`, every order equally likely: for lists short enough to hold."""
-    value = np.arange(size, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
-    value = (value ^ (value >> np.uint64(30))) * _FIRST
-    value = (value ^ (value >> np.uint64(27))) * _SECOND
-    return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")
+    return np.argsort(hashed(np.arange(size), key), kind="stable")
 
 
 def permute(index: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:
@@ -64,6 +61,29 @@ def permute(index: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np
     while (outside := np.flatnonzero(value >= size)).size:
         value[outside] = _feistel(value[outside], size, keys)
     return value.astype(np.int64)
+
+
+def endless(
+    numbers: npt.NDArray[np.int64], size: int, seed: int, tag: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Epoch and place of some numbers of an endless order, in which each epoch is [0, size) drawn anew by `seed`.
+
+    `tag` tells the orders of one seed apart.
+    """
+    epochs, within = np.divmod(numbers, size)
+    places = np.empty_like(within)
+    for epoch in np.unique(epochs).tolist():
+        chosen = epochs == epoch
+        places[chosen] = permute(within[chosen], size, derive_key(seed, epoch, tag))
+    return epochs, places
+
+
+def hashed(values: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.uint64]:
+    """64 well-mixed bits of each value, a pure function of it and of `key`."""
+    mixed = values.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def _feistel(value: npt.NDArray[np.uint64], size: int, keys: tuple[np.uint64, ...]) -> npt.NDArray[np.uint64]:

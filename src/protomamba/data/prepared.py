@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from protomamba.data.manifest import MANIFEST
-from protomamba.data.shards import open_token_dir
-from protomamba.data.source import Source
+from protomamba.data.prepared_manifest import PARTS, PreparedManifest, read_prepared_manifest
+from protomamba.data.sequences import SequenceSet
+from protomamba.data.shards import ShardSet, open_token_dir, open_token_file
+from protomamba.data.source import DataInfo, Source
+from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
 
-SPLITS = ("train", "valid", "test")
+TOKENS = "tokens.bin"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The parts of a prepared folder: `training`, and by name those that `prepare` has set aside (valid, test)."""
+    """The parts of a prepared folder: `training`, and by name those that `prepare` has set aside (valid, test).
+
+    Without a valid part, `training.split` holds some out. The names of items travel in checkpoints as `vocabulary`.
+    """
 
     training: Source
     held_out: Mapping[str, Source] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+
+    def part(self, name: str) -> Source:
+        """A part by its name. UserError naming those there are."""
+        parts = {"train": self.training, **self.held_out}
+        if name not in parts:
+            raise UserError(f"the data has no {name} part, only {', '.join(parts)}")
+        return parts[name]
 
 
 def open_prepared(folder: Path) -> Prepared:
@@ -31,4 +47,46 @@ def open_prepared(folder: Path) -> Prepared:
             f"{folder}: has no {MANIFEST}, so it is no prepared folder: make one with protomamba prepare, or give "
             f"token files with --token-dir {folder}"
         )
-    return Prepared(open_token_dir(folder, "bin"))
+    manifest = read_prepared_manifest(folder)
+    if manifest is None:
+        return Prepared(open_token_dir(folder, "bin"))
+    if manifest.kind not in _OPENERS:
+        raise UserError(f"{manifest.path}: damaged: unknown kind {manifest.kind!r}; make the folder again")
+    return _OPENERS[manifest.kind](manifest)
+
+
+def read_vocabulary(manifest: PreparedManifest) -> Vocabulary:
+    """The names of the tokens of a folder."""
+    state = {key: manifest.array(f"vocabulary-{key}.npy") for key in ("names", "offsets", "integers")}
+    return Vocabulary.from_state(state, str(manifest.folder))
+
+
+def _open_events(manifest: PreparedManifest) -> Prepared:
+    vocabulary = read_vocabulary(manifest)
+    about = DataInfo(
+        vocab_size=vocabulary.size,
+        reset=True,
+        reserved=tuple(range(RESERVED)),
+        preset=manifest.preset,
+        recipe=manifest.recipe,
+    )
+    whole = SequenceSet(
+        _checked_tokens(manifest),
+        np.empty((0, 3), dtype=np.int64),
+        about,
+        vocabulary=vocabulary,
+        split_by=str(manifest.about["split"]),
+        notes=manifest.notes,
+    )
+    spans = {name: manifest.array(f"spans-{name}.npy") for name in PARTS}
+    parts = {name: whole.part(each, name) for name, each in spans.items() if len(each)}
+    return Prepared(parts.pop("train"), parts, vocabulary)
+
+
+def _checked_tokens(manifest: PreparedManifest) -> ShardSet:
+    shards = open_token_file(manifest.folder / TOKENS)
+    manifest.check(manifest.folder / TOKENS, shards.shards[0].indexed.source.sha256)
+    return shards
+
+
+_OPENERS: dict[str, Callable[[PreparedManifest], Prepared]] = {"events": _open_events}

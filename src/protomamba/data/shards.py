@@ -101,31 +101,32 @@ class ShardSet:
 
     def read(self, shard: int, start: int, stop: int) -> Tokens:
         """Tokens [start, stop) of a shard as int64. UserError if its file has changed since the set was opened."""
-        part = self.shards[shard]
-        if not 0 <= start <= stop <= part.tokens:
-            raise IndexError(f"tokens {start} to {stop} of shard {part.name} with {part.tokens}")
-        start, stop = part.start + start, part.start + stop
-        if part.indexed.data is not None:
-            return part.indexed.data[start:stop].astype(np.int64)
-        return self._read_file(part, start, stop)
+        return self.read_ranges(shard, [(start, stop)])[0]
 
-    def _read_file(self, part: Shard, start: int, stop: int) -> Tokens:
-        layout, path = part.indexed.layout, part.indexed.store.path
-        width = np.dtype(layout.dtype).itemsize
+    def read_ranges(self, shard: int, ranges: Sequence[tuple[int, int]]) -> list[Tokens]:
+        """`read` of several ranges of one shard, whose file is opened once."""
+        part = self.shards[shard]
+        for start, stop in ranges:
+            if not 0 <= start <= stop <= part.tokens:
+                raise IndexError(f"tokens {start} to {stop} of shard {part.name} with {part.tokens}")
+        moved = [(part.start + start, part.start + stop) for start, stop in ranges]
+        if part.indexed.data is not None:
+            return [part.indexed.data[start:stop].astype(np.int64) for start, stop in moved]
+        return self._read_file(part, moved)
+
+    def _read_file(self, part: Shard, ranges: Sequence[tuple[int, int]]) -> list[Tokens]:
+        path = part.indexed.store.path
         try:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 self._check_unchanged(part.indexed.store, os.fstat(descriptor))
-                data = os.pread(descriptor, (stop - start) * width, layout.offset + start * width)
+                return [_pread(descriptor, part, start, stop) for start, stop in ranges]
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be read any more: {os_message(error)}; bring it back and resume from the checkpoint"
             ) from error
-        if len(data) != (stop - start) * width:
-            raise UserError(f"{path}, token {start:,}: expected {stop - start} tokens, found {len(data) // width}")
-        return np.frombuffer(data, dtype=layout.dtype).astype(np.int64)
 
     def _check_unchanged(self, opened: FileRef, status: os.stat_result) -> None:
         known = self._restamped.get(opened.path, opened)
@@ -206,6 +207,16 @@ class ShardSet:
         if not train or not validation:
             raise UserError(f"{self.tokens:,} tokens are too few to hold out {val_ratio:g} of them; give more tokens")
         return replace(self, shards=tuple(train)), replace(self, shards=tuple(validation))
+
+
+def _pread(descriptor: int, part: Shard, start: int, stop: int) -> Tokens:
+    layout = part.indexed.layout
+    width = np.dtype(layout.dtype).itemsize
+    data = os.pread(descriptor, (stop - start) * width, layout.offset + start * width)
+    if len(data) != (stop - start) * width:
+        path = part.indexed.store.path
+        raise UserError(f"{path}, token {start:,}: expected {stop - start} tokens, found {len(data) // width}")
+    return np.frombuffer(data, dtype=layout.dtype).astype(np.int64)
 
 
 def infer_vocab(*sets: ShardSet) -> int:

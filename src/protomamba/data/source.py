@@ -6,9 +6,9 @@ functions of (seed, epoch, index).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,7 @@ class DataInfo:
     tokenizer: str | None = None  # as JSON, for tokenizer_from_json
     preset: str | None = None  # bytes, text, events, dna or classify, where `prepare` said so
     bytes_per_token: float | None = None
+    recipe: Mapping[str, Any] | None = None  # how `prepare` read its inputs, so that later ones are read alike
 
 
 class Source(Protocol):

@@ -1,0 +1,150 @@
+"""`protomamba prepare [events|fasta|labels] FILES`: a user's own files to a folder that `train` takes as it is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from protomamba.cli.flags import Parser
+from protomamba.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from protomamba.data.prepared_manifest import PreparedManifest
+    from protomamba.data.vocabulary import Vocabulary
+
+NEXT = "protomamba train {folder} --out-dir runs/mine"
+
+
+def _configure_common(parser: Parser, inputs: str) -> None:
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE", help=inputs)
+    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder to write, for train")
+
+
+def configure_text(parser: Parser) -> None:
+    parser.epilog = "prepare events, fasta and labels take tables and sequences; a folder of such a name is ./events"
+    _configure_common(parser, "files and folders, also .gz and .zst, and folders of the `datasets` library")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet")
+    parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
+    parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes or a tokenizer.json [%(default)s]")
+    source.add_argument(
+        "--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the inputs instead"
+    )
+    parser.add_argument(
+        "--eos", default="auto", metavar="NAME", help="ends a document: auto, none, a token [%(default)s]"
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
+    )
+    jobs = "threads; the bytes do not depend on it [%(default)s]"
+    parser.add_argument("--threads", "--jobs", dest="jobs", type=int, default=1, metavar="N", help=jobs)
+
+
+def prepare_text(arguments: argparse.Namespace) -> int:
+    """Make token shards, with a bar on a terminal; print where they are and how to train on them."""
+    from protomamba.data.prepare import prepare
+    from protomamba.train.callbacks.console import Console
+
+    console = Console()
+    with console.bar("preparing") as progress:
+        manifest = prepare(
+            arguments.inputs,
+            arguments.out_dir,
+            format=arguments.format,
+            field=arguments.field,
+            tokenizer=arguments.tokenizer,
+            train_bpe=arguments.train_bpe,
+            shard_tokens=arguments.shard_tokens,
+            jobs=arguments.jobs,
+            eos=arguments.eos,
+            progress=progress,
+        )
+    kind = manifest.tokenizer["kind"]
+    if arguments.train_bpe and manifest.vocab_size < arguments.train_bpe:
+        console.line(
+            f"note: the inputs hold no more pairs: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
+        )
+    console.header(
+        {
+            "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",
+            "vocabulary": f"{manifest.vocab_size:,} ({kind}), end of document {manifest.eos_token}",
+            "train": NEXT.format(folder=manifest.folder),
+        }
+    )
+    return 0
+
+
+def configure_events(parser: Parser) -> None:
+    _configure_common(parser, "tables: .csv, .tsv, .jsonl (also .gz, .zst) or .parquet")
+    parser.add_argument("--group", required=True, metavar="COLUMN", help="whose events they are: a sequence each")
+    parser.add_argument("--item", required=True, metavar="COLUMN", help="what is to be predicted; may hold lists")
+    parser.add_argument("--order", metavar="COLUMN", help="number or date that orders a sequence [order of the rows]")
+    parser.add_argument(
+        "--min-count", type=int, default=1, metavar="N", help="rarer items are read as unknown [%(default)s]"
+    )
+    splits = "the last event of each sequence for the test and the one before for validation; by time; by group"
+    parser.add_argument("--split", choices=("last", "time", "user"), default="last", help=f"{splits} [%(default)s]")
+    for part in ("valid", "test"):
+        parser.add_argument(
+            f"--{part}-share", type=float, default=0.1, metavar="F", help="of events or groups [%(default)s]"
+        )
+    earlier = "prepared folder or checkpoint whose items keep their tokens; new ones come behind"
+    parser.add_argument("--vocab-from", type=Path, metavar="PATH", help=f"{earlier} [none]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the groups held out [%(default)s]")
+
+
+def prepare_events(arguments: argparse.Namespace) -> int:
+    """Make item sequences; print what came out and how to train on them."""
+    from protomamba.data.events import EventOptions, prepare_events
+    from protomamba.train.callbacks.console import Console
+
+    options = EventOptions(
+        arguments.group,
+        arguments.item,
+        arguments.order,
+        arguments.min_count,
+        arguments.split,
+        arguments.valid_share,
+        arguments.test_share,
+    )
+    vocabulary = vocabulary_from(arguments.vocab_from) if arguments.vocab_from else None
+    with Console().bar("preparing") as progress:
+        manifest = prepare_events(
+            arguments.inputs, arguments.out_dir, options, vocabulary=vocabulary, seed=arguments.seed, progress=progress
+        )
+    _show(manifest, {"events": f"{manifest.about['events']:,}", "tokens": f"{manifest.about['vocab_size']:,}"})
+    return 0
+
+
+def vocabulary_from(path: Path) -> Vocabulary:
+    """The items of a prepared folder, or of a checkpoint or its run folder. UserError if it has none."""
+    from protomamba.checkpoint import file as checkpoint
+    from protomamba.data.prepared import read_vocabulary
+    from protomamba.data.prepared_manifest import read_prepared_manifest
+    from protomamba.data.vocabulary import Vocabulary
+
+    if not path.exists():
+        raise ConfigError(f"--vocab-from {path}: there is no such folder or checkpoint")
+    manifest = read_prepared_manifest(path) if path.is_dir() else None
+    if manifest is not None and manifest.kind == "events":
+        return read_vocabulary(manifest)
+    file = path / "latest.safetensors" if path.is_dir() else path
+    loaded = checkpoint.load(file) if file.is_file() else None
+    if loaded is None or "vocabulary" not in loaded.parts:
+        raise UserError(f"--vocab-from {path}: has no items: expected a folder of `prepare events`, or a run on one")
+    return Vocabulary.from_state(loaded.parts["vocabulary"], str(path))
+
+
+def _show(manifest: PreparedManifest, figures: dict[str, str]) -> None:
+    from protomamba.train.callbacks.console import Console
+
+    console = Console()
+    for note in manifest.notes:
+        console.line(f"note: {note}")
+    parts = {
+        f"{name} part": f"{part['sequences']:,} sequences, {part['targets']:,} targets"
+        for name, part in manifest.about["parts"].items()
+    }
+    console.header({**figures, **parts, "train": NEXT.format(folder=manifest.folder)})

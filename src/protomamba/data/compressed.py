@@ -1,0 +1,86 @@
+"""Files as they are, or compressed with gzip (.gz) or Zstandard (.zst): their bytes, and damage as one clear error."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from protomamba.data.files import CHUNK_BYTES, check_regular_file, os_message
+from protomamba.errors import UserError
+
+SUFFIXES = (".gz", ".zst")
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix of the contents, in lower case: `.csv` of `events.csv.gz`."""
+    inner = Path(path.stem) if path.suffix.lower() in SUFFIXES else path
+    return inner.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The contents, decompressed by the file's suffix; to read once, from the start. UserError on damage."""
+    check_regular_file(path)
+    return cast(IO[bytes], io.BufferedReader(_Contents(path), CHUNK_BYTES))
+
+
+def blocks_of(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The contents in blocks of at most `size` bytes."""
+    with open_bytes(path) as file:
+        while block := file.read(size):
+            yield block
+
+
+class _Contents(io.RawIOBase):
+    """A raw file of the decompressed bytes, whose errors name the path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file: Any = self._guarded(lambda: _opened(path))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._guarded(lambda: self._file.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def _guarded(self, call: Any) -> Any:
+        try:
+            return call()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{self._path}: broken gzip: {error}; fetch or compress the file again") from error
+        except OSError as error:
+            kind = "broken Zstandard" if self._path.suffix.lower() == ".zst" else "cannot be read"
+            raise UserError(f"{self._path}: {kind}: {os_message(error)}; fetch or compress the file again") from error
+
+
+def _opened(path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        return import_pyarrow(path).input_stream(str(path), compression="zstd")
+    return path.open("rb")
+
+
+def import_pyarrow(path: Path) -> Any:
+    """The pyarrow library, for a file that needs it. UserError saying how to install it."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs pyarrow ({error}): pip install 'protomamba[events]'") from error
+    return pyarrow

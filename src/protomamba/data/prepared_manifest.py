@@ -1,0 +1,124 @@
+"""A folder that `prepare` made, of any kind: its manifest, and its parts as sources.
+
+Text keeps the manifest of token shards (manifest.py). Events, DNA and labelled sequences have the one below: what the
+files are, with checksums; how the inputs were read, so that later ones are read alike (`recipe`); what to train
+(`preset`); and what is known of the data (`about`). It is written last: a folder with a manifest is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protomamba.data.files import read_json, reference, sha256_of
+from protomamba.data.manifest import MANIFEST
+from protomamba.errors import UserError
+from protomamba.storage import atomic_file, make_folder, write_json
+
+FORMAT, VERSION = "protomamba-prepared", 1
+PARTS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class PreparedManifest:
+    """The description of a folder of sequences. Equal inputs and options give equal manifests."""
+
+    folder: Path
+    kind: str
+    preset: str
+    plan: str
+    recipe: Mapping[str, Any]
+    about: Mapping[str, Any]
+    source: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
+
+    @property
+    def path(self) -> Path:
+        return self.folder / MANIFEST
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What `prepare` found that a user should know."""
+        return tuple(self.about.get("notes", ()))
+
+    def write(self) -> None:
+        """Write it atomically, last of all."""
+        body = {key: value for key, value in vars(self).items() if key != "folder"}
+        write_json(self.path, {"format": FORMAT, "version": VERSION, **body}, sort_keys=True)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """One of the folder's .npy files, checked. UserError if it is not the one that was written."""
+        path = self.folder / name
+        self.check(path, sha256_of(path))
+        return np.asarray(np.load(path, allow_pickle=False))
+
+    def check(self, path: Path, sha256: str) -> None:
+        """UserError unless a file has the listed checksum."""
+        expected = self.files.get(path.name)
+        if expected != sha256:
+            raise UserError(
+                f"{path}: damaged or replaced: {MANIFEST} says sha256 {expected}, found {sha256}; copy the file again "
+                "or make the folder again"
+            )
+
+
+def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
+    """The manifest of a folder of sequences, or None if it has none. UserError if it is damaged or too new."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    body = read_json(path)
+    if body.pop("format", None) != FORMAT:
+        return None
+    if body.pop("version", None) != VERSION:
+        raise UserError(f"{path}: written by a newer protomamba; this one reads version {VERSION}")
+    try:
+        return PreparedManifest(folder, **body)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged: {error}; make the folder again") from error
+
+
+def plan_of(inputs: Iterable[Path], options: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    """A checksum of what a call of `prepare` was to do, and the description of its inputs."""
+    files = [reference(path) for path in inputs]
+    listed = [{"name": file.path.name, "bytes": file.size, "sha256": file.sha256} for file in files]
+    text = json.dumps([VERSION, listed, options], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), listed
+
+
+def open_folder(folder: Path, plan: str, inputs: Iterable[Path]) -> PreparedManifest | None:
+    """The finished manifest if the same call has been made before; None for a folder to fill. UserError for others."""
+    for path in inputs:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: is an input and lies in --out-dir {folder}; choose another --out-dir")
+    make_folder(folder)
+    manifest = read_prepared_manifest(folder)
+    if manifest is None and ((folder / MANIFEST).exists() or any(folder.glob("shard-*.bin"))):
+        raise UserError(f"{folder}: holds other data; choose an empty --out-dir")
+    if manifest is None:
+        return None
+    if manifest.plan != plan:
+        raise UserError(
+            f"{folder}: holds {manifest.kind} made from other inputs or with other options; choose an empty --out-dir"
+        )
+    for name in manifest.files:
+        manifest.check(folder / name, sha256_of(folder / name))
+    return manifest
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """Write each array as `NAME.npy`; name and checksum of each file."""
+    files = {}
+    for name, array in arrays.items():
+        path = folder / f"{name}.npy"
+        with atomic_file(path) as file:
+            np.save(file, array, allow_pickle=False)
+        files[path.name] = sha256_of(path)
+    return files

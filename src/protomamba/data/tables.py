@@ -1,0 +1,237 @@
+"""Tables of rows, block by block: named columns of CSV, JSON lines and parquet, compressed or not.
+
+Every block is a mapping from column to a pyarrow array; a CSV's values are text, so that this module and not a guess
+from its first lines decides what they are. Rows count from 1, without a header. Needs pyarrow (the extra `events`).
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from protomamba.config import nearest
+from protomamba.data.compressed import import_pyarrow, open_bytes, plain_suffix
+from protomamba.errors import UserError
+
+BLOCK_BYTES = 1 << 24
+BLOCK_ROWS = 1 << 16
+CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".inter", ".dat")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+Array = Any  # a pyarrow array
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `first` and following of a file (from 1), some of its columns."""
+
+    path: Path
+    first: int
+    columns: dict[str, Array]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def refuse(self, row: int, column: str, expected: str, found: object) -> NoReturn:
+        """UserError naming file, row (from 0 in this block) and column."""
+        shown = "nothing" if found is None or found == "" else repr(found)[:60]
+        raise UserError(f"{self.path}, row {self.first + row:,}, column {column!r}: expected {expected}, found {shown}")
+
+
+def read_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
+    """The named columns of a file, recognised by its suffix. UserError for a column that is not there."""
+    kind = plain_suffix(path)
+    if kind in JSON_SUFFIXES:
+        return _json_blocks(path, columns)
+    if kind == ".parquet":
+        return _parquet_blocks(path, columns)
+    if kind in CSV_SUFFIXES:
+        return _csv_blocks(path, columns)
+    raise UserError(f"{path}: expected a table: .csv, .tsv, .jsonl or .parquet, or the first two as .gz or .zst")
+
+
+def column_names(path: Path) -> list[str]:
+    """All columns of a file, of JSON lines those of its first line."""
+    kind = plain_suffix(path)
+    if kind in JSON_SUFFIXES:
+        for number, line in _numbered_lines(path):
+            return list(_json_object(path, number, line))
+        return []
+    if kind == ".parquet":
+        pyarrow = import_pyarrow(path)
+        return list(_parquet_guarded(path, pyarrow, lambda: _parquet_schema(path)).names)
+    with open_bytes(path) as file:
+        return _csv_header(path, file)[0]
+
+
+def expand_columns(path: Path, patterns: Sequence[str], flag: str) -> list[str]:
+    """Columns by name or with * and ?, in the order of the file within each pattern. UserError where none fits."""
+    names = column_names(path)
+    found: list[str] = []
+    for pattern in patterns:
+        fitting = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+        if not fitting:
+            refuse_missing(path, pattern, names, flag)
+        found += [name for name in fitting if name not in found]
+    return found
+
+
+def refuse_missing(path: Path, column: str, names: Sequence[str], flag: str = "") -> NoReturn:
+    """UserError naming the columns there are."""
+    shown = ", ".join(names)[:200] or "none"
+    advice = f"; name it with {flag}" if flag else ""
+    raise UserError(f"{path}: no column {column!r}{nearest(column, names)}: its columns are {shown}{advice}")
+
+
+def _csv_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
+    """Whole lines of about 16 MB at a time: pyarrow's own streaming reads ahead in a thread that outlives an error."""
+    pyarrow = import_pyarrow(path)
+    import pyarrow.csv as arrow_csv
+
+    with open_bytes(path) as file:
+        names, delimiter = _csv_header(path, file)
+        for column in columns:
+            if column not in names:
+                refuse_missing(path, column, names)
+        read = arrow_csv.ReadOptions(column_names=names, use_threads=False)
+        convert = arrow_csv.ConvertOptions(
+            include_columns=list(columns), column_types={name: pyarrow.string() for name in names}
+        )
+        row = 1
+        for lines in _whole_lines(file):
+            parse = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=b'"' in lines)
+            try:
+                table = arrow_csv.read_csv(pyarrow.BufferReader(lines), read, parse, convert)
+            except pyarrow.ArrowInvalid as error:
+                _refuse_csv(path, row, str(error))
+            if table.num_rows:
+                yield Block(path, row, {name: table[name].combine_chunks() for name in columns})
+            row += table.num_rows
+
+
+def _csv_header(path: Path, file: Any) -> tuple[list[str], str]:
+    """Column names and the delimiter, from the first line."""
+    try:
+        line = file.readline().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line 1: expected a header of UTF-8 text, found byte {error.start} is not") from None
+    delimiter = max(",;\t|", key=line.count)  # the first of them where none occurs
+    names = [name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])]
+    if not any(names):
+        raise UserError(f"{path}, line 1: expected the names of the columns, found nothing")
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UserError(f"{path}, line 1: expected different names of columns, found {double!r} twice")
+    return names, delimiter
+
+
+def _whole_lines(file: Any) -> Iterator[bytes]:
+    """The rest of a file in blocks that end behind a line, and not inside a quoted value."""
+    pending = b""
+    while block := file.read(BLOCK_BYTES):
+        pending += block
+        cut = pending.rfind(b"\n") + 1
+        while cut and pending.count(b'"', 0, cut) % 2:
+            cut = pending.rfind(b"\n", 0, cut - 1) + 1
+        if cut:
+            yield pending[:cut]
+            pending = pending[cut:]
+    if pending.strip():
+        yield pending
+
+
+def _refuse_csv(path: Path, row: int, message: str) -> NoReturn:
+    """pyarrow's message with our row, and without the text of the line behind it."""
+    _, marker, rest = message.partition("Row #")
+    number, _, what = rest.partition(": ")
+    if marker and number.isdigit():
+        where, shown = f"row {row + int(number) - 1:,}", what.splitlines()[0][:120]
+    else:
+        where, shown = f"row {row:,} or later", message.splitlines()[0][:120]
+    raise UserError(f"{path}, {where}: not a readable line of CSV: {shown}")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def _json_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, row {number:,}: expected a JSON object: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, row {number:,}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _json_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
+    pyarrow = import_pyarrow(path)
+    kinds: dict[str, type] = {}
+    lines, first = _numbered_lines(path), 1
+    while chunk := list(islice(lines, BLOCK_ROWS)):
+        objects = [_json_object(path, number, line) for number, line in chunk]
+        block = Block(path, first, {})
+        for column in columns:
+            values = [each.get(column) for each in objects]
+            if first == 1 and column not in objects[0]:
+                refuse_missing(path, column, list(objects[0]))
+            block.columns[column] = _json_column(pyarrow, block, column, values, kinds)
+        yield block
+        first += len(chunk)
+
+
+def _json_column(pyarrow: Any, block: Block, column: str, values: list[Any], kinds: dict[str, type]) -> Array:
+    """Values of one kind as an array; what that kind is, the first value says."""
+    for row, value in enumerate(values):
+        inner = value if isinstance(value, list) else [value]
+        for each in inner:
+            kind = {float: int}.get(type(each), type(each))  # 1 and 1.5 are both numbers
+            if each is not None and kinds.setdefault(column, kind) is not kind:
+                words = {int: "a number", str: "text"}.get(kinds[column], kinds[column].__name__)
+                block.refuse(row, column, f"{words} as in the rows before", each)
+        is_list = {True: list, False: object}[isinstance(value, list)]
+        if value is not None and kinds.setdefault(f"{column}[]", is_list) is not is_list:
+            block.refuse(row, column, "a list in every row or in none", value)
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+        raise UserError(f"{block.path}, column {column!r}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _parquet_schema(path: Path) -> Any:
+    from pyarrow.parquet import read_schema
+
+    return read_schema(path)
+
+
+def _parquet_guarded(path: Path, pyarrow: Any, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (pyarrow.ArrowException, OSError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a readable parquet file: {message}") from error
+
+
+def _parquet_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
+    pyarrow = import_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    names = column_names(path)
+    for column in columns:
+        if column not in names:
+            refuse_missing(path, column, names)
+    file = _parquet_guarded(path, pyarrow, lambda: ParquetFile(path))
+    with file:
+        batches, first = file.iter_batches(batch_size=BLOCK_ROWS, columns=list(columns)), 1
+        while (batch := _parquet_guarded(path, pyarrow, lambda: next(batches, None))) is not None:
+            yield Block(path, first, {name: batch.column(batch.schema.get_field_index(name)) for name in columns})
+            first += batch.num_rows

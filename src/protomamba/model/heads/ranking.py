@@ -1,0 +1,50 @@
+"""Ranks of the right class among all classes, and the figures that recommenders are judged by.
+
+A rank is 1 for the best score. Of equal scores the right class gets the worst place, and NaN counts as better than any:
+a model that has collapsed, whose scores are all the same, ranks last instead of first. Figures over sampled negatives
+order models differently from those over all items (Krichene and Rendle 2020), so all classes are ranked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protomamba.model.heads.base import Head, valid_positions
+
+CUTS = (1, 5, 10)
+
+
+def ranks(scores_TV: Tensor, targets_T: Tensor, reserved: Sequence[int] = ()) -> Tensor:
+    """int64 (T,): 1 + how many classes score at least as high as the target; classes in `reserved` are left out."""
+    own_T1 = scores_TV.gather(1, targets_T[:, None])
+    at_least_TV = ~(scores_TV < own_T1)
+    at_least_TV.scatter_(1, targets_T[:, None], True)  # a NaN of its own as well
+    if len(reserved):
+        at_least_TV[:, list(reserved)] = False
+    return at_least_TV.sum(1)
+
+
+@torch.no_grad()
+def ranks_of_targets(head: Head, z_BLD: Tensor, targets_BL: Tensor, reserved: Sequence[int] = ()) -> Tensor:
+    """`ranks` of the targets >= 0, in order, by the head's scores. In blocks: B L V is never kept."""
+    z_TD, targets_T = valid_positions(z_BLD, targets_BL)
+    blocks = zip(head.blocks(z_TD), head.blocks(targets_T), strict=True)
+    found = [ranks(head.scores(z_RD), targets_R, reserved) for z_RD, targets_R in blocks]
+    return torch.cat(found) if found else targets_T
+
+
+def ranking_figures(ranks_T: Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
+    """hit@k, ndcg@k (one right class each: 1 / log2(1 + rank)) and mrr, means over all targets; empty without any."""
+    if not len(ranks_T):
+        return {}
+    ranks_T = ranks_T.double()
+    gain_T = 1 / torch.log2(1 + ranks_T)
+    figures = {}
+    for k in cuts:
+        within_T = (ranks_T <= k).double()
+        figures[f"hit@{k}"] = float(within_T.mean())
+        figures[f"ndcg@{k}"] = float((gain_T * within_T).mean())
+    return {**figures, "mrr": float((1 / ranks_T).mean())}
