@@ -166,6 +166,7 @@ COMMANDS = {
         prepare.prepare_text,
     ),
     "prepare events": ("make item sequences of tables", prepare.configure_events, prepare.prepare_events),
+    "prepare fasta": ("make sequences of bases of DNA", prepare.configure_fasta, prepare.prepare_fasta),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
         "hold the program against its references, or a resumed run against an uncut one",

@@ -118,6 +118,33 @@ def prepare_events(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def configure_fasta(parser: Parser) -> None:
+    _configure_common(parser, "FASTA files, also .gz and .zst")
+    parser.add_argument("--kmer", type=int, default=1, metavar="K", help="bases a token, not overlapping [%(default)s]")
+    cases = "fold: soft-masked bases are like others; keep: tokens of their own"
+    parser.add_argument("--case", choices=("fold", "keep"), default="fold", help=f"{cases} [%(default)s]")
+    strands = "both: training reads half of the records reversed and complemented, drawn anew each epoch"
+    parser.add_argument("--strands", choices=("both", "one"), default="both", help=f"{strands} [%(default)s]")
+
+
+def prepare_fasta(arguments: argparse.Namespace) -> int:
+    """Make sequences of bases; print what came out and how to train on them."""
+    from protomamba.data.fasta import prepare_fasta
+    from protomamba.train.callbacks.console import Console
+
+    with Console().bar("preparing") as progress:
+        manifest = prepare_fasta(
+            arguments.inputs,
+            arguments.out_dir,
+            kmer=arguments.kmer,
+            keep_case=arguments.case == "keep",
+            both_strands=arguments.strands == "both",
+            progress=progress,
+        )
+    _show(manifest, {"bases": f"{manifest.about['bases']:,}", "tokens": f"{manifest.about['vocab_size']:,}"})
+    return 0
+
+
 def vocabulary_from(path: Path) -> Vocabulary:
     """The items of a prepared folder, or of a checkpoint or its run folder. UserError if it has none."""
     from protomamba.checkpoint import file as checkpoint

@@ -31,10 +31,10 @@ def open_bytes(path: Path) -> IO[bytes]:
     return cast(IO[bytes], io.BufferedReader(_Contents(path), CHUNK_BYTES))
 
 
-def blocks_of(path: Path, size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The contents in blocks of at most `size` bytes."""
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The contents in blocks of at most CHUNK_BYTES."""
     with open_bytes(path) as file:
-        while block := file.read(size):
+        while block := file.read(CHUNK_BYTES):
             yield block
 
 

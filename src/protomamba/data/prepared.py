@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from protomamba.data.dna import DnaTokenizer
 from protomamba.data.manifest import MANIFEST
 from protomamba.data.prepared_manifest import PARTS, PreparedManifest, read_prepared_manifest
 from protomamba.data.sequences import SequenceSet
@@ -83,10 +84,27 @@ def _open_events(manifest: PreparedManifest) -> Prepared:
     return Prepared(parts.pop("train"), parts, vocabulary)
 
 
+def _open_fasta(manifest: PreparedManifest) -> Prepared:
+    tokenizer = DnaTokenizer(int(manifest.recipe["kmer"]), bool(manifest.recipe["keep_case"]))
+    about = DataInfo(
+        vocab_size=tokenizer.vocab_size,
+        eos_token=tokenizer.eos_token,
+        reset=True,
+        reserved=tuple(range(RESERVED)),
+        tokenizer=tokenizer.to_json(),
+        preset=manifest.preset,
+        bytes_per_token=float(tokenizer.k),
+        recipe=manifest.recipe,
+    )
+    complement = tokenizer.complement() if manifest.about["both_strands"] else None
+    spans = manifest.array("spans-train.npy")
+    return Prepared(SequenceSet(_checked_tokens(manifest), spans, about, complement=complement, notes=manifest.notes))
+
+
 def _checked_tokens(manifest: PreparedManifest) -> ShardSet:
     shards = open_token_file(manifest.folder / TOKENS)
     manifest.check(manifest.folder / TOKENS, shards.shards[0].indexed.source.sha256)
     return shards
 
 
-_OPENERS: dict[str, Callable[[PreparedManifest], Prepared]] = {"events": _open_events}
+_OPENERS: dict[str, Callable[[PreparedManifest], Prepared]] = {"events": _open_events, "fasta": _open_fasta}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from protomamba.data.dna import DnaTokenizer
 from protomamba.data.files import os_message
 from protomamba.errors import ConfigError, UserError
 
@@ -25,7 +26,7 @@ class Tokenizer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which class reads it back: "bytes" or "huggingface"."""
+        """Which class reads it back: "bytes", "huggingface" or "dna"."""
 
     @property
     def vocab_size(self) -> int:
@@ -150,9 +151,11 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             return ByteTokenizer(value["eos"])
         if value["kind"] == HuggingFaceTokenizer.kind:
             return HuggingFaceTokenizer(value["tokenizer"], value["eos"])
+        if value["kind"] == DnaTokenizer.kind:
+            return DnaTokenizer(int(value["k"]), bool(value["case"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"tokenizer: damaged description: {error}") from error
-    raise UserError(f"tokenizer: kind {value['kind']!r}: expected bytes or huggingface")
+    raise UserError(f"tokenizer: kind {value['kind']!r}: expected bytes, huggingface or dna")
 
 
 def load_tokenizer(name: str, eos: str = "auto") -> Tokenizer:
