@@ -37,6 +37,8 @@ def whole_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(parser_class=Parser)
     for name, (about, configure_command, _) in COMMANDS.items():
+        if " " in name:  # `prepare events`: argparse has no command that takes files or another command
+            continue
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         configure_command(command)
