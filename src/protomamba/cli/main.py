@@ -167,6 +167,7 @@ COMMANDS = {
     ),
     "prepare events": ("make item sequences of tables", prepare.configure_events, prepare.prepare_events),
     "prepare fasta": ("make sequences of bases of DNA", prepare.configure_fasta, prepare.prepare_fasta),
+    "prepare labels": ("make sequences with a label each", prepare.configure_labels, prepare.prepare_labels),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
         "hold the program against its references, or a resumed run against an uncut one",

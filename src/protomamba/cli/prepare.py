@@ -145,6 +145,34 @@ def prepare_fasta(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def configure_labels(parser: Parser) -> None:
+    _configure_common(parser, "tables (.csv, .tsv, .jsonl, .parquet), .ts or .npz files; .gz and .zst too")
+    parser.add_argument("--label", metavar="COLUMN", help="the class; of a .npz the array [y]")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--text", metavar="COLUMN", help="a sequence of its bytes")
+    steps.add_argument("--tokens", metavar="COLUMN", help="a sequence of words; with --group one word a row")
+    values = "real numbers (* and ? allowed): a row's steps, with --group a step's channels; of a .npz the array"
+    steps.add_argument("--values", metavar="COLUMN,...", help=f"{values} [X]")
+    parser.add_argument("--group", metavar="COLUMN", help="whose step a row is, where a row is a step [none]")
+    parser.add_argument("--order", metavar="COLUMN", help="number or date that orders a group [order of the rows]")
+    for part in ("valid", "test"):
+        parser.add_argument(f"--{part}", type=Path, action="append", default=[], metavar="FILE", help="of that part")
+
+
+def prepare_labels(arguments: argparse.Namespace) -> int:
+    """Make labelled sequences; print what came out and how to train on them."""
+    from protomamba.data.labelled_tables import LabelColumns
+    from protomamba.data.prepare_labels import prepare_labels
+
+    values = tuple(arguments.values.split(",")) if arguments.values else ()
+    columns = LabelColumns(arguments.label, arguments.text, arguments.tokens, values, arguments.group, arguments.order)
+    manifest = prepare_labels(arguments.inputs, arguments.out_dir, columns, valid=arguments.valid, test=arguments.test)
+    classes = manifest.about["classes"]
+    shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    _show(manifest, {"classes": f"{len(classes):,}: {shown}"})
+    return 0
+
+
 def vocabulary_from(path: Path) -> Vocabulary:
     """The items of a prepared folder, or of a checkpoint or its run folder. UserError if it has none."""
     from protomamba.checkpoint import file as checkpoint

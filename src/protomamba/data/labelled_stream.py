@@ -63,9 +63,9 @@ class LabelledStream(BatchStream):
         return self.sequences.identity()
 
     def describe(self) -> str:
-        lengths = self.sequences.lengths
+        lengths, unit = self.sequences.lengths, "steps" if self.sequences.info.channels else "tokens"
         return (
-            f"{len(self.sequences):,} labelled sequences of {lengths.min()} to {lengths.max()} tokens "
+            f"{len(self.sequences):,} labelled sequences of {lengths.min()} to {lengths.max()} {unit} "
             f"({len(self.sequences) / self.batch_size:,.1f} steps an epoch)"
         )
 

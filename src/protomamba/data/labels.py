@@ -63,6 +63,7 @@ class LabelledSequences:
     label_source: _Rows
     chosen: Integers
     notes: tuple[str, ...] = ()  # what the user should know
+    about: DataInfo | None = None  # what `prepare` knows; without it, what the files themselves say
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -84,19 +85,20 @@ class LabelledSequences:
 
     @property
     def info(self) -> DataInfo:
-        """Vocabulary and classes as the largest token and label of the two files need them."""
-        return DataInfo(
-            vocab_size=self.max_token + 1, n_class=self.max_label + 1, longest=int(self.source.counts.max())
+        """What `prepare` said, or vocabulary and classes as the largest token and label of the two files need them."""
+        about = self.about or DataInfo(vocab_size=self.max_token + 1, n_class=self.max_label + 1)
+        usual = int(np.quantile(self.source.counts, 0.95, method="higher"))
+        return replace(
+            about, longest=int(self.source.counts.max()), usual=usual, targets=int(self.class_counts().sum())
         )
 
     def class_counts(self) -> Integers:
         """How often each class is the target of the chosen sequences."""
-        counts = np.zeros(self.max_label + 1, dtype=np.int64)
-        starts = self.source.starts
-        for row in self.chosen.tolist():
-            labels = self.labels[starts[row] : starts[row + 1]]
-            np.add.at(counts, labels[labels >= 0], 1)
-        return counts
+        in_part = np.zeros(len(self.source.counts), dtype=bool)
+        in_part[self.chosen] = True
+        labels = self.labels[np.repeat(in_part, self.source.counts)]
+        classes = self.about.n_class if self.about and self.about.n_class else self.max_label + 1
+        return np.bincount(labels[labels >= 0], minlength=classes)
 
     def stream(self, spec: StreamSpec) -> LabelledStream:
         """All sequences in an order drawn anew each epoch."""
@@ -118,11 +120,18 @@ class LabelledSequences:
         files = repr([tuple(each.values()) for each in self.identity()]).encode()
         return hashlib.sha256(files + self.chosen.astype("<i8").tobytes()).hexdigest()
 
-    def read(self, places: Integers) -> tuple[Integers, Integers]:
-        """Tokens and labels of the sequences at `places`, B x (longest of them); 0 and IGNORED behind shorter ones."""
-        rows = self.chosen[places]
-        tokens_BL = np.zeros((len(rows), int(self.source.counts[rows].max())), dtype=np.int64)
-        labels_BL = np.full_like(tokens_BL, IGNORED)
+    def read(self, places: Integers) -> tuple[npt.NDArray[Any], Integers]:
+        """Tokens and labels of the sequences at `places`, B x (longest of them); 0 and IGNORED behind shorter ones.
+
+        Real values are float32 B x L x C instead of tokens, NaN behind shorter ones.
+        """
+        rows, values = self.chosen[places], self.source.values
+        shape = (len(rows), int(self.source.counts[rows].max()))
+        is_vector = values.ndim == 2
+        tokens_BL: npt.NDArray[Any] = (
+            np.full((*shape, values.shape[1]), np.nan, dtype=np.float32) if is_vector else np.zeros(shape, np.int64)
+        )
+        labels_BL = np.full(shape, IGNORED, dtype=np.int64)
         starts = self.source.starts
         for number, row in enumerate(rows.tolist()):
             part = slice(starts[row], starts[row + 1])
@@ -158,7 +167,7 @@ class LabelledSequences:
                 f"{self.source.where(row)}: expected at most --seq-len {seq_len} tokens, found "
                 f"{self.source.counts[row]}; the longest sequence has {longest}: use --seq-len {longest}"
             )
-        if self.max_token >= vocab_size:
+        if self.source.values.ndim == 1 and self.max_token >= vocab_size:
             row, token = self._first(self.source.values >= vocab_size, self.source.values)
             raise UserError(
                 f"{self.source.where(row)}: expected tokens below the vocabulary size {vocab_size}, found {token}; "
@@ -196,6 +205,22 @@ def open_labelled(token_file: str | Path, label_file: str | Path) -> LabelledSeq
     spread = np.full(len(tokens.values), IGNORED, dtype=np.int32)
     spread[tokens.starts[1:] - 1 if at_last else slice(None)] = labels.values
     return LabelledSequences(tokens, spread, labels, np.arange(len(tokens.counts)))
+
+
+def from_arrays(
+    folder: Path,
+    part: str,
+    arrays: tuple[npt.NDArray[Any], Integers, npt.NDArray[np.int32]],
+    about: DataInfo,
+    notes: tuple[str, ...] = (),
+) -> LabelledSequences:
+    """A part of a folder of `prepare labels`: its values, lengths and labels, which stand at the last steps."""
+    values, lengths, labels = arrays
+    steps = _Rows(reference(folder / f"{part}-values.npy"), values, lengths)
+    given = _Rows(reference(folder / f"{part}-labels.npy"), labels, np.ones(len(labels), dtype=np.int64))
+    spread = np.full(len(values), IGNORED, dtype=np.int32)
+    spread[steps.starts[1:] - 1] = labels
+    return LabelledSequences(steps, spread, given, np.arange(len(lengths)), notes, about)
 
 
 def _check_tokens(tokens: _Rows) -> None:

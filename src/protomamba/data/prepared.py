@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from protomamba.data.dna import DnaTokenizer
+from protomamba.data.labels import from_arrays
 from protomamba.data.manifest import MANIFEST
 from protomamba.data.prepared_manifest import PARTS, PreparedManifest, read_prepared_manifest
 from protomamba.data.sequences import SequenceSet
 from protomamba.data.shards import ShardSet, open_token_dir, open_token_file
 from protomamba.data.source import DataInfo, Source
+from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
 
@@ -101,10 +103,34 @@ def _open_fasta(manifest: PreparedManifest) -> Prepared:
     return Prepared(SequenceSet(_checked_tokens(manifest), spans, about, complement=complement, notes=manifest.notes))
 
 
+def _open_labels(manifest: PreparedManifest) -> Prepared:
+    known, recipe = manifest.about, manifest.recipe
+    vocabulary = read_vocabulary(manifest) if recipe["tokens"] else None
+    about = DataInfo(
+        input=known["input"],
+        vocab_size=int(known["vocab_size"]),
+        channels=int(known.get("channels", 0)),
+        n_class=len(known["classes"]),
+        class_names=tuple(known["classes"]),
+        tokenizer=ByteTokenizer(None).to_json() if recipe["text"] else None,
+        preset=manifest.preset,
+        recipe=recipe,
+    )
+    parts = {}
+    for name in known["parts"]:
+        values, lengths, labels = (manifest.array(f"{name}-{what}.npy") for what in ("values", "lengths", "labels"))
+        parts[name] = from_arrays(manifest.folder, name, (values, lengths, labels), about, manifest.notes)
+    return Prepared(parts.pop("train"), parts, vocabulary)
+
+
 def _checked_tokens(manifest: PreparedManifest) -> ShardSet:
     shards = open_token_file(manifest.folder / TOKENS)
     manifest.check(manifest.folder / TOKENS, shards.shards[0].indexed.source.sha256)
     return shards
 
 
-_OPENERS: dict[str, Callable[[PreparedManifest], Prepared]] = {"events": _open_events, "fasta": _open_fasta}
+_OPENERS: dict[str, Callable[[PreparedManifest], Prepared]] = {
+    "events": _open_events,
+    "fasta": _open_fasta,
+    "labels": _open_labels,
+}

@@ -1,0 +1,113 @@
+"""Real-valued series with labels: `.ts` files of aeon and sktime, and `.npz` files of arrays.
+
+Each gives rows (number, label, values): values float32 (steps, channels), NaN where one is missing. Steps at the end of
+a series in which nothing is known are not part of it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from protomamba.data.compressed import open_bytes
+from protomamba.errors import UserError
+
+Floats = npt.NDArray[np.float32]
+Series = tuple[int, str, Floats]
+VALUES, LABELS, LENGTHS = "X", "y", "lengths"
+
+
+def trimmed(values: Floats) -> Floats:
+    """Without the steps at the end in which every channel is missing."""
+    known = np.flatnonzero(~np.isnan(values).all(axis=1))
+    return values[: known[-1] + 1] if known.size else values[:0]
+
+
+def read_ts(path: Path) -> Iterator[Series]:
+    """A `.ts` file: a line a case, its channels between colons, its label behind the last. UserError naming the line.
+
+    `?` and NaN are missing values; channels of one case may differ in length and are filled up with NaN.
+    """
+    in_data, labelled = False, True
+    with open_bytes(path) as file:
+        for number, raw in enumerate(file, 1):
+            line = raw.decode("utf-8", "replace").strip()
+            if not line or line.startswith("#"):
+                continue
+            if in_data:
+                yield _ts_case(path, number, line)
+                continue
+            word, *rest = line.lower().split()
+            labelled = labelled and not (word == "@classlabel" and rest[:1] == ["false"])
+            if word == "@timestamps" and rest[:1] == ["true"]:
+                _refuse(path, number, "values without time stamps (@timeStamps false)", "time stamps")
+            if not word.startswith("@"):
+                _refuse(path, number, "a line of the header, @data before the first case", line)
+            if word == "@data":
+                in_data = True
+                if not labelled:
+                    _refuse(path, number, "a label with each case (@classLabel true ...)", "@classLabel false")
+    if not in_data:
+        raise UserError(f"{path}: expected a .ts file, found no line @data")
+
+
+def _ts_case(path: Path, number: int, line: str) -> Series:
+    *channels, label = line.split(":")
+    if not channels or not label.strip():
+        _refuse(path, number, "channels of values and a label, with colons between them", line)
+    columns = [_ts_channel(path, number, place, text) for place, text in enumerate(channels, 1)]
+    values = np.full((max(len(column) for column in columns), len(columns)), np.nan, dtype=np.float32)
+    for channel, column in enumerate(columns):
+        values[: len(column), channel] = column
+    return number, label.strip(), trimmed(values)
+
+
+def _ts_channel(path: Path, number: int, place: int, text: str) -> list[float]:
+    found = []
+    for word in text.split(","):
+        try:
+            value = float("nan") if word.strip() in ("?", "") else float(word)
+        except ValueError:
+            value = float("inf")
+        if np.isinf(value):
+            _refuse(path, number, f"finite numbers in channel {place}", word.strip())
+        found.append(value)
+    return found
+
+
+def _refuse(path: Path, number: int, expected: str, found: str) -> NoReturn:
+    raise UserError(f"{path}, line {number:,}: expected {expected}, found {found[:40]!r}")
+
+
+def read_npz(path: Path, values_name: str | None, label_name: str | None) -> Iterator[Series]:
+    """A `.npz` of an array N x steps or N x steps x channels and one of N labels, and, if there, `lengths` (N)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        message = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: not a readable .npz file of plain arrays: {message}") from error
+    values = _array(path, arrays, values_name or VALUES, "--values")
+    labels = _array(path, arrays, label_name or LABELS, "--label")
+    values = values[:, :, None] if values.ndim == 2 else values
+    if values.ndim != 3 or values.dtype.kind not in "fiub" or labels.shape != values.shape[:1]:
+        raise UserError(
+            f"{path}: expected numbers N x steps (x channels) and N labels, found {values.dtype} of shape "
+            f"{values.shape} and labels of shape {labels.shape}"
+        )
+    lengths = arrays.get(LENGTHS, np.full(len(values), values.shape[1]))
+    for row, (series, label, length) in enumerate(zip(values, labels.tolist(), lengths.tolist(), strict=True), 1):
+        if np.isinf(series).any() if series.dtype.kind == "f" else False:
+            raise UserError(f"{path}, row {row:,}: expected finite numbers, found an infinite one")
+        yield row, str(label), trimmed(series[: int(length)].astype(np.float32))
+
+
+def _array(path: Path, arrays: dict[str, npt.NDArray[np.generic]], name: str, flag: str) -> npt.NDArray[np.generic]:
+    if name not in arrays:
+        raise UserError(f"{path}: no array {name!r}: it holds {', '.join(arrays) or 'none'}; name it with {flag}")
+    return arrays[name]
