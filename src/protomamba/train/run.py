@@ -221,7 +221,7 @@ class Run:
         """Evaluate the validation batches; whether the result is the best so far."""
         if self.validation is None:
             return False
-        result = self.trainer.evaluate(self.validation, calibrate=True)
+        result = self.trainer.evaluate(self.validation, calibrate=True, exact=False)
         if not result.targets:
             raise UserError("the validation batches hold no target")
         self._tell("on_validation", result)

@@ -294,10 +294,11 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[AnyBatch], calibrate: bool = False) -> Validation:
+    def evaluate(self, batches: Iterable[AnyBatch], calibrate: bool = False, exact: bool = True) -> Validation:
         """Loss, accuracy and cross entropy over `batches`, weighted by their targets; no weight changes.
 
         batches: of what `train_step` takes: Batch, (inputs, targets) or (inputs, targets, reset); a DataLoader will do.
+        exact: False judges accuracy and cross entropy on a part of the targets where there are very many classes.
         calibrate: first fit the head's probabilities to these batches (all of their features are held at once).
         """
         was_training = self.model.training
@@ -312,16 +313,17 @@ class Trainer:
                 self.model.head.calibrate(held)
                 features = (pair for pair in held)
             seen = TargetCounts()
-            parts = [self.model.head.evaluate(z_BLD, seen.add(targets_BL)) for z_BLD, targets_BL in features]
+            parts = [self.model.head.evaluate(z_BLD, seen.add(targets_BL), exact) for z_BLD, targets_BL in features]
         finally:
             self.model.train(was_training)
         count = max(1, sum(part.count for part in parts))
+        judged = max(1, sum(part.judgements for part in parts))
         told = [part for part in parts if part.count]
         likelihoods = [part.log_likelihood_sum for part in told if part.log_likelihood_sum is not None]
         return Validation(
             loss=sum(part.loss_sum for part in parts) / count,
-            accuracy=sum(part.correct for part in parts) / count,
-            nll=-sum(likelihoods) / count if likelihoods else None,
+            accuracy=sum(part.correct for part in parts) / judged,
+            nll=-sum(likelihoods) / judged if likelihoods else None,
             targets=sum(part.count for part in parts),
             majority=seen.majority / count,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +17,30 @@ from torch import Tensor, nn
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.kernels import LogitProjection, product
+from protomamba.model.heads.many import BLOCK_SCORES, MANY, Judged, judge, judged_part
 from protomamba.model.registry import Part, Registry
-
-# Scores held at once in predict, evaluate and calibrate: 16 MiB of float32.
-BLOCK_SCORES = 4_194_304
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over targets >= 0, so that batches add up. log_likelihood_sum is in nats, None without probabilities."""
+    """Sums over targets >= 0, so that batches add up. log_likelihood_sum is in nats, None without probabilities.
+
+    `correct` and `log_likelihood_sum` are over `judged` of the targets; None: over all.
+    """
 
     loss_sum: float
     correct: int
     count: int
     log_likelihood_sum: float | None
+    judged: int | None = None
+
+    @property
+    def judgements(self) -> int:
+        return self.count if self.judged is None else self.judged
 
     @property
     def accuracy(self) -> float:
-        return self.correct / max(1, self.count)
+        return self.correct / max(1, self.judgements)
 
 
 class Head(Part, ABC):
@@ -137,16 +143,42 @@ class Head(Part, ABC):
     @torch.no_grad()
     def predict(self, z_BLD: Tensor) -> Tensor:
         """int64 (B, L): the class of the highest score. In blocks: B L V is never kept."""
+        many = self.best(z_BLD.reshape(-1, self.d_model)) if self.classes >= MANY else None
+        if many is not None:
+            return many.classes_Tk[:, 0].reshape(z_BLD.shape[:-1])
         found = [self.scores(z_TD).argmax(-1) for z_TD in self.blocks(z_BLD.reshape(-1, self.d_model))]
         return (
             torch.cat(found).reshape(z_BLD.shape[:-1]) if found else z_BLD.new_empty(z_BLD.shape[:-1], dtype=torch.long)
         )
 
     @torch.no_grad()
-    def evaluate(self, z_BLD: Tensor, targets_BL: Tensor) -> Evaluation:
-        """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept."""
+    def evaluate(self, z_BLD: Tensor, targets_BL: Tensor, exact: bool = True) -> Evaluation:
+        """Loss, hits and log-likelihood over the targets >= 0. In blocks: B L V is never kept.
+
+        exact: False judges hits and likelihood on a part of the targets where there are very many classes.
+        """
         z_TD, targets_T = valid_positions(z_BLD, targets_BL)
-        loss = self._plain_loss(z_TD, targets_T) if len(targets_T) else 0.0
+        total = len(targets_T)
+        loss = self._plain_loss(z_TD, targets_T) * total if total else 0.0
+        if not exact:
+            part = judged_part(total, self.classes)
+            z_TD, targets_T = z_TD[part], targets_T[part]
+        correct, likelihood = self._judge(z_TD, targets_T)
+        return Evaluation(loss, correct, total, likelihood, None if exact else len(targets_T))
+
+    def class_scores(self, z_TD: Tensor, start: int, stop: int) -> Tensor | None:
+        """(T, stop - start): `scores` for the classes from start to stop alone; None where a head has them only all
+        together."""
+        return None
+
+    def best(self, z_TD: Tensor, k: int = 1, factor: float = 1.0) -> Judged | None:
+        """The k best classes of each row, in one pass over the classes; None without `class_scores`."""
+        if not len(z_TD) or self.class_scores(z_TD[:1], 0, 1) is None:
+            return None
+        return judge(lambda a, b: cast(Tensor, self.class_scores(z_TD, a, b)), len(z_TD), self.classes, k, factor)
+
+    def _judge(self, z_TD: Tensor, targets_T: Tensor) -> tuple[int, float | None]:
+        """Hits and log-likelihood, None without probabilities."""
         correct, likelihood, probabilistic = 0, 0.0, True
         for z_RD, targets_R in zip(self.blocks(z_TD), self.blocks(targets_T), strict=True):
             correct += int((self.scores(z_RD).argmax(-1) == targets_R).sum())
@@ -154,7 +186,7 @@ class Head(Part, ABC):
             probabilistic = logits_RV is not None
             if logits_RV is not None:
                 likelihood -= float(F.cross_entropy(logits_RV, targets_R, reduction="sum"))
-        return Evaluation(loss * len(targets_T), correct, len(targets_T), likelihood if probabilistic else None)
+        return correct, likelihood if probabilistic else None
 
     def _plain_loss(self, z_TD: Tensor, targets_T: Tensor) -> float:
         """The loss as evaluation has it, whatever mode the head is in."""

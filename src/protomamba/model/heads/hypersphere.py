@@ -16,9 +16,11 @@ from protomamba.kernels import LogitProjection, prototype_loss, reference, separ
 from protomamba.kernels.rows import gather_rows
 from protomamba.model.heads import prototypes, sampling
 from protomamba.model.heads.base import Head, head, inner_products, valid_positions
+from protomamba.model.heads.many import MANY
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
+FIT_SCORES = 67_108_864  # and cosines that this may take
 SINCE_0_1 = (
     "since 0.2 learned prototypes follow cross entropy over s cos(z, p) with s learnt, "
     "where 0.1 added a term of fixed sharpness to (1 - cos)^2"
@@ -165,6 +167,19 @@ class HyperspherePrototypes(Head):
         prototypes_VD = self._unit_prototypes()
         return inner_products(F.normalize(z_BLD, dim=-1), prototypes_VD)
 
+    def class_scores(self, z_TD: Tensor, start: int, stop: int) -> Tensor:
+        rows_CD = self.prototypes[start:stop]
+        return inner_products(F.normalize(z_TD, dim=-1), F.normalize(rows_CD, dim=-1) if self.learned else rows_CD)
+
+    def _judge(self, z_TD: Tensor, targets_T: Tensor) -> tuple[int, float | None]:
+        if self.classes < MANY or not len(targets_T) or type(self) is not HyperspherePrototypes:
+            return super()._judge(z_TD, targets_T)
+        found = self.best(z_TD, factor=float(self.scale))
+        assert found is not None
+        own_T = (F.normalize(z_TD, dim=-1) * F.normalize(self.prototypes[targets_T], dim=-1)).sum(-1)
+        likelihood = float((self.scale * own_T - found.log_sum_T).sum(dtype=torch.float64))
+        return int((found.classes_Tk[:, 0] == targets_T).sum()), likelihood
+
     def _unit_prototypes(self) -> Tensor:
         """(V, D) of unit length."""
         return F.normalize(self.prototypes, dim=-1) if self.learned else self.prototypes
@@ -189,22 +204,25 @@ class HyperspherePrototypes(Head):
             self.scale.copy_(self.log_scale.exp())
 
     def diagnostics(self) -> dict[str, float]:
-        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them; random_cosine:
-        what as many random directions would have."""
+        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them (fewer where there
+        are very many); random_cosine: what as many random directions would have."""
+        sample = min(1_024, max(16, FIT_SCORES // self.classes))
         return {
-            "nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, 1_024).mean()),
+            "nearest_cosine": float(prototypes.nearest_cosines(self.prototypes, sample).mean()),
             "random_cosine": prototypes.random_nearest_cosine(self.classes, self.d_model),
         }
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set `scale` to the s that maximises the likelihood of softmax(s cos) on the first FIT_TARGETS targets."""
-        z_TD, targets_T = _first_targets(batches, FIT_TARGETS)
+        limit = min(FIT_TARGETS, max(1, FIT_SCORES // self.classes))
+        z_TD, targets_T = _first_targets(batches, limit)
         if not len(targets_T) or not bool(torch.isfinite(z_TD).all()):
             return
+        cosine_TV = self.scores(z_TD) if self.classes >= MANY else None
         low, high, s = 1e-3, 1e5, float(self.scale)
         for _ in range(60):
-            slope, curvature = self._slope(z_TD, targets_T, s)
+            slope, curvature = self._slope(z_TD, targets_T, s, cosine_TV)
             low, high = (s, high) if slope > 0 else (low, s)
             newton = s - slope / curvature if curvature < 0 else high
             step_to = newton if low < newton < high else math.sqrt(low * high)
@@ -228,11 +246,15 @@ class HyperspherePrototypes(Head):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _slope(self, z_TD: Tensor, targets_T: Tensor, s: float) -> tuple[float, float]:
-        """First and second derivative in s of sum_t (s cos_ty - log sum_k exp(s cos_tk)): concave, so one maximum."""
+    def _slope(self, z_TD: Tensor, targets_T: Tensor, s: float, cosine_TV: Tensor | None = None) -> tuple[float, float]:
+        """First and second derivative in s of sum_t (s cos_ty - log sum_k exp(s cos_tk)): concave, so one maximum.
+
+        cosine_TV: the cosines, where they are few enough targets to be held.
+        """
         slope = curvature = 0.0
-        for z_RD, targets_R in zip(self.blocks(z_TD), self.blocks(targets_T), strict=True):
-            cosine_RV = self.scores(z_RD)
+        held = self.blocks(z_TD if cosine_TV is None else cosine_TV)
+        for block_R, targets_R in zip(held, self.blocks(targets_T), strict=True):
+            cosine_RV = self.scores(block_R) if cosine_TV is None else block_R
             weight_RV = (s * cosine_RV).softmax(-1)
             mean_R = (weight_RV * cosine_RV).sum(-1)
             slope += float((cosine_RV.gather(-1, targets_R[:, None])[:, 0] - mean_R).sum(dtype=torch.float64))

@@ -15,6 +15,8 @@ from protomamba.kernels.reference import unit
 
 # Cosines held at once when all prototypes meet all others: 16 MiB of float32.
 BLOCK_COSINES = 4_194_304
+# Points are not copied whole where they are this many times as many as those that are asked for.
+MANY_TIMES = 256
 # What polishing may cost in all, in floating-point operations (about a second on one core), and the passes it needs.
 POLISH_BUDGET = 2e10
 POLISH_PASSES = 100
@@ -148,12 +150,26 @@ def nearest_cosines(points_VD: Tensor, sample: int | None = None) -> Tensor:
     count = len(points_VD)
     if count < 2:
         return points_VD.new_full((count,), -1.0)
-    points_VD = F.normalize(points_VD.detach(), dim=-1)
     chosen = torch.arange(count)
     if sample is not None and sample < count:
         chosen = torch.arange(sample) * count // sample
+    if len(chosen) * MANY_TIMES < count:
+        return _nearest_of_few(points_VD.detach(), chosen)
+    points_VD = F.normalize(points_VD.detach(), dim=-1)
     rows = max(1, BLOCK_COSINES // count)
     return torch.cat([cosines_to_others(points_VD, block).amax(-1) for block in torch.split(chosen, rows)])
+
+
+def _nearest_of_few(points_VD: Tensor, chosen_C: Tensor) -> Tensor:
+    """`nearest_cosines` of a few among very many points: those are read once, and never copied whole."""
+    few_CD, nearest_C = F.normalize(points_VD[chosen_C], dim=-1), points_VD.new_full((len(chosen_C),), -1.0)
+    rows = max(1, BLOCK_COSINES // len(chosen_C))
+    for start in range(0, len(points_VD), rows):
+        cosine_CR = few_CD @ F.normalize(points_VD[start : start + rows], dim=-1).t()
+        own = (chosen_C >= start) & (chosen_C < start + rows)
+        cosine_CR[own, chosen_C[own] - start] = -1.0
+        nearest_C = torch.maximum(nearest_C, cosine_CR.amax(1))
+    return nearest_C
 
 
 def random_nearest_cosine(count: int, width: int) -> float:

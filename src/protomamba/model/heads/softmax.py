@@ -34,6 +34,9 @@ class SoftmaxHead(Head):
         """(B, L, V): the logits."""
         return inner_products(z_BLD, self.weight)
 
+    def class_scores(self, z_TD: Tensor, start: int, stop: int) -> Tensor:
+        return inner_products(z_TD, self.weight[start:stop])
+
     def logit_projection(self) -> LogitProjection | None:
         return LogitProjection(self.weight.detach(), unit=False, scale=1.0) if type(self) is SoftmaxHead else None
 

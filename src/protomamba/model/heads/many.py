@@ -1,0 +1,62 @@
+"""Predictions over very many classes: one pass over the table in blocks of classes, with running figures.
+
+Memory is O(targets x block), whatever the number of classes. The table is read once for all targets together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores held at once: 16 MiB of float32.
+BLOCK_SCORES = 4_194_304
+# From this number of classes on, what need not be exact is judged on a part of the targets.
+MANY = 65_536
+# Scores that judging a part may take, a batch.
+JUDGED_SCORES = 16_777_216
+
+ClassScores = Callable[[int, int], Tensor]  # (T, stop - start) scores of the classes from start to stop
+
+
+@dataclass(frozen=True)
+class Judged:
+    """For T targets: the k best scores, falling, with their classes, (T, k); and log sum exp(factor score), (T,)."""
+
+    values_Tk: Tensor
+    classes_Tk: Tensor
+    log_sum_T: Tensor
+
+
+def judge(scores: ClassScores, targets: int, classes: int, k: int = 1, factor: float = 1.0) -> Judged:
+    """One pass over all classes. Of equal scores the class with the lower number comes first."""
+    best: tuple[Tensor, Tensor] | None = None
+    log_sum_T: Tensor | None = None
+    for start, stop in class_blocks(targets, classes):
+        scores_TC = scores(start, stop)
+        found = scores_TC.topk(min(k, stop - start), dim=1)
+        block_sum_T = (factor * scores_TC).logsumexp(1)
+        if best is None or log_sum_T is None:
+            best, log_sum_T = (found.values, found.indices + start), block_sum_T
+            continue
+        values, indices = torch.cat([best[0], found.values], 1), torch.cat([best[1], found.indices + start], 1)
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, : min(k, classes)]
+        best = values.gather(1, order), indices.gather(1, order)
+        log_sum_T = torch.logaddexp(log_sum_T, block_sum_T)
+    assert best is not None and log_sum_T is not None, "there is no class"
+    return Judged(*best, log_sum_T)
+
+
+def class_blocks(targets: int, classes: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of the blocks of classes whose scores for all targets may be held at once."""
+    size = max(1, BLOCK_SCORES // max(1, targets))
+    for start in range(0, classes, size):
+        yield start, min(start + size, classes)
+
+
+def judged_part(targets: int, classes: int) -> Tensor:
+    """Which targets (evenly spread, at least one) are judged where not all need be: all up to `MANY` classes."""
+    wanted = targets if classes < MANY else min(targets, max(1, JUDGED_SCORES // classes))
+    return torch.arange(wanted) * targets // max(1, wanted)
