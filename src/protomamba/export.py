@@ -11,7 +11,8 @@ from protomamba.checkpoint.transformers_folder import refuse_inexpressible, writ
 from protomamba.config import ModelConfig
 from protomamba.data.tokenizer import TOKENIZER_FILE, tokenizer_from_json
 from protomamba.errors import UserError
-from protomamba.train.trainer import build_model
+from protomamba.model.pretrained import build_model
+from protomamba.storage import atomic_file
 
 BYTES_EOS_NAME = "<|endoftext|>"
 
@@ -32,6 +33,20 @@ def export_transformers(source: Path, out_dir: Path) -> list[Path]:
         eos_token=tokenizer_from_json(description).eos_token if description else None,
         tokenizer_files=tokenizer_files(description) if description else None,
     )
+
+
+def export_weights(source: Path, out_dir: Path) -> list[Path]:
+    """Write a checkpoint's model alone, for `SequenceModel.from_pretrained` and --init-from, and its tokenizer's
+    files where the run has text; returns the files written. Raises UserError."""
+    loaded = checkpoint.load(source)
+    files = build_model(loaded).save_pretrained(out_dir)
+    description = loaded.config.get("tokenizer")
+    if description:
+        for name, text in tokenizer_files(description).items():
+            with atomic_file(out_dir / name) as file:
+                file.write(text.encode())
+            files.append(out_dir / name)
+    return files
 
 
 def tokenizer_files(description: str) -> dict[str, str]:

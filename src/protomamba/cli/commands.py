@@ -16,10 +16,11 @@ from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate, weights_loss
 from protomamba.errors import ConfigError, UserError
+from protomamba.model.pretrained import build_model
 from protomamba.train.build import load_named_code, use_machine
 from protomamba.train.callbacks.console import Console
 from protomamba.train.inputs import Held, open_inputs, stream_spec
-from protomamba.train.trainer import Trainer, build_model
+from protomamba.train.trainer import Trainer
 
 
 def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:

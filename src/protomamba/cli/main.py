@@ -93,14 +93,21 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _configure_export(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--format", choices=("transformers",), default="transformers", help="[%(default)s]")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "weights"),
+        default="transformers",
+        help="transformers: for AutoModelForCausalLM; weights: the model alone, for from_pretrained and --init-from "
+        "[%(default)s]",
+    )
     parser.add_argument("--out", "--out-dir", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from protomamba.export import export_transformers
+    from protomamba.export import export_transformers, export_weights
 
-    for path in export_transformers(arguments.checkpoint, arguments.out):
+    export = {"transformers": export_transformers, "weights": export_weights}[arguments.format]
+    for path in export(arguments.checkpoint, arguments.out):
         print(path)
     return 0
 

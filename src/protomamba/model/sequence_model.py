@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar, cast, overload
 
 import torch
@@ -50,6 +51,21 @@ class SequenceModel(nn.Module):
         if config.tie_embedding:
             self.head.tie_weights(self._table())
         self._own_parameters = self._parameter_names()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> SequenceModel:
+        """The model, in evaluation mode, of a checkpoint, a run folder (its latest), a folder that `save_pretrained`
+        wrote, or a transformers Mamba folder. Raises UserError for anything else."""
+        from protomamba.model.pretrained import load_pretrained
+
+        return load_pretrained(Path(path))
+
+    def save_pretrained(self, folder: str | Path) -> list[Path]:
+        """Write weights and configuration alone (config.json, model.safetensors); returns the files. UserError where
+        the model has been changed in a way that its configuration does not say, or the folder cannot be written."""
+        from protomamba.model.pretrained import save_pretrained
+
+        return save_pretrained(self, Path(folder))
 
     def features(
         self,

@@ -12,6 +12,7 @@ from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.errors import ConfigError, UserError
+from protomamba.model.pretrained import build_model
 from protomamba.predict.answers import Names, Question, answers, check_question, default_question
 from protomamba.predict.batching import windows
 from protomamba.predict.examples import Example, ExampleReader, Skipped
@@ -19,7 +20,6 @@ from protomamba.predict.output import Encode, Lines, csv_header, encode_csv, enc
 from protomamba.predict.predictor import Predictor
 from protomamba.predict.rows import read_rows
 from protomamba.storage import commit
-from protomamba.train.trainer import build_model
 
 
 @dataclass(frozen=True)

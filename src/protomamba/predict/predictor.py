@@ -15,9 +15,9 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.errors import ConfigError
+from protomamba.model.pretrained import build_model
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.predict.batching import Array, run, windows
-from protomamba.train.trainer import build_model
 
 Answer = TypeVar("Answer")
 Sequences = Iterable[Sequence[int] | Array]

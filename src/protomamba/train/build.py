@@ -33,7 +33,13 @@ from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.comm import Comm, Local, join
 from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
 from protomamba.train.frequencies import tell_frequencies
-from protomamba.train.initial_weights import InitialWeights, adapt_to_weights, load_weights, read_initial_weights
+from protomamba.train.initial_weights import (
+    InitialWeights,
+    adapt_to_weights,
+    load_weights,
+    read_initial_weights,
+    refuse_other_kinds,
+)
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.resume import Resumed, run_folder
 from protomamba.train.run import Run
@@ -272,6 +278,8 @@ def fresh_trainer(
     """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
     with _naming_the_default(config, "placement", "append"):
         shape = base_shape(config, vocab_size)
+    if weights:
+        refuse_other_kinds(shape, weights)
     model = SequenceModel(shape, seed=config.seed)
     notes, moments = load_weights(model, weights) if weights else ([], {})
     origins: list[int | None] = list(range(config.base_layers))

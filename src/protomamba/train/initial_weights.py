@@ -10,9 +10,9 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import LATEST
-from protomamba.checkpoint.transformers_folder import read_transformers_folder
 from protomamba.config import ArchitectureFields, HeadFields, ModelConfig, RunConfig, flag
 from protomamba.errors import ConfigError, UserError
+from protomamba.model.pretrained import read_weights
 from protomamba.model.registry import merged_options, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
 
@@ -28,13 +28,13 @@ class InitialWeights:
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
-    """A protomamba checkpoint, or a folder of transformers' MambaForCausalLM. Raises UserError."""
+    """A protomamba checkpoint, a folder of weights alone, or one of transformers' Mamba. Raises UserError."""
     if not path.exists():
         raise UserError(f"--init-from {path}: there is no such checkpoint or folder")
     if path.is_dir() and not (path / LATEST).is_file():
-        fields, state = read_transformers_folder(path)
-        return InitialWeights(path, ModelConfig(**{"head": "softmax", **fields}), state, {})
-    loaded = checkpoint.load(path)
+        fields, state = read_weights(path)
+        return InitialWeights(path, ModelConfig(**fields), state, {})
+    loaded = checkpoint.load(path / LATEST if path.is_dir() else path)
     moments = loaded.parts.get("optimizer", {}).get("moments", {})
     return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments)
 
@@ -68,7 +68,7 @@ _OF_THE_RUN = {*HeadFields.model_fields, "dropout", "layer_options"}
 
 def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
     """Loads what fits; what the user should know about it, and the moments of what was loaded."""
-    _refuse_other_layers(model.config, weights)
+    _refuse_other_settings(model.config, weights)
     same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
     if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
         raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
@@ -86,13 +86,17 @@ def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[st
     return notes, moments
 
 
-def _refuse_other_layers(model: ModelConfig, weights: InitialWeights) -> None:
-    """ConfigError where a layer of the model is not of the weights' kind, or a kind has other settings."""
+def refuse_other_kinds(model: ModelConfig, weights: InitialWeights) -> None:
+    """ConfigError where a layer of the model is not of the weights' kind."""
     kinds, held = model.kinds(model.n_layer), weights.model.kinds(weights.model.n_layer)
     if kinds != held:
         raise ConfigError(
             f"--layers: {weights.source} has {','.join(held)}, and the places they come to are for {','.join(kinds)}"
         )
+
+
+def _refuse_other_settings(model: ModelConfig, weights: InitialWeights) -> None:
+    """ConfigError where layers of one kind have other settings than those of the weights."""
     for kind, values in weights.model.layer_options.items():
         for key, value in values.items():
             found = model.layer_options.get(kind, {}).get(key, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
-from protomamba.config import ModelConfig, TrainConfig, TrainFields
+from protomamba.config import TrainConfig, TrainFields
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import keep_freed_memory
-from protomamba.model.registry import refuse_unnamed, refuse_unnamed_parts
+from protomamba.model.pretrained import build_model
+from protomamba.model.registry import refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local
 from protomamba.train.local import LocalSignals, combine
@@ -468,21 +468,6 @@ class TargetCounts:
 # In a checkpoint -> here.
 _SAME = ("schedule_start", "schedule_steps", "skipped_in_row", "skipped_total", "tokens_seen")
 TRAINER_STATE = {"step": "global_step", **{name: name for name in _SAME}}
-
-
-def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
-    """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
-    config = ModelConfig(**loaded.config["model"])
-    refuse_unnamed_parts(config)
-    model = SequenceModel(config)
-    state, frozen = loaded.parts["model"], loaded.config["frozen"]
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
-    model.load_state_dict(state)
-    model.freeze(frozen["layers"], frozen["embedding"])
-    for name in frozen.get("parameters", ()):  # what was frozen by hand; checkpoints before 0.1.0 lack it
-        model.get_parameter(name).requires_grad_(False)
-    return model
 
 
 def renamed_layers(moments: Mapping[str, Any], origins: Sequence[int | None]) -> dict[str, Any]:

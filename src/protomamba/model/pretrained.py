@@ -1,0 +1,69 @@
+"""A model from files and to files: checkpoints, folders of weights alone, and transformers' Mamba folders."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from protomamba import __version__
+from protomamba.checkpoint import file as checkpoint
+from protomamba.checkpoint.folder import LATEST
+from protomamba.checkpoint.transformers_folder import read_transformers_folder
+from protomamba.checkpoint.weights_folder import is_weights_folder, read_weights_folder, write_weights_folder
+from protomamba.config import ModelConfig
+from protomamba.errors import UserError
+from protomamba.model.registry import refuse_unnamed_parts
+from protomamba.model.sequence_model import SequenceModel
+
+
+def load_pretrained(path: Path) -> SequenceModel:
+    """The model, in evaluation mode, of a checkpoint, a run folder (its latest checkpoint), a folder of weights or a
+    transformers Mamba folder. Raises UserError for what is none of these, or names code that nobody has imported."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such checkpoint or folder")
+    if not path.is_dir() or (path / LATEST).is_file():
+        return build_model(checkpoint.load(path / LATEST if path.is_dir() else path)).eval()
+    fields, state = read_weights(path)
+    return model_of(ModelConfig(**fields), state).eval()
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a ModelConfig, and a state dict, of a folder that is no run. Raises UserError."""
+    if is_weights_folder(folder):
+        return read_weights_folder(folder)
+    fields, state = read_transformers_folder(folder)
+    return {"head": "softmax", **fields}, state
+
+
+def save_pretrained(model: SequenceModel, folder: Path) -> list[Path]:
+    """Write the model's configuration and weights; returns the files. Raises UserError for a model whose parameters are
+    not those of its configuration."""
+    model.refuse_unbuildable()
+    return write_weights_folder(folder, model.config.model_dump(mode="json"), model.state_dict(), __version__)
+
+
+def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
+    """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
+    model, frozen = model_of(ModelConfig(**loaded.config["model"]), loaded.parts["model"]), loaded.config["frozen"]
+    model.freeze(frozen["layers"], frozen["embedding"])
+    for name in frozen.get("parameters", ()):  # what was frozen by hand; checkpoints before 0.1.0 lack it
+        model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+def model_of(config: ModelConfig, state: Mapping[str, Tensor]) -> SequenceModel:
+    """A model with this state, in the state's dtypes. UserError where the two do not fit."""
+    refuse_unnamed_parts(config)
+    model = SequenceModel(config)
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
+    shared = {"head.weight": state["embedding.weight"]} if config.tie_embedding and "embedding.weight" in state else {}
+    try:
+        model.load_state_dict({**shared, **state})
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit their configuration: {' '.join(str(error).split())[:300]}") from None
+    return model
