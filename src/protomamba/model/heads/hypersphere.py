@@ -204,7 +204,7 @@ class HyperspherePrototypes(Head):
             self.scale.copy_(self.log_scale.exp())
 
     def diagnostics(self) -> dict[str, float]:
-        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 of them (fewer where there
+        """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 (fewer where there
         are very many); random_cosine: what as many random directions would have."""
         sample = min(1_024, max(16, FIT_SCORES // self.classes))
         return {
