@@ -33,7 +33,7 @@ def gradients(head: HyperspherePrototypes, z_TD: Tensor, targets_T: Tensor, *sam
 def bias(sample: int, draws: int) -> tuple[float, float, float]:
     """|mean sampled - mean full| / |mean full| of the prototypes, its noise, and the same (signed) of log s."""
     torch.manual_seed(0)
-    head = HyperspherePrototypes(ModelConfig(vocab_size=CLASSES, d_model=WIDTH), sample=sample)
+    head = HyperspherePrototypes(ModelConfig(vocab_size=CLASSES, d_model=WIDTH, head_options={"sample": sample}))
     share_V = 1.0 / torch.arange(1, CLASSES + 1)
     head.set_frequencies((1e6 * share_V).long())
     with torch.no_grad():

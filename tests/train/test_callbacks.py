@@ -239,6 +239,16 @@ def test_the_watch_for_collapse_works_in_a_library_run() -> None:
     assert any(line.startswith("collapse: ") for line in listener.heard)
 
 
+def test_the_watch_for_collapse_keeps_still_where_there_is_no_room() -> None:
+    """40 directions in a plane are 9 degrees apart at best, a cosine of 0.99."""
+    model = SequenceModel(ModelConfig(vocab_size=40, d_model=2, n_layer=1), seed=0)
+    assert model.head.diagnostics()["nearest_cosine"] > 0.9
+    trainer, stream = Trainer(model, TrainConfig(steps=1)), DatasetStream(Sums(), batch_size=4, seed=3)
+    listener = Listener()
+    Run(trainer, stream, [stream.batch(0)], [CollapseWatch(), listener]).fit()
+    assert not any(line.startswith("collapse: ") for line in listener.heard)
+
+
 def test_a_callback_by_name_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from protomamba.train.trainer import Validation
 
 COLLAPSE_COSINE = 0.9
+# In few dimensions random directions are as near as that: a collapse is also this far above them.
+ABOVE_RANDOM = 0.05
 FALLEN = 0.9
 
 
@@ -31,8 +33,9 @@ class CollapseWatch(Callback):
     def on_validation(self, run: Run, result: Validation) -> None:
         if self.first_val_loss is None:
             self.first_val_loss, self.first_val_nll = result.loss, result.nll
-        cosine = run.trainer.model.head.diagnostics().get("nearest_cosine", 0.0)
-        if cosine > COLLAPSE_COSINE:
+        figures = run.trainer.model.head.diagnostics()
+        cosine = figures.get("nearest_cosine", 0.0)
+        if cosine > max(COLLAPSE_COSINE, figures.get("random_cosine", -1.0) + ABOVE_RANDOM):
             run.warn(
                 f"collapse: the prototypes' mean nearest-neighbor cosine is {cosine:.3f}; use --prototypes fixed, "
                 "or --separation above 0"
