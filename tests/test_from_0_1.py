@@ -75,3 +75,13 @@ def test_a_run_goes_on(folder: Path, run: str) -> None:
     steps = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if line["event"] == "train"] == list(range(1, 12))
     assert checkpoint.read_info(Path(run, "latest.safetensors"))["step"] == 11
+
+
+def test_a_resume_says_that_learned_prototypes_follow_another_gradient(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scale = float(Trainer.load_checkpoint("hpn/latest.safetensors").model.state_dict()["head.scale"])
+    assert main(["train", "--resume", "hpn/latest.safetensors", "--steps", "1", "--threads", "1"]) == 0
+    assert f"head.log_scale starts at log {scale:.4g}, the fitted scale of the weights" in capsys.readouterr().out
+    assert main(["train", "--resume", "hpn/latest.safetensors", "--steps", "1", "--threads", "1"]) == 0
+    assert "log_scale" not in capsys.readouterr().out

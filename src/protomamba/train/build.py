@@ -189,6 +189,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     else:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
         tell_frequencies(trainer.model.head, inputs.training, spec)
+    notes += trainer.model.head.notes
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
     config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
