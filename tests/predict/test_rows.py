@@ -112,8 +112,9 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str, row
     ("name", "content", "words"),
     [
         ("x.xml", b"", "expected a name ending in .txt, .jsonl, .csv, .parquet, .npy"),
-        ("x.txt.gz", b"\x1f\x8b\x08broken", "cannot be read"),
-        ("x.jsonl.gz", gzip.compress(b"[1]\n" * 9)[:-12], "cannot be read"),
+        ("x.txt.gz", b"\x1f\x8b\x08broken", "broken gzip"),
+        ("x.jsonl.gz", gzip.compress(b"[1]\n" * 9)[:-12], "broken gzip"),
+        ("x.fa", b"ACGT\n", "expected FASTA"),
         ("x.npy", b"not numpy", "expected an array of numpy"),
     ],
 )

@@ -19,7 +19,9 @@ def configure(parser: Parser) -> None:
     from protomamba.predict.answers import WHATS
 
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("input", type=Path, metavar="INPUT", help="rows: .txt, .jsonl, .csv, .parquet, .npy; also .gz")
+    parser.add_argument(
+        "input", type=Path, metavar="INPUT", help="rows: .txt, .jsonl, .csv, .parquet, .npy, .fa; also .gz"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a name ending in .jsonl, .csv, .parquet"
     )
@@ -28,10 +30,12 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="items, or classes with a probability [10 items, all]")
     _add_switch(parser, "--exclude-seen", "items: none that the sequence already has")
     _add_switch(parser, "--per-token", "likelihood: also each token's")
-    parser.add_argument("--sequence-column", metavar="NAME", help="column of the sequence [found in the first row]")
     parser.add_argument(
-        "--key-column", metavar="NAME", help="column that names a row in the output [found, or its number]"
+        "--sequence-column", "--item", metavar="NAME", help="column of the sequence [found in the first row]"
     )
+    key = "column that names a row [found, or the row's number]"
+    parser.add_argument("--key-column", "--group", metavar="NAME", help=key)
+    parser.add_argument("--order", metavar="NAME", help="column that orders events, a row each [as trained]")
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="[%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object about the job")
     add_fields(parser, ("layer", "head"), of_checkpoint="the checkpoint's")
@@ -52,7 +56,7 @@ def work(arguments: argparse.Namespace) -> int:
     load_named_code(machine)
     use_machine(machine.threads, machine.kernels)
     question = Question(arguments.what, arguments.top_k, arguments.exclude_seen == "1", arguments.per_token == "1")
-    columns = arguments.sequence_column, arguments.key_column
+    columns = arguments.sequence_column, arguments.key_column, arguments.order
     skip, code = arguments.on_bad_row == "skip", {part: getattr(machine, part) for part in CODE & machine.given}
     job = Job(arguments.input, arguments.out, question, *columns, skip_bad=skip, code=code)
     done = predict_file(arguments.checkpoint, job)
@@ -63,6 +67,8 @@ def work(arguments: argparse.Namespace) -> int:
         print(f"skipped: {job.source}, row {each.row}: {each.reason}", file=sys.stderr)
     if done.skipped:
         print(f"{len(done.skipped):,} rows skipped, listed in {job.skipped_path}", file=sys.stderr)
+    if done.unknown:
+        print(f"{done.unknown:,} items are unknown to the model: read as unknown", file=sys.stderr)
     there = f", {done.found:,} of them were there" if done.found else ""
     rate = (done.rows - done.found) / done.seconds
     print(f"{done.rows:,} rows ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")

@@ -78,12 +78,13 @@ def _likelihood(found: Likelihood, example: Example) -> dict[str, Any]:
     if example.raw_bytes:
         line["bits_per_byte"] = _floats([bits / example.raw_bytes])[0]
     if found.tokens is not None:
-        line["token_log_likelihoods"] = _floats(found.tokens)
+        line["token_log_likelihoods"] = [None if value is None else _floats([value])[0] for value in found.tokens]
     return line
 
 
-def _floats(values: Any, digits: int = 6) -> list[float]:
-    return [float(f"{value:.{digits}g}") for value in values]
+def _floats(values: Any, digits: int = 6) -> list[float | None]:
+    """So many digits of each; None for NaN and infinity, which are no JSON."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
 
 
 def default_question(predictor: Predictor, has_text: bool) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from protomamba.data.dna import INVALID, DnaTokenizer
 from protomamba.data.tokenizer import Tokenizer
+from protomamba.data.vocabulary import UNKNOWN, Vocabulary
 from protomamba.errors import UserError
 from protomamba.predict.batching import Array
 from protomamba.predict.predictor import wrong_step
@@ -53,8 +55,9 @@ class Skipped:
 class ExampleReader:
     """Rows -> examples, in order. `skipped` grows as it goes, or the first bad row is a UserError.
 
-    vocab_size: tokens must be below it. tokenizer: makes tokens of text; None where rows hold tokens. start: a token
-    put before each sequence (the end of a document before a text, the boundary before events).
+    vocab_size: tokens must be below it. tokenizer: makes tokens of text, vocabulary of names; None where rows hold
+    tokens. start: a token put before each sequence (the end of a document before a text, the boundary before events).
+    `unknown` counts items that have no token.
     """
 
     source: str
@@ -64,8 +67,10 @@ class ExampleReader:
     sequence_column: str | None = None
     key_column: str | None = None
     skip_bad: bool = False
+    vocabulary: Vocabulary | None = None
     columns: Columns | None = None
     skipped: list[Skipped] = field(default_factory=list)
+    unknown: int = 0
 
     def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
         for row in rows:
@@ -92,17 +97,31 @@ class ExampleReader:
 
     def _encoded(self, key: Any, value: Any, column: str) -> Example:
         raw_bytes = None
-        if isinstance(value, str) and self.tokenizer is not None:
-            raw_bytes = len(value.encode("utf-8", errors="surrogateescape"))
-            sequence: Array = np.array(self.tokenizer.encode(value), dtype=np.int64)
+        if self.tokenizer is not None and isinstance(value, str | bytes):
+            sequence, raw_bytes = self._tokenized(self.tokenizer, value, column)
+        elif self.vocabulary is not None and isinstance(value, list | str):
+            sequence = self.vocabulary.encode(value.split() if isinstance(value, str) else value)
         else:
             sequence = _numbers(value, column)
+        self.unknown += int((sequence == UNKNOWN).sum()) if self.vocabulary is not None else 0
         if self.start is not None and sequence.ndim == 1:
             sequence = np.concatenate(([self.start], sequence))
         wrong = wrong_step(sequence, self.vocab_size)
         if wrong:
             raise _BadRowError(wrong if column == LINE else f"column {column}: {wrong}")
         return Example(key, sequence, raw_bytes)
+
+    def _tokenized(self, tokenizer: Tokenizer, value: str | bytes, column: str) -> tuple[Array, int]:
+        """Tokens, and how many bytes (bases) they stand for."""
+        raw = value.encode("utf-8", errors="surrogateescape") if isinstance(value, str) else value
+        try:
+            if isinstance(tokenizer, DnaTokenizer) and not (tokenizer.codes(raw) == INVALID).any():
+                codes = tokenizer.codes(raw)  # arrays throughout: a record may be a chromosome
+                return tokenizer.tokens(codes), len(codes)
+            text = value if isinstance(value, str) else raw.decode("utf-8", errors="surrogateescape")
+            return np.array(tokenizer.encode(text), dtype=np.int64), len(raw)
+        except UserError as error:
+            raise _BadRowError(f"column {column}: {error}") from None
 
 
 class _BadRowError(Exception):

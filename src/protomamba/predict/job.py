@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.data.vocabulary import BOUNDARY, Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import build_model
 from protomamba.predict.answers import Names, Question, answers, check_question, default_question
 from protomamba.predict.batching import windows
-from protomamba.predict.examples import Example, ExampleReader, Skipped
+from protomamba.predict.events import EventFlags, event_columns, event_rows
+from protomamba.predict.examples import Columns, Example, ExampleReader, Skipped
 from protomamba.predict.output import Encode, Lines, csv_header, encode_csv, encode_json, lines_path, write_parquet
 from protomamba.predict.predictor import Predictor
-from protomamba.predict.rows import read_rows
+from protomamba.predict.rows import Row, read_rows
 from protomamba.storage import commit
 
 
@@ -34,6 +38,7 @@ class Job:
     question: Question
     sequence_column: str | None = None
     key_column: str | None = None
+    order_column: str | None = None
     skip_bad: bool = False
     code: Mapping[str, str] = field(default_factory=dict)
 
@@ -45,13 +50,16 @@ class Job:
 
 @dataclass
 class Summary:
-    """rows: lines in the output; found: those that were there already; skipped: rows that could not be read."""
+    """rows: lines in the output; found: those that were there already; skipped: rows that could not be read;
+    unknown: items that the model has no
+    token for; seconds: without the loading of the model."""
 
     what: str = ""
     rows: int = 0
     found: int = 0
     seconds: float = 0.0
     skipped: list[Skipped] = field(default_factory=list)
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,22 +67,36 @@ class Known:
     """What a checkpoint says about the data it was trained on."""
 
     tokenizer: Tokenizer | None
-    start: int | None
+    vocabulary: Vocabulary | None
+    recipe: Mapping[str, Any]
     reserved: Sequence[int]
     names: Names
 
+    @property
+    def start(self) -> int | None:
+        """What a sequence begins behind, as in training: the boundary, or the end of a document."""
+        if self.vocabulary is not None:
+            return BOUNDARY
+        return self.tokenizer.eos_token if self.tokenizer else None
+
 
 def known(loaded: Checkpoint) -> Known:
-    """A text begins as in training: behind the end of a document, where the tokenizer has one."""
-    description = loaded.config.get("tokenizer")
-    tokenizer = tokenizer_from_json(description) if description else None
-    eos = tokenizer.eos_token if tokenizer else None
-    return Known(tokenizer, eos, (), Names())
+    """As `train` wrote it: the tokenizer, the names of items, and what `prepare` noted of its inputs."""
+    description, about = loaded.config.get("tokenizer"), loaded.config.get("data") or {}
+    state = loaded.parts.get("vocabulary")
+    vocabulary = Vocabulary.from_state(state) if state else None
+    classes = tuple(about.get("class_names") or ())
+    return Known(
+        tokenizer_from_json(description) if description else None,
+        vocabulary,
+        about.get("recipe") or {},
+        about.get("reserved") or (),
+        Names(vocabulary.name, classes) if vocabulary else Names(classes=classes),
+    )
 
 
 def predict_file(path: Path, job: Job) -> Summary:
     """Answer every row of job.source in job.out. Raises UserError and ConfigError."""
-    started = time.perf_counter()
     gathered = lines_path(job.out)
     loaded = checkpoint.load(path)
     for part, name in job.code.items():
@@ -92,15 +114,31 @@ def predict_file(path: Path, job: Job) -> Summary:
     def lines_of(window: Sequence[Example]) -> list[dict[str, Any]]:
         return list(_keyed(reader, window, answers(predictor, window, question, facts.names)))
 
+    started = time.perf_counter()
     encode = encode_csv if job.out.suffix == ".csv" else encode_json
-    with Lines(gathered) as lines:
-        examples = reader.examples(read_rows(job.source))
+    with Lines(gathered) as lines, TemporaryDirectory(prefix=".predict-", dir=job.out.parent) as scratch:
+        examples = reader.examples(_rows(job, facts, reader, Path(scratch)))
         summary = _fill(lines, windows(examples, lambda example: len(example.sequence)), lines_of, encode)
     if gathered != job.out:
         write_parquet(gathered, job.out)
     _list_skipped(job.skipped_path, reader.skipped)
-    summary.what, summary.skipped, summary.seconds = question.what, reader.skipped, time.perf_counter() - started
+    summary.what, summary.skipped, summary.unknown = question.what, reader.skipped, reader.unknown
+    summary.seconds = time.perf_counter() - started
     return summary
+
+
+def _rows(job: Job, facts: Known, reader: ExampleReader, scratch: Path) -> Iterator[Row]:
+    """The rows of the input; of a table of events one for each group, under the columns that it was trained on."""
+    rows = read_rows(job.source)
+    first = next(rows, None)
+    flags = EventFlags(job.key_column, job.sequence_column, job.order_column)
+    columns = event_columns(first, flags, facts.recipe)
+    if columns is not None:
+        reader.columns = Columns(columns.item, columns.group)
+        return event_rows(job.source, columns, facts.vocabulary, scratch)
+    if job.order_column is not None:
+        raise ConfigError(f"--order {job.order_column}: orders a table of events, a row each: needs --group and --item")
+    return itertools.chain([first] if first else [], rows)
 
 
 def _list_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -120,6 +158,7 @@ def _reader(job: Job, predictor: Predictor, facts: Known) -> ExampleReader:
         job.sequence_column,
         job.key_column,
         job.skip_bad,
+        facts.vocabulary,
     )
 
 

@@ -36,11 +36,14 @@ class NextItems:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sum over the `count` tokens that have one before them; nats, base e. `tokens`: each one's, if asked for."""
+    """Sum over the `count` tokens that have one before them; nats, base e.
+
+    `tokens`: each one's, if asked for, None for a reserved one (an unknown base), which is never a target.
+    """
 
     log_likelihood: float
     count: int
-    tokens: list[float] | None = None
+    tokens: list[float | None] | None = None
 
 
 class Predictor:
@@ -133,14 +136,19 @@ class Predictor:
 
     @torch.no_grad()
     def _likelihoods(self, window: Sequence[Array], per_token: bool) -> list[Likelihood]:
-        logs = [np.empty(len(sequence) - 1) for sequence in window]
+        logs = [np.zeros(len(sequence) - 1) for sequence in window]
+        judged = [np.zeros(len(sequence) - 1, dtype=bool) for sequence in window]
+        reserved = torch.tensor(self.reserved, dtype=torch.int64)
         for chunk in run(self.model, window):
             counts_BL = chunk.has_next()
+            judged_BL = counts_BL & ~torch.isin(chunk.next_BL, reserved)
             found_BL = torch.zeros(counts_BL.shape, dtype=torch.float64)
-            found_BL[counts_BL] = self._log_likelihoods(chunk.z_BLD[counts_BL], chunk.next_BL[counts_BL])
-            for row, found_L, count in zip(chunk.rows, found_BL.numpy(), counts_BL.sum(1).tolist(), strict=True):
-                logs[row][chunk.start : chunk.start + count] = found_L[:count]
-        return [Likelihood(float(one.sum()), len(one), one.tolist() if per_token else None) for one in logs]
+            found_BL[judged_BL] = self._log_likelihoods(chunk.z_BLD[judged_BL], chunk.next_BL[judged_BL])
+            for place, row in enumerate(chunk.rows):
+                steps = slice(chunk.start, chunk.start + int(counts_BL[place].sum()))
+                logs[row][steps] = found_BL[place, counts_BL[place]].numpy()
+                judged[row][steps] = judged_BL[place, counts_BL[place]].numpy()
+        return [_likelihood(*one, per_token) for one in zip(logs, judged, strict=True)]
 
     def _log_likelihoods(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
         """float64 (T,), in nats."""
@@ -155,6 +163,12 @@ class Predictor:
         if logits_RV is None:
             raise ConfigError(f"predict: {type(self.model.head).__name__} has no probabilities, only scores")
         return logits_RV[:, 0].float()
+
+
+def _likelihood(logs_L: npt.NDArray[np.float64], judged_L: npt.NDArray[np.bool_], per_token: bool) -> Likelihood:
+    each = zip(logs_L.tolist(), judged_L.tolist(), strict=True)
+    tokens = [value if judged else None for value, judged in each] if per_token else None
+    return Likelihood(float(logs_L.sum()), int(judged_L.sum()), tokens)
 
 
 def wrong_step(sequence: Array, vocab_size: int) -> str | None:

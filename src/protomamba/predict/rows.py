@@ -1,4 +1,4 @@
-"""The input of `predict`, a row at a time: text, lines of tokens, JSON lines, CSV, parquet, arrays. Nothing is held.
+"""The input of `predict`, a row at a time: text, lines of tokens, JSON lines, CSV, parquet, arrays, FASTA.
 
 A row that cannot be read comes as one with an error: whether to stop or to skip it is the caller's choice.
 """
@@ -6,7 +6,7 @@ A row that cannot be read comes as one with an error: whether to stop or to skip
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +16,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from protomamba.data.compressed import open_bytes, plain_suffix
+from protomamba.data.fasta import parts_of
 from protomamba.errors import UserError
 
 # The one column of a format that has no names.
 LINE = "line"
 PARQUET_ROWS = 1_024
+FASTA_KEY, FASTA_BASES = "id", "sequence"
 csv.field_size_limit(1 << 30)  # a sequence is one field
 
 
@@ -34,21 +37,20 @@ class Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, by the end of its name (.gz is undone). UserError where it cannot be read at all."""
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    """The rows of a file, by the end of its name (.gz and .zst undone). UserError where it cannot be read at all."""
+    kind = plain_suffix(path)
     if kind not in READERS:
-        raise UserError(f"{path}: expected a name ending in {', '.join(READERS)} (or one of them and .gz)")
+        raise UserError(f"{path}: expected a name ending in {', '.join(READERS)} (or one of them and .gz, .zst)")
     try:
         yield from READERS[kind](path)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
 def _text(path: Path) -> Iterator[IO[str]]:
     """The file as text; bytes that are not UTF-8 become surrogates, which byte models give back as they were."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield file
 
 
@@ -102,6 +104,19 @@ def _csv_row(number: int, fields: dict[Any, Any], columns: int) -> Row:
     return Row(number, fields)
 
 
+def _fasta(path: Path) -> Iterator[Row]:
+    """A record a row: its id, and its bases as bytes, which a record of a whole chromosome needs."""
+    record, name, pieces = -1, "", list[bytes]()
+    for part in parts_of(path):
+        if part.record != record and record >= 0:
+            yield Row(record + 1, {FASTA_KEY: name, FASTA_BASES: b"".join(pieces)})
+        if part.record != record:
+            record, name, pieces = part.record, part.name, []
+        pieces.append(part.data)
+    if record >= 0:
+        yield Row(record + 1, {FASTA_KEY: name, FASTA_BASES: b"".join(pieces)})
+
+
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow.parquet
@@ -132,4 +147,5 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
     ".npy": _array,
+    **dict.fromkeys((".fa", ".fasta", ".fna"), _fasta),
 }

@@ -151,7 +151,8 @@ def build_run(
         prefetch=(config.prefetch_workers, config.prefetch_buffer),
         resume=resumed.found if resumed else None,
         further_steps=parts.further_steps,
-        record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer},
+        record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer, "data": parts.inputs.record},
+        tensors=parts.inputs.tensors,
         stop=stop,
     )
 

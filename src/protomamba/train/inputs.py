@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from protomamba.config import DataFields, flag
 from protomamba.data.corpus import default_corpus
@@ -12,6 +16,7 @@ from protomamba.data.labels import LabelledSequences, open_labelled
 from protomamba.data.prepared import open_prepared
 from protomamba.data.shards import ShardSet, infer_vocab, open_token_dir, open_token_file
 from protomamba.data.source import Source, StreamSpec
+from protomamba.data.vocabulary import Vocabulary
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError
 
@@ -26,6 +31,26 @@ class Inputs:
     tokenizer: str | None = None  # as JSON, for data.tokenizer_from_json
     n_class: int | None = None  # with labels; None where the next token is the target
     eos_token: int | None = None
+    vocabulary: Vocabulary | None = None  # names of items
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says of its data, so that later inputs are read alike and answers get their names."""
+        info = self.training.info
+        return {
+            "preset": info.preset,
+            "recipe": dict(info.recipe) if info.recipe else None,
+            "reserved": list(info.reserved),
+            "class_names": list(info.class_names),
+        }
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The parts of a checkpoint that the data gives: the names of items, too many for its header."""
+        if self.vocabulary is None:
+            return {}
+        state = self.vocabulary.state()
+        return {"vocabulary": {name: torch.from_numpy(array.copy()) for name, array in state.items()}}
 
     @property
     def notes(self) -> list[str]:
@@ -88,7 +113,15 @@ def _open_prepared(config: DataFields, folder: Path, seed: int) -> Inputs:
     info = training.info
     vocab_size = config.vocab_size or max(1, info.vocab_size)
     eos_token = config.eos_token if config.eos_token is not None else info.eos_token
-    return Inputs(training, validation, vocab_size, info.tokenizer, n_class=info.n_class, eos_token=eos_token)
+    return Inputs(
+        training,
+        validation,
+        vocab_size,
+        info.tokenizer,
+        n_class=info.n_class,
+        eos_token=eos_token,
+        vocabulary=prepared.vocabulary,
+    )
 
 
 def _eos_token(config: DataFields, shards: ShardSet) -> int | None:

@@ -43,7 +43,7 @@ class Run:
         goes on from that checkpoint.
     further_steps: train that many more after a resume, on a schedule of their own; None goes on to the recorded target.
     prefetch: threads that read ahead, and batches they keep ready.
-    record, tensors: plain values and tensors by name that each checkpoint is to carry along.
+    record, tensors: plain values, and parts of tensors ({name: {name: tensor}}), that each checkpoint carries along.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Run:
         """Everything a checkpoint of this run holds."""
         kept = {each.name: each.state_dict() for each in self.callbacks if _has_state(each)}  # type: ignore[attr-defined]
         parts = {**self.trainer.parts(), "stream": self.stream.state_dict(), "callbacks": kept}
-        return {**parts, "tensors": self.tensors} if self.tensors else parts
+        return {**self.tensors, **parts}
 
     def configs(self) -> dict[str, Any]:
         """What a checkpoint says beside its parts: the version that wrote it, the configurations, and the record."""
