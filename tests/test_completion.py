@@ -34,7 +34,7 @@ def offered(script: Path, *words: str) -> set[str]:
 
 
 def test_every_command_is_offered(script: Path) -> None:
-    assert offered(script, "protomamba", "") >= set(COMMANDS)
+    assert offered(script, "protomamba", "") >= {name for name in COMMANDS if " " not in name}
     assert offered(script, "protomamba", "comp") == {"compare", "completion"}
 
 
