@@ -238,6 +238,11 @@ class TrainFields(Schema):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="matrix products in fp32 or bf16 (the rest stays fp32)"
     )
+    recompute: Literal["none", "cheap", "blocks"] = Field(
+        "cheap",
+        description="what the backward pass makes again to save memory, with the same bits: nothing, what is cheap and "
+        "large, or all inside a block (a third slower)",
+    )
 
 
 class TrainConfig(TrainFields):
@@ -403,7 +408,7 @@ class Sampling(Schema):
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "val_every", "early_stopping_patience", "keep_last", "on_save_error"}
     | {"prefetch_workers", "prefetch_buffer", "threads", "kernels", "progress", "out_dir", "resume"}
-    | {"callback", "epochs", "time_budget", "track", "write_report", "allow_mixed_ranks"}
+    | {"callback", "epochs", "time_budget", "track", "write_report", "allow_mixed_ranks", "recompute"}
     # where the data lies may change; what it is may not, and is checked by its checksums
     | {"data", "token_file", "token_dir", "val_token_file", "val_token_dir", "label_file", "val_label_file"}
 )

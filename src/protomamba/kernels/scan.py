@@ -136,15 +136,16 @@ def scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
     grads: ScanGradients,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Writes `grads`; returns the gradients of A, skip, bias and initial."""
+    """Writes `grads`, and into `y` what the forward pass gave; returns the gradients of A, skip, bias and initial."""
     u, delta, B, C, z, A, skip, bias, initial = inputs
     n_batch, length, width = u.shape
     dA = torch.empty_like(A)
     dskip, dbias, dinitial = (None if x is None else torch.empty_like(x) for x in (skip, bias, initial))
     library.scan_backward(
         B=n_batch, L=length, E=width, N=A.shape[1], is_bf16=u.dtype == torch.bfloat16, softplus=softplus,
-        u=u, delta=delta, Bm=B, Cm=C, z=z, reset=reset,
+        u=u, delta=delta, Bm=B, Cm=C, z=z, y=y, reset=reset,
         A=A, skip=skip, bias=bias, initial=initial, chunks=chunks,
         dy=dy, du=grads.u, ddelta=grads.delta, dBm=grads.B, dCm=grads.C, dz=grads.z,
         dlast=dlast, dA=dA, dskip=dskip, dbias=dbias, dinitial=dinitial,

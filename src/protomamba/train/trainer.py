@@ -117,6 +117,7 @@ class Trainer:
         self.config: TrainFields = config or TrainConfig()
         self.grad_shards = self.config.grad_shards or self.comm.world
         self.model.precision = self.config.precision
+        self.model.recompute = self.config.recompute
         self.global_step = 0
         self.schedule_start = 0
         self.schedule_steps = self.config.steps

@@ -67,19 +67,22 @@ inline int64_t backward_groups(int64_t N) {
     return for_groups<BACKWARD_GROUP>(0, N, [](auto, int64_t, int64_t) {});
 }
 
-// From the gradient of the gated output: dz, dy before the gate, dskip. tile.y holds y before the gate.
+// From the gradient of the gated output: dz, dy before the gate, dskip. tile.y holds y before the gate; what the
+// forward pass gave is written to a.y, if that is there.
 template <class T>
 void gate_backward(const ScanArgs& a, const Place& at, const Tile& tile, float* dskip) {
     vf total = load(dskip);
     for (int t = 0; t < at.steps; t++) {
         int64_t e = at.block * W;
-        vf dy = load(a.dy.at<T>(at.b, at.t0 + t, e), at.lanes);
+        vf dy = load(a.dy.at<T>(at.b, at.t0 + t, e), at.lanes), y = load(tile.y + t * W);
         if (a.z) {
             vf z = load(a.z.at<T>(at.b, at.t0 + t, e), at.lanes), s = sigmoid(z);
-            vf dz = dy * load(tile.y + t * W) * (s * (1.0f + z * (1.0f - s)));
+            vf dz = dy * y * (s * (1.0f + z * (1.0f - s)));
             store(a.dz.at<T>(at.b, at.t0 + t, e), dz, at.lanes);
             dy = dy * (z * s);
+            y = y * (z * s);
         }
+        if (a.y) store(a.y.at<T>(at.b, at.t0 + t, e), y, at.lanes);
         total += dy * load(tile.u + t * W);
         store(tile.dy + t * W, dy);
         store(tile.dx + t * W, vf{});

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from protomamba import kernels
 from protomamba.config import NORM_EPS
@@ -40,6 +41,7 @@ class ForwardContext:
     return_state: bool = False
     precision: str = "fp32"  # or bf16: matrix products in bf16
     activation_hook: ActivationHook | None = None  # receives what `local_weight` multiplies (B, L, E), detached
+    recompute: str = "cheap"  # what the backward pass makes again instead of keeping it: none, cheap or blocks
 
 
 PLAIN_CALL = ForwardContext()
@@ -127,8 +129,18 @@ class Block(nn.Module):
                 return output
             y_BLD, state = output.y_BLD - x_BLD, output.state
         else:
-            y_BLD, state = self.mixer(self.norm(x_BLD), ctx)
+            y_BLD, state = self._unfused(x_BLD, ctx)
         return MixerOutput(x_BLD + self.dropout(y_BLD), state)
+
+    def _unfused(self, x_BLD: Tensor, ctx: ForwardContext) -> MixerOutput:
+        # A hook would be called again: with one everything is kept.
+        if ctx.recompute == "blocks" and ctx.activation_hook is None and torch.is_grad_enabled():
+            made: MixerOutput = checkpoint(self._by_modules, x_BLD, ctx, use_reentrant=False)
+            return made
+        return self._by_modules(x_BLD, ctx)
+
+    def _by_modules(self, x_BLD: Tensor, ctx: ForwardContext) -> MixerOutput:
+        return self.mixer(self.norm(x_BLD), ctx)  # type: ignore[no-any-return]
 
     def is_fused(self) -> bool:
         """Whether one kernel runs the block."""

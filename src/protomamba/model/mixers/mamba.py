@@ -110,6 +110,7 @@ class ScanMixer(Mixer):
             return_state=ctx.return_state,
             reset_BL=ctx.reset_BL,
             want_u=ctx.activation_hook is not None,
+            recompute=ctx.recompute,
         )
         if ctx.activation_hook is not None:
             assert output.u_BLE is not None
