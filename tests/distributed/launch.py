@@ -66,10 +66,11 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def torchrun(world: int, arguments: list[str], *flags: str) -> subprocess.Popen[str]:
-    """The same under torch's launcher."""
+def torchrun(world: int, arguments: list[str], *flags: str, **variables: str) -> subprocess.Popen[str]:
+    """The same under torch's launcher, as the head of a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    pipe, env = subprocess.PIPE, environment(**variables)
     return subprocess.Popen(
-        [*command, *flags, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        [*command, *flags, *arguments], stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from protomamba.config import RunConfig
+from protomamba.errors import ConfigError
+from protomamba.train.build import build_parts
+from protomamba.train.signals import STOPPED_EXIT_CODE
 from tests import runs
 from tests.distributed.launch import LIMIT_S, torchrun
+from tests.distributed.layers import LAYER
 
 SHARDS = 4
-FLAGS = ["--batch-size", 5, "--grad-shards", SHARDS, "--grad-clip-norm", 0.05, "--ff-lr", 1e-2, "--steps", 8]
+FLAGS = ["--batch-size", 5, "--grad-shards", SHARDS, "--grad-clip-norm", 0.05, "--steps", 8, "--save-every", 2]
+FLAGS += ["--layer", LAYER, "--grad-accum", 2]
 
 
 def arguments(out_dir: Path, tokens: Path, *more: object) -> list[str]:
@@ -20,17 +28,18 @@ def arguments(out_dir: Path, tokens: Path, *more: object) -> list[str]:
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and all output; the whole process tree is killed if it does not end."""
+    """Exit code and all output; the launcher and all it started are killed if it does not end."""
     try:
         out, errors = process.communicate(timeout=LIMIT_S)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return process.returncode, out + errors
 
 
-def train(world: int, out_dir: Path, tokens: Path, *more: object, flags: tuple[str, ...] = ()) -> str:
+def train(world: int, out_dir: Path, tokens: Path, *flags: str, **variables: str) -> str:
     """A run under the launcher, which must succeed; what it said."""
-    code, output = finished(torchrun(world, arguments(out_dir, tokens, *more), *flags))
+    code, output = finished(torchrun(world, arguments(out_dir, tokens), *flags, **variables))
     assert code == 0, output
     return output
 
@@ -70,3 +79,55 @@ def test_a_run_goes_on_at_another_number_of_ranks(straight: tuple[Path, Path], t
     assert runs.metrics(out_dir, "end")[-1]["reason"] == "stopped" and code == 0, output
     assert runs.train(out_dir, tokens, *FLAGS, "--resume", "auto") == 0
     same_run(out_dir, alone)
+
+
+@pytest.mark.parametrize("fault", ["kill:1:13", "memory:0:21", "term:1:13"])
+def test_a_failed_rank_costs_nothing_where_the_launcher_may_restart(
+    fault: str, straight: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokens, alone = straight
+    train(2, tmp_path / "run", tokens, "--max-restarts", "1", FAULT=fault)
+    same_run(tmp_path / "run", alone)
+    assert [line.get("resumed_from") is not None for line in runs.metrics(tmp_path / "run", "run")] == [False, True]
+
+
+def test_without_restarts_all_ranks_say_why_and_end(straight: tuple[Path, Path], tmp_path: Path) -> None:
+    code, output = finished(torchrun(3, arguments(tmp_path / "run", straight[0]), FAULT="raise:2:5"))
+    assert code == 1
+    assert "protomamba: Faulty: the test's own error" in output
+    assert runs.metrics(tmp_path / "run", "end")[-1]["error"] == "rank 2: Faulty: the test's own error"
+
+
+def test_a_signal_to_the_launcher_ends_all_after_a_step_with_a_checkpoint(
+    straight: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokens, alone = straight
+    out_dir = tmp_path / "run"
+    process = torchrun(2, arguments(out_dir, tokens, "--callback", "tests.distributed.callbacks:SignalTheLauncher"))
+    code, output = finished(process)
+    assert code == 1, output
+    assert output.count(f"exitcode  : {STOPPED_EXIT_CODE}") >= 1 or "SIGTERM" in output
+    end = runs.metrics(out_dir, "end")[-1]
+    assert end["reason"] == "signal" and 3 <= end["step"] < 8
+    assert runs.train(out_dir, tokens, *FLAGS, "--resume", "auto") == 0
+    same_run(out_dir, alone)
+
+
+def test_ranks_that_differ_are_refused_by_name(straight: tuple[Path, Path], tmp_path: Path) -> None:
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "torch.set_num_threads(1 + int(os.environ['RANK']))\n"
+        "from protomamba.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    given = arguments(tmp_path / "run", straight[0], "--threads", "auto")[2:]
+    code, output = finished(torchrun(2, [str(script), *given]))
+    assert code == 1 and "threads: rank 1 has 2, rank 0 has 1" in output
+    code, output = finished(torchrun(2, [str(script), *given, "--allow-mixed-ranks", "1"]))
+    assert code == 0 and "note: --allow-mixed-ranks 1: threads: rank 1 has 2, rank 0 has 1" in output
+
+
+def test_more_shards_than_rows_are_refused_at_the_start(straight: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"6 gradient shards of a batch of 5 rows"):
+        build_parts(RunConfig(token_file=straight[0], batch_size=5, grad_shards=6, out_dir=tmp_path))

@@ -82,6 +82,8 @@ class Gloo:
             store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
         except dist.DistError as error:
             raise RankFailed(f"the ranks did not meet: {error}; start them with torchrun") from error
+        # The launcher's store outlives a restart, and holds the addresses of the processes before it.
+        store = dist.PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.sent_bytes = 0
         self.watch = Watch(store, self.rank, self.world, silence_s)
         self.watch.roll_call(start_s)
