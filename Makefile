@@ -26,7 +26,7 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
-	test-reliability fuzz test-slow lint \
+	test-reliability test-ranks fuzz test-slow lint \
 	types check bench bench-compare parity decoding digits study docs hooks wheel sdist clean
 
 help: ## list the targets
@@ -98,6 +98,9 @@ test-reliability: $(READY) ## all reliability promises at full figures, and one 
 
 fuzz: $(READY_PARITY) ## 100,000 hostile variants of every kind of file (hours); ARGS='--readers npy,checkpoint --count 1000'
 	@$(BIN)/python -m tests.reliability.fuzz $(ARGS)
+
+test-ranks: $(READY) ## several ranks: 200 random plans, kills, signals under torch's launcher (half an hour); KILLS=100
+	@$(PYTEST) tests/distributed -m 'slow or not slow' $(ARGS)
 
 test-slow: $(READY) ## every test that `make test` leaves out (long)
 	@$(PYTEST) -m slow $(ARGS)

@@ -27,10 +27,10 @@ def arguments(out_dir: Path, tokens: Path, *more: object) -> list[str]:
     return ["-m", "protomamba", *runs.flags(out_dir, tokens, *FLAGS, *more)]
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finished(process: subprocess.Popen[str], limit_s: float = LIMIT_S) -> tuple[int, str]:
     """Exit code and all output; the launcher and all it started are killed if it does not end."""
     try:
-        out, errors = process.communicate(timeout=LIMIT_S)
+        out, errors = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -71,6 +71,7 @@ def test_three_ranks_leave_what_one_process_leaves(straight: tuple[Path, Path], 
     assert output.count("3 for 4 gradient shards; 5 rows a batch, of all together") == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_ranks(straight: tuple[Path, Path], tmp_path: Path) -> None:
     tokens, alone = straight
     out_dir = tmp_path / "run"
@@ -81,7 +82,10 @@ def test_a_run_goes_on_at_another_number_of_ranks(straight: tuple[Path, Path], t
     same_run(out_dir, alone)
 
 
-@pytest.mark.parametrize("fault", ["kill:1:13", "memory:0:21", "term:1:13"])
+@pytest.mark.parametrize(
+    "fault",
+    ["kill:1:13", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("memory:0:21", "term:1:13", "stop:1:9"))],
+)
 def test_a_failed_rank_costs_nothing_where_the_launcher_may_restart(
     fault: str, straight: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -91,6 +95,20 @@ def test_a_failed_rank_costs_nothing_where_the_launcher_may_restart(
     assert [line.get("resumed_from") is not None for line in runs.metrics(tmp_path / "run", "run")] == [False, True]
 
 
+@pytest.mark.slow
+def test_kills_of_random_ranks_lose_nothing(tmp_path: Path) -> None:
+    kills, more = int(os.environ.get("KILLS", "5")), ("--steps", 40, "--save-every", 1, "--val-every", 5)
+    tokens = runs.token_file(tmp_path)
+    assert runs.train(tmp_path / "straight", tokens, *FLAGS, *more) == 0
+    process = torchrun(
+        4, arguments(tmp_path / "run", tokens, *more), "--max-restarts", str(kills), FAULT=f"kills:1:{kills}"
+    )
+    code, output = finished(process, 60.0 + 60.0 * kills)
+    assert code == 0, output
+    assert len(runs.metrics(tmp_path / "run", "run")) >= min(kills, 2)
+    same_run(tmp_path / "run", tmp_path / "straight")
+
+
 def test_without_restarts_all_ranks_say_why_and_end(straight: tuple[Path, Path], tmp_path: Path) -> None:
     code, output = finished(torchrun(3, arguments(tmp_path / "run", straight[0]), FAULT="raise:2:5"))
     assert code == 1
@@ -98,6 +116,7 @@ def test_without_restarts_all_ranks_say_why_and_end(straight: tuple[Path, Path],
     assert runs.metrics(tmp_path / "run", "end")[-1]["error"] == "rank 2: Faulty: the test's own error"
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_ends_all_after_a_step_with_a_checkpoint(
     straight: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -113,6 +132,7 @@ def test_a_signal_to_the_launcher_ends_all_after_a_step_with_a_checkpoint(
     same_run(out_dir, alone)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused_by_name(straight: tuple[Path, Path], tmp_path: Path) -> None:
     script = tmp_path / "differ.py"
     script.write_text(

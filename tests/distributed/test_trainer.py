@@ -89,7 +89,10 @@ def test_a_run_goes_on_with_another_number_of_ranks() -> None:
     assert again == told
 
 
-@pytest.mark.parametrize("plan", range(4))
+PLANS = [plan if plan < 3 else pytest.param(plan, marks=pytest.mark.slow) for plan in range(200)]
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_random_settings_with_cuts(plan: int) -> None:
     draw = random.Random(plan)
     shards = draw.randint(1, ROWS)
