@@ -13,6 +13,7 @@ import torch
 
 from protomamba.bench import report
 from protomamba.bench.ops import measure_op
+from protomamba.bench.ranks import ranks_table
 from protomamba.bench.report import Section
 from protomamba.bench.shapes import Shape, parse_shapes
 from protomamba.bench.step import measure_step
@@ -21,7 +22,7 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import available, keep_freed_memory
 from protomamba.train.callbacks.console import rich_console
 
-SECTIONS = ("steps", "threads", "lengths")
+SECTIONS = ("steps", "threads", "lengths", "ranks")
 PRECISIONS = ("fp32", "bf16")
 THREADED_SHAPES = ("L", "one-row")
 
@@ -36,6 +37,10 @@ STEP_NOTES = (
 )
 THREAD_NOTES = (
     "Speed-ups within one run, in rotation; the last ratios say how much of the floor's own gain the step gets.",
+)
+RANK_NOTES = (
+    "Two ranks of torch's launcher on this machine beside one process with one thread, and with two, in rotation: with "
+    "as many rows each (weak scaling), and sharing the same batch. docs/scale-out.md.",
 )
 LENGTH_NOTES = ("Width 256, 4 layers, 65,536 tokens a step. Peak resident memory of a process that does nothing else.",)
 
@@ -95,6 +100,9 @@ def _sections(arguments: Namespace, shapes: list[Shape], precisions: list[str]) 
         most = max(arguments.threads or 1, os.cpu_count() or 1)
         table = threads_table(THREADED_SHAPES, precisions[0], rounds, most)
         sections.append(Section("From one thread to all", table, THREAD_NOTES))
+    if "ranks" in wanted:
+        table = ranks_table(["M", "L"], rounds)
+        sections.append(Section("Two ranks, one thread each", table, RANK_NOTES))
     if "lengths" in wanted:
         table = lengths_table(precisions[0], max(1, rounds // 3), arguments.clock)
         sections.append(Section("The same tokens in shorter and longer rows", table, LENGTH_NOTES))

@@ -145,7 +145,10 @@ def _configure_bench(parser: Parser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that each takes [%(default)s]")
     parser.add_argument(
-        "--sections", default="steps", metavar="NAME,...", help="steps, threads (1 against all), lengths [%(default)s]"
+        "--sections",
+        default="steps",
+        metavar="NAME,...",
+        help="steps, threads (1 against all), lengths, ranks [%(default)s]",
     )
     parser.add_argument("--op", metavar="NAME,...", help="single ops instead, by their names in protomamba.kernels")
     parser.add_argument(

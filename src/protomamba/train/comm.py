@@ -99,8 +99,8 @@ class Comm:
     def hand_over(self) -> None:
         """Give the owned parts of parameters, which `lay` returned, the gradients that are in the parameters."""
         for piece in self.pieces():
-            owned, gradient = self._owned[piece.name], self._plan.named[piece.name].grad
-            owned.grad = None if gradient is None else rows(gradient, piece)
+            owned, whole = self._owned[piece.name], self._plan.named[piece.name]
+            owned.grad = None if whole.grad is None else rows(whole.grad, piece, whole)
 
     def square_sums(self, count: int = 0) -> tuple[list[float], int]:
         """The squares of the summed gradient, added up block by block, and the sum of every rank's `count`.

@@ -74,6 +74,7 @@ class Gloo:
 
     def __init__(self, start_s: float = START_S, silence_s: float = SILENCE_S) -> None:
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
         self._dist = dist
@@ -83,7 +84,7 @@ class Gloo:
         except dist.DistError as error:
             raise RankFailed(f"the ranks did not meet: {error}; start them with torchrun") from error
         # The launcher's store outlives a restart, and holds the addresses of the processes before it.
-        store = dist.PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.sent_bytes = 0
         self.watch = Watch(store, self.rank, self.world, silence_s)
         self.watch.roll_call(start_s)

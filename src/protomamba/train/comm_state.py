@@ -23,12 +23,12 @@ def owned_parameters(plan: Plan, rank: int) -> dict[str, nn.Parameter]:
 def _owned(parameter: Tensor, piece: Piece) -> nn.Parameter:
     if isinstance(parameter, nn.Parameter) and piece.numel == parameter.numel():
         return parameter
-    return nn.Parameter(rows(parameter.detach(), piece))
+    return nn.Parameter(rows(parameter.detach(), piece, parameter))
 
 
-def rows(tensor: Tensor, piece: Piece) -> Tensor:
-    """A piece of the parameter, or of anything of its shape, in as many dimensions, as a view."""
-    return tensor if piece.numel == tensor.numel() else tensor[piece.start : piece.stop]
+def rows(tensor: Tensor, piece: Piece, parameter: Tensor) -> Tensor:
+    """A piece of the parameter, or of anything with as many rows, as a view; a vector is one piece."""
+    return tensor if parameter.ndim < 2 else tensor[piece.start : piece.stop]
 
 
 def cut(plan: Plan, rank: int, state: Mapping[str, Mapping[str, Tensor]]) -> State:
@@ -36,17 +36,23 @@ def cut(plan: Plan, rank: int, state: Mapping[str, Mapping[str, Tensor]]) -> Sta
     pieces = {piece.name: piece for piece in plan.layout.pieces[rank]}
     return {
         name: {
-            slot: rows(x, pieces[name]) if x.shape == plan.named[name].shape else x for slot, x in state[name].items()
+            slot: rows(x, pieces[name], plan.named[name]) if _goes_by_rows(x, plan.named[name]) else x
+            for slot, x in state[name].items()
         }
         for name in state
         if name in pieces
     }
 
 
+def _goes_by_rows(slot: Tensor, parameter: Tensor) -> bool:
+    """Whether a slot has something for each row of the parameter, and not a count for all of it."""
+    return slot.ndim > 0 and slot.shape[0] == parameter.shape[0]
+
+
 def collect(plan: Plan, mesh: Mesh, state: State, everywhere: bool) -> State:
     """The state of whole parameters from every rank's pieces, in the parameters' order: on rank 0, or everywhere."""
     if mesh.world == 1:
-        return state
+        return {name: state[name] for name in plan.named if name in state}
     told = [json.loads(bytes(each.tolist())) for each in mesh.swap(_contents(state))]
     targets = range(mesh.world) if everywhere else range(1)
     parts = mesh.run(lambda: _exchange(mesh, state, told, targets))

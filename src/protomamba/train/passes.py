@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ class Passes:
         for number, batch in enumerate(self.batches):
             inputs, targets_BL, reset_BL = rows_of(batch, shard, self.shards)
             weight = self.model.head.weight_of(targets_BL)
-            with self._random(shard, number, batch[1]):
+            last = number == len(self.batches) - 1
+            with self._random(shard, number, batch[1]), self._leaving(shard) if last else contextlib.nullcontext():
                 hook = signals if self.local else None
                 loss = self.model(inputs, targets_BL, reset_BL=reset_BL, activation_hook=hook)
                 if self.backpropagate and loss.requires_grad:
@@ -83,6 +85,28 @@ class Passes:
         if self.backpropagate:
             self._hand_in(shard)
         return torch.tensor([mean], dtype=torch.float64), signals
+
+    @contextlib.contextmanager
+    def _leaving(self, shard: int) -> Iterator[None]:
+        """Each gradient leaves for its owner as soon as it is there, while those of the layers before are computed."""
+        named = self.model.named_parameters() if self.comm.world > 1 and self.backpropagate else ()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._leave, shard, name)
+            )
+            for name, parameter in named
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _leave(self, shard: int, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            self.comm.start(shard, {name: gradient})
 
     def _hand_in(self, shard: int) -> None:
         # A row-sparse table keeps its gradient: there is one shard then, and nothing to add up.
