@@ -6,6 +6,7 @@ The parent starts this module under torch's launcher. Where one process alone is
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local, Ranks
 from protomamba.train.trainer import Trainer
 
+Times = tuple[float, float]  # seconds by the wall and of the processor
 WORLD, LIMIT_S = 2, 3_600
 ALONE, THREADS, SAME, MORE = "one process", f"{WORLD} threads", f"{WORLD} ranks", f"{WORLD} ranks, as many rows each"
 
@@ -53,27 +55,29 @@ def measure(comm: Comm, shape: Shape, rounds: int) -> dict[str, Any]:
     before = comm.mesh.sent_bytes
     runs[SAME]()
     sent = comm.mesh.sent_bytes - before
-    seconds = {name: list[float]() for name in runs}
+    times = {name: list[Times]() for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(run())
-    return described(comm, shape, seconds, sent, shared)
+            times[name].append(run())
+    return described(comm, shape, times, sent, shared)
 
 
-def described(comm: Comm, shape: Shape, seconds: dict[str, list[float]], sent: int, shared: Trainer) -> dict[str, Any]:
+def described(comm: Comm, shape: Shape, times: dict[str, list[Times]], sent: int, shared: Trainer) -> dict[str, Any]:
     """Ratios of tokens a second within a round, and what a rank sends and keeps."""
 
-    def gain(name: str, to: str, work: int = 1) -> list[float]:
-        found = spread([work * b / a for a, b in zip(seconds[name], seconds[to], strict=True)])
+    def gain(name: str, to: str, work: int = 1, clock: int = 0) -> list[float]:
+        found = spread([work * b[clock] / a[clock] for a, b in zip(times[name], times[to], strict=True)])
         return [found.median, found.low, found.high]
 
     kept = sum(x.numel() * x.element_size() for slots in shared.optimizer.state().values() for x in slots.values())
     return {
         "shape": shape.text,
         "weak scaling (x tokens/s)": gain(MORE, ALONE, comm.world),
+        "weak scaling by processor time": gain(MORE, ALONE, comm.world, clock=1),
         "same batch (x tokens/s)": gain(SAME, ALONE),
+        "same batch by processor time": gain(SAME, ALONE, clock=1),
         "ranks / threads (x tokens/s)": gain(SAME, THREADS),
-        "step_ms of one process": 1e3 * sorted(seconds[ALONE])[len(seconds[ALONE]) // 2],
+        "step_ms of one process": 1e3 * statistics.median(wall for wall, _ in times[ALONE]),
         "sent_mib a step and rank": sent / 2**20,
         "gradient_mib": sum(p.numel() * p.element_size() for p in shared.model.parameters()) / 2**20,
         "moments_mib a rank": kept / 2**20,
@@ -85,17 +89,20 @@ def trainer_of(shape: Shape, comm: Comm) -> Trainer:
     return Trainer(SequenceModel(shape.config(), seed=0), settings, comm)
 
 
-def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: bool = False) -> Callable[[], float]:
-    """A function that takes one step, on rank 0 or on all, and returns the seconds it took."""
+def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: bool = False) -> Callable[[], Times]:
+    """A function that takes one step, on rank 0 or on all, and returns the seconds and this process's processor time.
+
+    The latter is what counts on a busy machine, with one thread a rank and a core for each.
+    """
     batch = shape.batches()
 
-    def run() -> float:
+    def run() -> Times:
         comm.tell(None)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         if not alone or comm.rank == 0:
             torch.set_num_threads(threads)
             trainer.train_step(*batch)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - used
 
     return run
 
