@@ -13,18 +13,21 @@ from typing import Any
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
 from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
+from protomamba.data.prepared import open_prepared
+from protomamba.data.source import Source
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.decode import generate, weights_loss
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import build_model
 from protomamba.train.build import load_named_code, use_machine
 from protomamba.train.callbacks.console import Console
-from protomamba.train.inputs import Held, open_inputs, stream_spec
+from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
+from protomamba.train.judging import Judgement, bits_per_byte, judge, per_class
 from protomamba.train.trainer import Trainer
 
 
-def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | None, as_json: bool) -> int:
-    """Print loss, accuracy and perplexity on the given tokens, or on the run's own validation tokens."""
+def evaluate_command(path: Path, given: Mapping[str, Any], *, split: str, batches: int | None, as_json: bool) -> int:
+    """Print loss, accuracy, perplexity and the measures of the task on the given data, or on what the run held out."""
     if batches is not None and batches < 1:
         raise ConfigError(f"--batches {batches}: expected an integer >= 1")
     loaded = checkpoint.load(path)
@@ -34,28 +37,60 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, batches: int | Non
     use_machine(config.threads, config.kernels)
     data = config.project(DataFields)
     inputs = open_inputs(data, seed=config.seed, corpus=config.out_dir / "corpus")
-    all_given = bool(given.keys() & {"token_file", "token_dir"})
-    source = inputs.training if all_given else inputs.validation
-    if source is None:
-        raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
-    found = trainer.evaluate(Held(source, stream_spec(data, config.seed), batches))
+    source, called = _part(inputs, data, split, all_given=bool(given.keys() & {"token_file", "token_dir"}))
+    held = Held(source, stream_spec(data, config.seed), batches)
+    found = trainer.evaluate(held)
     if not found.targets:
         raise UserError("the batches to evaluate hold no target")
-    figures: dict[str, str | int | float | None] = {
-        "data": str(config.token_file or config.token_dir) if all_given else "held out by the run",
+    figures: dict[str, Any] = {
+        "data": called,
         "loss": found.loss,
         "nll": found.nll,
         "accuracy": found.accuracy,
         "majority_accuracy": found.majority,
         "perplexity": found.perplexity,
+        "bits_per_byte": bits_per_byte(found.nll, source.info.bytes_per_token),
         "targets": found.targets,
         "step": trainer.global_step,
     }
+    judged = judge(trainer.model, held, source.info, inputs.training)
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps({**figures, **judged.lines()}))
     else:
-        Console().header({name: _shown(value) for name, value in figures.items() if value is not None})
+        _show(figures, judged)
     return 0
+
+
+def _part(inputs: Inputs, data: DataFields, split: str, all_given: bool) -> tuple[Source, str]:
+    """The part of the data to judge on, and what it is called."""
+    if all_given:
+        return inputs.training, str(data.token_file or data.token_dir)
+    if split == "valid":
+        if inputs.validation is None:
+            raise ConfigError("the run has no validation tokens: give some with --token-file or --token-dir")
+        return inputs.validation, "held out by the run"
+    if data.data is None:
+        raise ConfigError(f"--split {split}: the run has no prepared folder, whose parts have names")
+    return open_prepared(data.data).part(split), f"{split} part of {data.data}"
+
+
+def _show(figures: Mapping[str, Any], judged: Judgement) -> None:
+    console = Console()
+    console.header({name: _shown(value) for name, value in figures.items() if value is not None})
+    if judged.ranking:
+        rows = {"model": judged.ranking["figures"], **judged.ranking.get("baselines", {})}
+        names = list(judged.ranking["figures"])
+        console.table(("", *names), [(who, *(each.get(name, 0.0) for name in names)) for who, each in rows.items()])
+    if judged.classification:
+        console.table(("class", "precision", "recall", "F1", "sequences"), per_class(**judged.classification))
+        names = judged.classification["classes"]
+        if len(names) <= SHOWN_CLASSES:
+            rows_of = zip(names, judged.classification["confusion"], strict=True)
+            console.table(("true \\ predicted", *names), [(name, *row) for name, row in rows_of])
+
+
+# A larger confusion matrix does not fit a terminal; --json has it whole.
+SHOWN_CLASSES = 16
 
 
 def _refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
@@ -81,11 +116,11 @@ def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model
     base["out_dir"] = path.parent  # where the default corpus lies, also if the run's folder was moved
     if given_tokens:
         base |= dict.fromkeys(("token_file", "token_dir", "val_token_file", "val_token_dir"))
-        base |= {"label_file": None, "val_label_file": None, "val_ratio": 0.0}
+        base |= {"data": None, "label_file": None, "val_label_file": None, "val_ratio": 0.0}
     config = RunConfig.recorded({**base, **given, "vocab_size": model.vocab_size})
-    if model.n_class is not None and not config.label_file:
+    if model.n_class is not None and not config.label_file and not config.data:
         raise ConfigError(f"the model tells {model.classes} classes apart: give their labels with --label-file")
-    return config.replace(n_class=model.classes if config.label_file else None)
+    return config.replace(n_class=model.classes if config.label_file or model.n_class is not None else None)
 
 
 def _shown(value: float | int | str) -> str:

@@ -42,6 +42,13 @@ THE_CHECKPOINTS = "the checkpoint's"
 
 def _configure_eval(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("field:data", nargs="?", type=Path, metavar="DATA", help="prepared folder [the run's own]")
+    parser.add_argument(
+        "--split",
+        choices=("valid", "test", "train"),
+        default="valid",
+        help="part of the prepared folder [%(default)s: what the run held out]",
+    )
     parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS), of_checkpoint=THE_CHECKPOINTS)
@@ -52,7 +59,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from protomamba.cli.commands import evaluate_command
 
     given = given_fields(arguments)
-    return evaluate_command(arguments.checkpoint, given, batches=arguments.batches, as_json=arguments.json)
+    return evaluate_command(
+        arguments.checkpoint, given, split=arguments.split, batches=arguments.batches, as_json=arguments.json
+    )
 
 
 def _configure_generate(parser: Parser) -> None:

@@ -8,11 +8,13 @@ order models differently from those over all items (Krichene and Rendle 2020), s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from protomamba.model.heads.base import Head, valid_positions
+from protomamba.model.heads.many import MANY, class_blocks
 
 CUTS = (1, 5, 10)
 
@@ -31,9 +33,31 @@ def ranks(scores_TV: Tensor, targets_T: Tensor, reserved: Sequence[int] = ()) ->
 def ranks_of_targets(head: Head, z_BLD: Tensor, targets_BL: Tensor, reserved: Sequence[int] = ()) -> Tensor:
     """`ranks` of the targets >= 0, in order, by the head's scores. In blocks: B L V is never kept."""
     z_TD, targets_T = valid_positions(z_BLD, targets_BL)
+    if head.classes >= MANY and len(z_TD) and head.class_scores(z_TD[:1], 0, 1) is not None:
+        return _ranks_by_classes(head, z_TD, targets_T, reserved)
     blocks = zip(head.blocks(z_TD), head.blocks(targets_T), strict=True)
     found = [ranks(head.scores(z_RD), targets_R, reserved) for z_RD, targets_R in blocks]
     return torch.cat(found) if found else targets_T
+
+
+def _ranks_by_classes(head: Head, z_TD: Tensor, targets_T: Tensor, reserved: Sequence[int]) -> Tensor:
+    """`ranks` over very many classes, in two passes over blocks of them: each target's own score, then those above it.
+
+    Both passes take a score from the same product, so that a class never outranks itself by rounding.
+    """
+    own_T, better_T = torch.full((len(z_TD),), float("nan")), torch.zeros(len(z_TD), dtype=torch.int64)
+    for start, stop in class_blocks(len(z_TD), head.classes):
+        inside_T = (targets_T >= start) & (targets_T < stop)
+        scores_TC = cast(Tensor, head.class_scores(z_TD, start, stop))
+        own_T[inside_T] = scores_TC[inside_T, targets_T[inside_T] - start].float()
+    left_out = torch.tensor(list(reserved), dtype=torch.int64)
+    for start, stop in class_blocks(len(z_TD), head.classes):
+        at_least_TC = ~(cast(Tensor, head.class_scores(z_TD, start, stop)) < own_T[:, None])
+        at_least_TC[:, left_out[(left_out >= start) & (left_out < stop)] - start] = False
+        inside_T = (targets_T >= start) & (targets_T < stop)
+        at_least_TC[inside_T, targets_T[inside_T] - start] = True
+        better_T += at_least_TC.sum(1)
+    return better_T
 
 
 def ranking_figures(ranks_T: Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
