@@ -43,3 +43,16 @@ def test_targets_are_ranked_in_blocks_as_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(base, "BLOCK_SCORES", 22)
     assert torch.equal(ranks_of_targets(head, z, targets, reserved=(0, 1)), expected)
     assert len(ranks_of_targets(head, z, torch.full_like(targets, -100))) == 0
+
+
+def test_ranks_over_very_many_classes_are_those_over_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    head = SoftmaxHead(ModelConfig(vocab_size=37, d_model=6))
+    with torch.no_grad():
+        head.weight[5] = head.weight[9]  # two classes with equal scores
+    z_BLD, targets_BL = torch.randn(4, 9, 6), torch.randint(-1, 37, (4, 9))
+    targets_BL[0, :2] = torch.tensor([5, 9])
+    few = ranks_of_targets(head, z_BLD, targets_BL, reserved=(0, 1))
+    monkeypatch.setattr("protomamba.model.heads.ranking.MANY", 10)
+    monkeypatch.setattr("protomamba.model.heads.many.BLOCK_SCORES", 200)
+    assert torch.equal(ranks_of_targets(head, z_BLD, targets_BL, reserved=(0, 1)), few)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from protomamba.data.baselines import Baselines
 from protomamba.data.sequences import SequenceSet
@@ -89,10 +88,8 @@ def per_class(classes: list[str], confusion: list[list[int]]) -> list[tuple[str,
     hits, given, there = table.diagonal(), table.sum(0), table.sum(1)
     precision, recall = hits / given.clamp_min(1), hits / there.clamp_min(1)
     f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-300)
-    columns: list[Tensor] = [precision, recall, f1, there]
-    return [
-        (name, *(float(column[row]) for column in columns[:3]), int(there[row])) for row, name in enumerate(classes)
-    ]
+    rows = zip(classes, precision.tolist(), recall.tolist(), f1.tolist(), there.long().tolist(), strict=True)
+    return list(rows)
 
 
 def bits_per_byte(nll: float | None, bytes_per_token: float | None) -> float | None:

@@ -53,9 +53,9 @@ def _ranks_by_classes(head: Head, z_TD: Tensor, targets_T: Tensor, reserved: Seq
     left_out = torch.tensor(list(reserved), dtype=torch.int64)
     for start, stop in class_blocks(len(z_TD), head.classes):
         at_least_TC = ~(cast(Tensor, head.class_scores(z_TD, start, stop)) < own_T[:, None])
-        at_least_TC[:, left_out[(left_out >= start) & (left_out < stop)] - start] = False
         inside_T = (targets_T >= start) & (targets_T < stop)
         at_least_TC[inside_T, targets_T[inside_T] - start] = True
+        at_least_TC[:, left_out[(left_out >= start) & (left_out < stop)] - start] = False
         better_T += at_least_TC.sum(1)
     return better_T
 
