@@ -76,6 +76,28 @@ def test_the_own_floor_is_the_same_products_by_the_blocks_functions(monkeypatch:
     assert sorted(called) == sorted(expected)
 
 
+def test_the_own_floor_holds_the_heads_products_over_its_sample() -> None:
+    product = floor.head_product(TINY, sampled=50)
+    assert [tuple(x.shape) for x in product] == [(32, 32), (50, 32), (32, 50)]
+    assert floor.head_product(replace(TINY, classes=9_000), sampled=5_000).w_OI.shape[0] == floor.MOST_CLASSES
+    assert floor.head_product(replace(TINY, classes=7), sampled=50).w_OI.shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "vendor", "row"),
+    [
+        ("fma amx_bf16", "GenuineIntel", "AMX"),
+        ("avx512f", "AuthenticAMD", "Zen 4 and 5"),
+        ("avx2", "AuthenticAMD", "none"),
+    ],
+)
+def test_the_targets_that_apply_go_by_the_cpu(
+    flags: str, vendor: str, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_cpuinfo", {"flags": flags, "vendor_id": vendor}.__getitem__)
+    assert report.target_row().startswith(row)
+
+
 def test_turns_are_taken_in_rotation_and_ratios_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = [0.0], []
 
@@ -187,7 +209,7 @@ class Event:
 
 
 def test_products_belong_to_the_blocks_or_to_the_head() -> None:
-    block = Event("_BlockBackward", Event("step"))
+    block = Event("BlockNodeBackward", Event("step"))
     assert step.part_of(Event("aten::mm", block)) == "matrix products"
     assert step.part_of(Event("aten::mm", Event("step"))) == "head"
     assert step.part_of(Event("aten::empty", Event("native scan_forward", block))) == "scan"

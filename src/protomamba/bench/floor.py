@@ -2,7 +2,8 @@
 x_proj, dt_proj, out_proj), forward and both backward ones, on dense tensors of the step's shapes.
 
 Once as anybody would write them with torch (F.linear and mm), once through `kernels.matmul`, which takes the faster of
-torch's two BLAS libraries: where the two floors differ, a step may well be below the first one.
+torch's two BLAS libraries: where the two floors differ, a step may well be below the first one. The second holds the
+head's three products too, over as many classes as its sample has.
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ def products(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Product]:
         for _ in range(shape.layers)
         for n_in, n_out in layers
     ]
+
+
+MOST_CLASSES = 1_024
+
+
+def head_product(shape: Shape, sampled: int, dtype: torch.dtype = torch.float32) -> Product:
+    """The head's: features against the classes that a step looks at, at most MOST_CLASSES."""
+    classes = min(sampled, MOST_CLASSES, shape.vocab_size)
+    sizes = (shape.tokens, shape.d_model), (classes, shape.d_model), (shape.tokens, classes)
+    return Product(*(torch.randn(size).to(dtype) for size in sizes))
 
 
 def torch_floor(layers: list[Product]) -> Callable[[], None]:

@@ -33,16 +33,27 @@ def facts(command: str) -> dict[str, str]:
     """What the numbers were made with. The load average tells how much else the machine was doing."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     machine = {"cpu": _cpu_model(), "cores": str(os.cpu_count()), "load average": load}
+    machine["targets"] = target_row()
     return {"command": command, "date": date.today().isoformat(), **machine, **kernels.describe()}
 
 
+def target_row() -> str:
+    """Which of the figures to reach are meant for this CPU: those of AMX, of Zen 4 and 5, or none."""
+    flags = _cpuinfo("flags").split()
+    if "amx_bf16" in flags:
+        return "AMX"
+    return "Zen 4 and 5" if _cpuinfo("vendor_id") == "AuthenticAMD" and "avx512f" in flags else "none for this CPU"
+
+
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """A field of the first CPU in Linux's list; empty where there is none."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def shown(value: Any) -> str:

@@ -30,9 +30,11 @@ STEP_NOTES = (
     "A column is one shape: rows x tokens, width, layers; V = 8192, hpn head. Ratios are medians over rounds, formed "
     "within a round, with the smallest and largest. The floor is the matrix products of the blocks, forward and both "
     "backward ones, by plain torch in float32; the own floor is the same products in the step's precision on the "
-    "faster of torch's two BLAS libraries, which the blocks use: where torch's own choice is slow, a step can be below "
-    "the floor. A whole step clips (every time), updates with AdamW and checks everything for NaN. A forward-only step "
-    "moves D by local updates. Parts are shares of a profile of the same step (protomamba.bench.step).",
+    "faster of torch's two BLAS libraries, which the blocks use, and the head's three over as many classes as its "
+    "sample has, at most 1,024; the own floor of the blocks is without these. Where torch's own choice is slow, a step "
+    "can be below the floor. Tokens and targets have the frequencies of text (Zipf). A whole step clips (every time), "
+    "updates with AdamW and checks everything for NaN. A forward-only step moves D by local updates. Parts are shares "
+    "of a profile of the same step (protomamba.bench.step).",
     "reference / native: a step of one layer on rows of at most 64 tokens: the reference walks them in Python.",
 )
 THREAD_NOTES = (
