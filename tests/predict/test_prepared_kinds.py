@@ -178,3 +178,75 @@ def test_the_names_are_tensors_of_the_checkpoint_and_survive_a_resume(events: Pa
     assert run("train", *resume, *TINY[-4:]) == 0
     more = checkpoint.load(tmp_path / "more" / "latest.safetensors")
     assert Vocabulary.from_state(more.parts["vocabulary"]).identity == model_of(events)[1].identity
+
+
+def labelled(path: Path, rows: list[str], header: str) -> Path:
+    path.write_text(header + "\n" + "\n".join(rows) + "\n")
+    return path
+
+
+def train_labels(folder: Path, source: Path, *columns: object, channels: int = 0) -> Path:
+    assert run("prepare", "labels", source, "--out-dir", folder / "data", *columns) == 0
+    vector = ("--input", "vector", "--input-option", f"channels={channels}") if channels else ()
+    assert run("train", folder / "data", "--out-dir", folder / "run", *TINY, *vector) == 0
+    return folder / "run" / "latest.safetensors"
+
+
+def test_labelled_texts_get_the_names_of_their_classes(tmp_path: Path) -> None:
+    texts = [f"{'good' if i % 2 else 'bad'} thing {i}" for i in range(20)]
+    rows = [f"{'ham' if i % 2 else 'spam'},m{i},{text}" for i, text in enumerate(texts)]
+    source = labelled(tmp_path / "mail.csv", rows, "kind,id,body")
+    model = train_labels(tmp_path, source, "--label", "kind", "--text", "body")
+    assert run("predict", model, source, "--out", tmp_path / "o.jsonl") == 0
+    own = Predictor.from_checkpoint(model).class_probabilities([list(text.encode()) for text in texts])
+    for i, (line, chances) in enumerate(zip(lines(tmp_path / "o.jsonl"), own, strict=True)):
+        assert line["id"] == f"m{i}" and set(line["probabilities"]) == {"ham", "spam"}
+        assert list(line["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-4)
+        assert line["class"] == ["ham", "spam"][int(chances.argmax())]
+
+
+def test_labelled_tokens_are_read_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{'up' if i % 2 else 'down'},a{i % 3} b{i % 2} a1,r{i}" for i in range(20)]
+    source = labelled(tmp_path / "in.csv", rows, "y,steps,id")
+    model = train_labels(tmp_path, source, "--label", "y", "--tokens", "steps")
+    labelled(tmp_path / "new.csv", ["q,a1 b0 zz"], "id,steps")
+    assert run("predict", model, tmp_path / "new.csv", "--out", tmp_path / "o.jsonl") == 0
+    assert "1 items are unknown" in capsys.readouterr().err
+    (line,) = lines(tmp_path / "o.jsonl")
+    vocabulary = Vocabulary.from_state(checkpoint.load(model).parts["vocabulary"])
+    (own,) = Predictor.from_checkpoint(model).class_probabilities([[*vocabulary.encode(["a1", "b0"]).tolist(), 1]])
+    assert line["id"] == "q" and line["probabilities"]["down"] == pytest.approx(float(own[0]), rel=1e-4)
+
+
+def test_labelled_values_are_scaled_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{i % 2},{i},{i % 2 + 5},{'' if i == 3 else i}" for i in range(20)]
+    source = labelled(tmp_path / "in.csv", rows, "y,v1,v2,v3")
+    model = train_labels(tmp_path, source, "--label", "y", "--values", "v*", channels=1)
+    assert run("predict", model, source, "--out", tmp_path / "o.jsonl") == 0
+    recipe = checkpoint.load(model).config["data"]["recipe"]
+    (mean,), (std,) = recipe["mean"], recipe["std"]
+    steps = [[i, i % 2 + 5, i] for i in range(20)]
+    arrays = [((np.array(each)[:, None] - mean) / std).astype(np.float32) for each in steps]
+    arrays[3] = arrays[3][:2]  # nothing is known at its end
+    own = list(Predictor.from_checkpoint(model).class_probabilities(arrays))
+    for line, chances in zip(lines(tmp_path / "o.jsonl"), own, strict=True):
+        assert list(line["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-4)
+    labelled(tmp_path / "bad.csv", ["1,2,3", "1,x,3"], "v1,v2,v3")
+    assert run("predict", model, tmp_path / "bad.csv", "--out", tmp_path / "b.jsonl") == 1
+    assert "row 2: column v2: expected a number, found 'x'" in capsys.readouterr().err
+
+
+def test_series_of_ts_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = "@problemName p\n@timeStamps false\n@classLabel true a b\n@data\n"
+    cases = [f"{i},{i % 2},3:{i % 2 + 1},?:{'ab'[i % 2]}" for i in range(20)]
+    (tmp_path / "in.ts").write_text(head + "\n".join(cases) + "\n")
+    model = train_labels(tmp_path, tmp_path / "in.ts", channels=2)
+    assert run("predict", model, tmp_path / "in.ts", "--out", tmp_path / "o.csv") == 0
+    assert (tmp_path / "o.csv").read_text().startswith("row,class,probability,probability_a,probability_b\n5,")
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 21
+    labelled(tmp_path / "wide.csv", ["1"], "v1")
+    assert run("predict", model, tmp_path / "wide.csv", "--out", tmp_path / "w.jsonl") == 1
+    assert "takes its series as .ts or .npz" in capsys.readouterr().err
+    (tmp_path / "one.ts").write_text(head + "1,2:a\n")
+    assert run("predict", model, tmp_path / "one.ts", "--out", tmp_path / "n.jsonl") == 1
+    assert "expected 2 channels of values, found 1 channels" in capsys.readouterr().err

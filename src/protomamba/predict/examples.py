@@ -57,6 +57,7 @@ class ExampleReader:
 
     vocab_size: tokens must be below it. tokenizer: makes tokens of text, vocabulary of names; None where rows hold
     tokens. start: a token put before each sequence (the end of a document before a text, the boundary before events).
+    channels: of a model of measured values, None for one of tokens. label_column: never taken for the row's name.
     `unknown` counts items that have no token.
     """
 
@@ -68,6 +69,8 @@ class ExampleReader:
     key_column: str | None = None
     skip_bad: bool = False
     vocabulary: Vocabulary | None = None
+    channels: int | None = None
+    label_column: str | None = None
     columns: Columns | None = None
     skipped: list[Skipped] = field(default_factory=list)
     unknown: int = 0
@@ -87,7 +90,8 @@ class ExampleReader:
         if row.error:
             raise _BadRowError(row.error)
         if self.columns is None:
-            self.columns = choose_columns(self.source, row.fields, self.sequence_column, self.key_column)
+            given = self.sequence_column, self.key_column
+            self.columns = choose_columns(self.source, row.fields, *given, label=self.label_column)
         columns = self.columns
         for name in (columns.sequence, columns.key):
             if name is not None and row.fields.get(name) is None:
@@ -100,13 +104,14 @@ class ExampleReader:
         if self.tokenizer is not None and isinstance(value, str | bytes):
             sequence, raw_bytes = self._tokenized(self.tokenizer, value, column)
         elif self.vocabulary is not None and isinstance(value, list | str):
-            sequence = self.vocabulary.encode(value.split() if isinstance(value, str) else value)
+            names = value.replace(",", " ").split() if isinstance(value, str) else value
+            sequence = self.vocabulary.encode(names)
         else:
             sequence = _numbers(value, column)
         self.unknown += int((sequence == UNKNOWN).sum()) if self.vocabulary is not None else 0
         if self.start is not None and sequence.ndim == 1:
             sequence = np.concatenate(([self.start], sequence))
-        wrong = wrong_step(sequence, self.vocab_size)
+        wrong = wrong_step(sequence, self.vocab_size, self.channels)
         if wrong:
             raise _BadRowError(wrong if column == LINE else f"column {column}: {wrong}")
         return Example(key, sequence, raw_bytes)
@@ -155,14 +160,17 @@ def _is_token(part: Any) -> bool:
         return False
 
 
-def choose_columns(source: str, fields: dict[str, Any], sequence: str | None, key: str | None) -> Columns:
+def choose_columns(
+    source: str, fields: dict[str, Any], sequence: str | None, key: str | None, label: str | None = None
+) -> Columns:
     """The columns as given, or else found: a usual name, the only list, the only column. UserError where that fails."""
     names = list(fields)
     for given, flag in ((sequence, "--sequence-column"), (key, "--key-column")):
         if given is not None and given not in names:
             raise UserError(f"{source}: {flag} {given}: there is no such column; found {', '.join(names)}")
     sequence = sequence or _find_sequence(source, fields, key)
-    others = [name for name in names if name != sequence and not isinstance(fields[name], list | dict)]
+    plain = [name for name in names if not isinstance(fields[name], list | dict | np.ndarray)]
+    others = [name for name in plain if name not in (sequence, label)]
     return Columns(sequence, key or (others[0] if others else None))
 
 

@@ -22,7 +22,8 @@ from protomamba.predict.events import EventFlags, event_columns, event_rows
 from protomamba.predict.examples import Columns, Example, ExampleReader, Skipped
 from protomamba.predict.output import Encode, Lines, csv_header, encode_csv, encode_json, lines_path, write_parquet
 from protomamba.predict.predictor import Predictor
-from protomamba.predict.rows import Row, read_rows
+from protomamba.predict.rows import LINE, Row, read_rows
+from protomamba.predict.series import is_series, series_rows, wide_rows
 from protomamba.storage import commit
 
 
@@ -129,16 +130,34 @@ def predict_file(path: Path, job: Job) -> Summary:
 
 def _rows(job: Job, facts: Known, reader: ExampleReader, scratch: Path) -> Iterator[Row]:
     """The rows of the input; of a table of events one for each group, under the columns that it was trained on."""
-    rows = read_rows(job.source)
+    rows = iter(()) if is_series(job.source) else read_rows(job.source)
     first = next(rows, None)
     flags = EventFlags(job.key_column, job.sequence_column, job.order_column)
     columns = event_columns(first, flags, facts.recipe)
     if columns is not None:
         reader.columns = Columns(columns.item, columns.group)
         return event_rows(job.source, columns, facts.vocabulary, scratch)
+    if facts.recipe.get("kind") == "labels" and is_series(job.source):
+        return series_rows(job.source, facts.recipe)
     if job.order_column is not None:
         raise ConfigError(f"--order {job.order_column}: orders a table of events, a row each: needs --group and --item")
-    return itertools.chain([first] if first else [], rows)
+    trained_on = facts.recipe.get("text") or facts.recipe.get("tokens")
+    if reader.sequence_column is None and first is not None and trained_on in first.fields:
+        reader.sequence_column = trained_on
+    rows = itertools.chain([first] if first else [], rows)
+    if facts.recipe.get("kind") == "labels" and facts.recipe.get("mean"):
+        reader.sequence_column = LINE
+        return wide_rows(rows, job.source, _step_columns(facts.recipe), facts.recipe)
+    return rows
+
+
+def _step_columns(recipe: Mapping[str, Any]) -> Sequence[str]:
+    """The columns that are a step each. UserError where a row of the training's tables was a step."""
+    if recipe.get("group") or not recipe.get("values"):
+        raise UserError(
+            "the model was trained on tables with a row a step, or on series: predict takes its series as .ts or .npz"
+        )
+    return list(recipe["values"])
 
 
 def _list_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
@@ -159,6 +178,8 @@ def _reader(job: Job, predictor: Predictor, facts: Known) -> ExampleReader:
         job.key_column,
         job.skip_bad,
         facts.vocabulary,
+        predictor.channels,
+        facts.recipe.get("label"),
     )
 
 

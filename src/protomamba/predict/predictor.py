@@ -15,6 +15,7 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.errors import ConfigError
+from protomamba.model.inputs import VectorInput
 from protomamba.model.pretrained import build_model
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.predict.batching import Array, run, windows
@@ -58,6 +59,12 @@ class Predictor:
         self.model = model.eval()
         self.reserved = sorted(reserved)
 
+    @property
+    def channels(self) -> int | None:
+        """Values of a step; None for a model of tokens."""
+        part = self.model.embedding
+        return part.options.channels if isinstance(part, VectorInput) else None
+
     @classmethod
     def from_checkpoint(cls, path: str | Path, reserved: Collection[int] = ()) -> Predictor:
         """The model of a checkpoint. UserError if it is damaged."""
@@ -93,7 +100,7 @@ class Predictor:
     def _checked(self, sequences: Sequences) -> Iterator[Array]:
         for number, sequence in enumerate(sequences):
             array = sequence if isinstance(sequence, np.ndarray) else np.asarray(sequence, dtype=np.int64)
-            wrong = wrong_step(array, self.model.config.vocab_size)
+            wrong = wrong_step(array, self.model.config.vocab_size, self.channels)
             if wrong:
                 raise ConfigError(f"sequence {number}: {wrong}")
             yield array
@@ -171,11 +178,16 @@ def _likelihood(logs_L: npt.NDArray[np.float64], judged_L: npt.NDArray[np.bool_]
     return Likelihood(float(logs_L.sum()), int(judged_L.sum()), tokens)
 
 
-def wrong_step(sequence: Array, vocab_size: int) -> str | None:
-    """What is wrong with a sequence for a model of so many tokens, or None."""
+def wrong_step(sequence: Array, vocab_size: int, channels: int | None = None) -> str | None:
+    """What is wrong with a sequence for a model of so many tokens (or, with channels, of values), or None."""
     if not len(sequence):
         return "expected at least one step, found none"
-    if sequence.ndim == 1:
+    if channels is not None and sequence.shape[1:] != (channels,):
+        found = f"{sequence.shape[1]} channels" if sequence.ndim == 2 else "tokens"
+        return f"expected {channels} channels of values, found {found}"
+    if channels is None and sequence.ndim != 1:
+        return f"expected tokens, found {sequence.ndim} dimensions"
+    if channels is None:
         if not np.issubdtype(sequence.dtype, np.integer):
             return f"expected integers, found {sequence.dtype}"
         wrong = np.flatnonzero((sequence < 0) | (sequence >= vocab_size))
