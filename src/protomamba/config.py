@@ -223,6 +223,12 @@ class TrainFields(Schema):
         description="groups of rows whose gradients are added in one fixed order on any number of ranks; auto = one a "
         "rank at the start",
     )
+    sync_every: int | None = Field(
+        None,
+        ge=1,
+        description="for slow links: each gradient shard is a worker that trains alone for so many steps, then their "
+        "mean moves all of them (DiLoCo); auto = they share every step",
+    )
     grad_clip_norm: float = Field(1.0, ge=0, description="global gradient norm to clip to (0 = off)")
     fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
     ff_lr: float = Field(0.0, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")

@@ -11,27 +11,27 @@ from torch import Tensor, nn
 
 from protomamba import ModelConfig
 from protomamba.errors import UserError
-from protomamba.model.mixers.base import Layer, State
+from protomamba.model.mixers.base import ForwardContext, Mixer, MixerOutput
 
 
-class Faulty(Layer):
+class Faulty(Mixer):
     """x W with half of it dropped. FAULT=KIND:RANK:N does KIND at training pass N of that rank, before any restart.
 
     FAULT=kills:SEED:N kills a random rank at a random pass, at the start and again after each of N - 1 restarts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.weight = nn.Parameter(torch.eye(config.d_model) * 0.1)
         self.passes = 0
 
-    def forward(self, x_BLD: Tensor, state: State | None, reset_BL: Tensor | None) -> tuple[Tensor, State]:
+    def forward(self, x_BLD: Tensor, ctx: ForwardContext | None = None) -> MixerOutput:
         y_BLD = x_BLD @ self.weight
         if self.training and torch.is_grad_enabled():
             self.passes += 1
             y_BLD = y_BLD * (torch.rand_like(y_BLD) < 0.5)
             self._fail_if_due()
-        return y_BLD, ()
+        return MixerOutput(y_BLD, ())
 
     def _fail_if_due(self) -> None:
         kind, rank, number = os.environ.get("FAULT", "none:0:0").split(":")

@@ -12,7 +12,7 @@ from typing import Any
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
-from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling
+from protomamba.config import DataFields, ModelConfig, RunConfig, Sampling, TrainConfig
 from protomamba.data.prepared import open_prepared
 from protomamba.data.source import Source
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
@@ -23,7 +23,7 @@ from protomamba.train.build import load_named_code, use_machine
 from protomamba.train.callbacks.console import Console
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.judging import Judgement, bits_per_byte, judge, per_class
-from protomamba.train.trainer import Trainer
+from protomamba.train.outer import trainer_class
 
 
 def evaluate_command(path: Path, given: Mapping[str, Any], *, split: str, batches: int | None, as_json: bool) -> int:
@@ -32,7 +32,7 @@ def evaluate_command(path: Path, given: Mapping[str, Any], *, split: str, batche
         raise ConfigError(f"--batches {batches}: expected an integer >= 1")
     loaded = checkpoint.load(path)
     _refuse_other_code(loaded, RunConfig(**given))
-    trainer = Trainer.from_checkpoint(loaded)
+    trainer = trainer_class(TrainConfig.recorded(loaded.config["train"])).from_checkpoint(loaded)
     config = _data_config(path, loaded, given, trainer.model.config)
     use_machine(config.threads, config.kernels)
     data = config.project(DataFields)

@@ -41,6 +41,7 @@ from protomamba.train.initial_weights import (
     refuse_other_kinds,
 )
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
+from protomamba.train.outer import trainer_class
 from protomamba.train.resume import Resumed, run_folder
 from protomamba.train.run import Run
 from protomamba.train.run_header import default_notes, header, idle_flags
@@ -186,7 +187,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     spec = stream_spec(config.project(DataFields), config.seed)
     stream = inputs.training.stream(spec)
     if resumed:
-        trainer, notes = Trainer.from_checkpoint(resumed.found.checkpoint, comm), list[str]()
+        trainer, notes = trainer_class(config).from_checkpoint(resumed.found.checkpoint, comm), list[str]()
     else:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
         tell_frequencies(trainer.model.head, inputs.training, spec)
@@ -290,8 +291,8 @@ def fresh_trainer(
             origins = model.grow(config.final_layers, config.placement, config.seed + 1, config.layers)
     with _naming_the_default(config, "freeze", "none"):
         model.freeze(config.freeze, config.freeze_embedding)
-    trainer = Trainer(model, config.project(TrainConfig), comm)
-    if moments and config.final_layers != config.base_layers:
+    trainer = trainer_class(config)(model, config.project(TrainConfig), comm)
+    if moments and not config.sync_every and config.final_layers != config.base_layers:
         trainer.load_slots(renamed_layers(moments, origins))
         notes.append("the old layers keep their optimizer moments; the new ones start with none")
     return trainer, notes

@@ -21,7 +21,7 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm_layout import Piece
 from protomamba.train.comm_mesh import Alone, Gloo, Mesh
 from protomamba.train.comm_reduce import GradientSum, Plan
-from protomamba.train.comm_state import State, collect, cut, owned_parameters, rows
+from protomamba.train.comm_state import State, bring, collect, cut, owned_parameters, rows
 from protomamba.train.comm_tree import fold, share
 from protomamba.train.comm_weights import spread
 
@@ -133,6 +133,10 @@ class Comm:
     def collect(self, state: State, everywhere: bool = False) -> State:
         """The optimizer's state by whole parameters, from every rank's parts: on rank 0 alone, or everywhere."""
         return collect(self._plan, self.mesh, state, everywhere)
+
+    def bring(self, state: State) -> State:
+        """What every rank holds, each entry by a name of its own, together on rank 0."""
+        return bring(self.mesh, state)
 
     def cut(self, state: Mapping[str, Mapping[str, Tensor]]) -> State:
         """What of the optimizer's state by whole parameters belongs to this rank's parts."""

@@ -68,6 +68,15 @@ def collect(plan: Plan, mesh: Mesh, state: State, everywhere: bool) -> State:
     }
 
 
+def bring(mesh: Mesh, state: State) -> State:
+    """What every rank holds, in the order of the ranks, on rank 0; nothing on the others."""
+    if mesh.world == 1:
+        return state
+    told = [json.loads(bytes(each.tolist())) for each in mesh.swap(_contents(state))]
+    parts = mesh.run(lambda: _exchange(mesh, state, told, range(1)))
+    return {name: slots for part in parts for name, slots in part.items()} if mesh.rank == 0 else {}
+
+
 def _joined(tensors: list[Tensor]) -> Tensor:
     """Pieces in the order of the ranks, which is that of the rows; a count is the same in each."""
     return torch.cat(tensors) if len(tensors) > 1 and tensors[0].ndim else tensors[0]

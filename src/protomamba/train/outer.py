@@ -1,0 +1,153 @@
+"""Slow links: workers that train alone for some steps and then meet (DiLoCo, Douillard et al. 2023, arXiv 2311.08105).
+
+Each gradient shard is a worker with weights and moments of its own, which takes `sync_every` steps on its rows alone.
+Then the mean of (weights at the last meeting - the worker's weights) is the gradient of one Nesterov step, rate 0.7 and
+momentum 0.9, from the weights of the last meeting; all workers go on from the result and keep their moments.
+
+    g = mean over workers of (w - w_k)      m <- 0.9 m + g      w <- w - 0.7 (g + 0.9 m)      w_k <- w
+
+What comes out depends on the number of workers, and never on the number of ranks that share them out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from protomamba.checkpoint import file as checkpoint
+from protomamba.config import TrainConfig, TrainFields
+from protomamba.errors import UserError
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.comm import Comm, Local
+from protomamba.train.comm_tree import share
+from protomamba.train.optim import Optimizer, OptimizerBase, decays
+from protomamba.train.passes import MicroBatch, key, rows_of
+from protomamba.train.row_sparse import RowTables
+from protomamba.train.trainer import StepStats, Trainer
+
+OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
+_COPIED = ("schedule_start", "schedule_steps")
+
+
+class Nesterov(OptimizerBase):
+    """The outer optimizer: SGD with Nesterov's momentum on what the workers have moved."""
+
+    slots: ClassVar[tuple[str, ...]] = ("momentum",)
+    elementwise = True
+
+    @torch.no_grad()
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        for name, parameter in self.named.items():
+            if parameter.grad is None:
+                continue
+            moved = parameter.grad * scale
+            slots = self._state.setdefault(name, {"momentum": torch.zeros_like(parameter)})
+            slots["momentum"].mul_(OUTER_MOMENTUM).add_(moved)
+            parameter.sub_(moved.add_(slots["momentum"], alpha=OUTER_MOMENTUM), alpha=lr)
+
+
+class OuterTrainer(Trainer):
+    """A Trainer whose gradient shards train alone between the meetings; `model` is the one of the last meeting."""
+
+    def __init__(self, model: SequenceModel, config: TrainConfig | None = None, comm: Comm | None = None) -> None:
+        super().__init__(model, config, comm)
+        alone = self.config.project(TrainConfig, grad_shards=1, sync_every=None, sparse_rows=False)
+        own = share(self.grad_shards, self.comm.world, self.comm.rank)
+        self.workers = {worker: Trainer(copy.deepcopy(model), alone, Local()) for worker in own}
+
+    def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
+        named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return Nesterov(self.comm.lay(named), None), RowTables({}, None, decays)
+
+    def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
+        self.comm.shards(self.grad_shards)
+        told = [self._work(worker, batches) for worker in self.workers]
+        loss, targets, square, skipped = self.comm.sums(torch.tensor(told, dtype=torch.float64)).tolist()
+        self.global_step += 1
+        self.tokens_seen += sum(targets_BL.numel() for _, targets_BL, _ in batches)
+        self.skipped_total += int(skipped)
+        if self.global_step % (self.config.sync_every or 1) == 0 or self.global_step == self.target_step:
+            self._meet()
+        return StepStats(
+            step=self.global_step,
+            loss=loss / max(1.0, targets),
+            lr=self._last.lr,
+            tokens=sum(targets_BL.numel() for _, targets_BL, _ in batches),
+            bp_applied=self._last.bp_applied,
+            grad_norm=math.sqrt(square / self.grad_shards) if self._last.bp_applied else None,
+            skipped_update=bool(skipped),
+        )
+
+    def _work(self, worker: int, batches: Sequence[MicroBatch]) -> tuple[float, float, float, float]:
+        """One step of a worker: its loss times its targets, its targets, its norm squared, whether it was skipped."""
+        trainer = self.workers[worker]
+        for name in _COPIED:
+            setattr(trainer, name, getattr(self, name))
+        part = [rows_of(batch, worker, self.grad_shards) for batch in batches]
+        targets = sum(int((targets_BL >= 0).sum()) for _, targets_BL, _ in part)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(self.config.seed, self.global_step, worker))
+            self._last = trainer.train_step(*part)
+        norm = self._last.grad_norm or 0.0
+        return self._last.loss * targets, float(targets), norm * norm, float(self._last.skipped_update)
+
+    @torch.no_grad()
+    def _meet(self) -> None:
+        self.comm.open(self.grad_shards)
+        weights = dict(self.model.named_parameters())
+        for worker, trainer in self.workers.items():
+            theirs = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+            moved = {name: (weights[name] - p) / self.grad_shards for name, p in theirs.items()}
+            self.comm.start(worker, moved)
+        self.comm.finish()
+        self.comm.hand_over()
+        self.optimizer.step(OUTER_RATE)
+        self.comm.spread()
+        self.model.head.post_step()
+        self.zero_grad()
+        for trainer in self.workers.values():
+            for name, p in trainer.model.named_parameters():
+                p.copy_(weights[name])
+
+    def parts(self) -> dict[str, Mapping[str, Any]]:
+        """The last meeting's weights and the outer momentum, and every worker's own weights, slots and counts."""
+        flat = {str(worker): _flat(trainer) for worker, trainer in self.workers.items()}
+        return {**super().parts(), "workers": self.comm.bring(flat)}
+
+    def restore(self, loaded: checkpoint.Checkpoint) -> None:
+        super().restore(loaded)
+        workers = loaded.parts.get("workers", {})
+        if len(workers) != self.grad_shards:
+            raise UserError(f"the checkpoint holds {len(workers)} workers, this run has {self.grad_shards}")
+        for worker, trainer in self.workers.items():
+            _load_flat(trainer, workers[str(worker)], self.global_step)
+
+
+def trainer_class(config: TrainFields) -> type[Trainer]:
+    """A Trainer, or one whose workers meet now and then, as --sync-every says."""
+    return OuterTrainer if config.sync_every else Trainer
+
+
+def _flat(trainer: Trainer) -> dict[str, Tensor]:
+    """A worker's tensors and counts by one name each."""
+    found = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    for name, slots in trainer.optimizer.state().items():
+        found |= {f"optimizer/{name}/{slot}": tensor for slot, tensor in slots.items()}
+    return found | {f"trainer/{name}": torch.tensor(value) for name, value in trainer.state_dict().items()}
+
+
+def _load_flat(trainer: Trainer, flat: Mapping[str, Tensor], step: int) -> None:
+    named = {name.removeprefix("model/"): x for name, x in flat.items() if name.startswith("model/")}
+    trainer.model.load_state_dict(named)
+    slots: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in flat.items():
+        if path.startswith("optimizer/"):
+            _, name, slot = path.split("/")
+            slots.setdefault(name, {})[slot] = tensor
+    trainer.load_slots(slots)
+    trainer.load_state_dict({name: int(flat[f"trainer/{name}"]) for name in trainer.state_dict()})
