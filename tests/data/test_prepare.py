@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -301,3 +302,59 @@ def test_a_table_or_sequences_are_not_silently_text(name: str, tmp_path: Path) -
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / name).write_bytes(b"a,b\n1,2\n")
         assert prepare([tmp_path / "in"], tmp_path / "out2").tokens == 9, "a folder may hold anything"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_text_gives_the_tokens_of_the_text(suffix: str, tmp_path: Path) -> None:
+    text = "".join(f"line {i} äöü\n" for i in range(200_000)).encode()
+    rows = b"".join(json.dumps({"text": f"document {i}"}).encode() + b"\n" for i in range(3_000))
+    for name, data in (("a.txt", text), ("b.jsonl", rows)):
+        (tmp_path / name).write_bytes(data)
+        compress(tmp_path / f"{name}{suffix}", data)
+        plain = prepare([tmp_path / name], tmp_path / f"{name}-plain")
+        packed = prepare([tmp_path / f"{name}{suffix}"], tmp_path / f"{name}-packed")
+        assert [shard.sha256 for shard in packed.shards] == [shard.sha256 for shard in plain.shards]
+        assert packed.raw_bytes == plain.raw_bytes
+    whole = (tmp_path / f"a.txt{suffix}").read_bytes()
+    (tmp_path / f"cut.txt{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"cut\.txt\{suffix}: broken"):
+        prepare([tmp_path / f"cut.txt{suffix}"], tmp_path / "cut")
+
+
+def compress(path: Path, data: bytes) -> None:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data))
+        return
+    with pyarrow.output_stream(str(path), compression="zstd") as file:
+        file.write(data)
+
+
+def save_dataset(folder: Path, texts: list[list[str]]) -> None:
+    """As `datasets.Dataset.save_to_disk` writes it."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(texts):05d}.arrow" for i in range(len(texts))]
+    for name, each in zip(names, texts, strict=True):
+        table = pyarrow.table({"text": each, "n": list(range(len(each)))})
+        with pyarrow.OSFile(str(folder / name), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+
+
+def test_a_folder_of_the_datasets_library(tmp_path: Path) -> None:
+    save_dataset(tmp_path / "set" / "train", [["one", "two"], ["three"]])
+    manifest = prepare([tmp_path / "set" / "train"], tmp_path / "out")
+    tokens = [t for s in manifest.shards for t in open_token_dir(tmp_path / "out").read(0, 0, s.tokens).tolist()]
+    assert bytes(t if t < 256 else 10 for t in tokens) == b"one\ntwo\nthree\n"
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=r"a dataset of several splits: name the one .*set/train, .*set/test"):
+        prepare([tmp_path / "set"], tmp_path / "all")
+    with pytest.raises(UserError, match=r"\.arrow: expected a column 'body', found text, n; name it with --field"):
+        prepare([tmp_path / "set" / "train"], tmp_path / "body", field="body")
+    file = next((tmp_path / "set" / "train").glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:-60])
+    with pytest.raises(UserError, match=r"\.arrow: not a readable arrow file"):
+        prepare([tmp_path / "set" / "train"], tmp_path / "cut")
+    (tmp_path / "set" / "train" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state\.json: expected a list of _data_files"):
+        prepare([tmp_path / "set" / "train"], tmp_path / "none")

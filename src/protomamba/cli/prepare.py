@@ -24,7 +24,7 @@ def _configure_common(parser: Parser, inputs: str) -> None:
 def configure_text(parser: Parser) -> None:
     parser.epilog = "prepare events, fasta and labels take tables and sequences; a folder of such a name is ./events"
     _configure_common(parser, "files and folders, also .gz and .zst, and folders of the `datasets` library")
-    formats = ("auto", "text", "bytes", "jsonl", "parquet")
+    formats = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
     parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
     parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
     source = parser.add_mutually_exclusive_group()

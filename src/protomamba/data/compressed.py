@@ -82,5 +82,6 @@ def import_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise UserError(f"{path}: reading it needs pyarrow ({error}): pip install 'protomamba[events]'") from error
+        extra = "parquet" if plain_suffix(path) == ".parquet" else "events"
+        raise UserError(f"{path}: reading it needs pyarrow ({error}): pip install 'protomamba[{extra}]'") from error
     return pyarrow

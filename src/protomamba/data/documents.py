@@ -1,4 +1,8 @@
-"""Documents out of text, byte, JSON-lines and parquet files, in pieces of bounded size and always the same ones."""
+"""Documents out of text, byte, JSON-lines, parquet and arrow files, in pieces of bounded size, always the same ones.
+
+Text and JSON lines may be compressed (.gz, .zst). A folder that the `datasets` library saved is read as its arrow
+files, without that library.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.compressed import plain_suffix
-from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message
+from protomamba.data.compressed import blocks_of, import_pyarrow, plain_suffix
+from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message, read_json
 from protomamba.errors import ConfigError, UserError
 
-FORMATS = ("auto", "text", "bytes", "jsonl", "parquet")
-SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FORMATS = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
+SUFFIX_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+# What the `datasets` library writes beside its arrow files, and above the folders of several splits.
+DATASET_STATE, DATASET_SPLITS = "state.json", "dataset_dict.json"
 
 # What a suffix looks like, and the kinds of `prepare` that take it.
 _TABLE, _FASTA = ("a table", "events", "labels"), ("FASTA", "fasta")
@@ -46,8 +52,8 @@ class Piece:
 def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
     """The files of the inputs in a fixed order: as given, within folders by name; hidden files are left out.
 
-    `auto` reads .jsonl, .ndjson and .parquet by their suffix and all else as text; a table, FASTA or series named by
-    itself is refused, because its text is hardly what was meant.
+    `auto` reads .jsonl, .ndjson, .parquet and .arrow by their suffix and all else as text; a table, FASTA or series
+    named by itself is refused, because its text is hardly what was meant.
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
@@ -74,9 +80,26 @@ def _refuse_other_kinds(path: Path) -> None:
 
 
 def _files_in(folder: Path) -> list[tuple[Path, str]]:
-    """The files below a folder, through links too, in the order of their names. UserError where it cannot be walked."""
+    """The files below a folder, through links too, in the order of their names. UserError where it cannot be walked.
+
+    Of a folder of the `datasets` library only its arrow files, in its own order.
+    """
+    if (folder / DATASET_STATE).is_file():
+        return _dataset_files(folder)
+    if (folder / DATASET_SPLITS).is_file():
+        splits = ", ".join(str(folder / str(name)) for name in read_json(folder / DATASET_SPLITS).get("splits", ()))
+        raise UserError(f"{folder}: a dataset of several splits: name the one to train on: {splits}")
     found = [path.relative_to(folder) for path in _walk(folder)]
     return [(folder / path, path.as_posix()) for path in sorted(found, key=lambda path: path.as_posix())]
+
+
+def _dataset_files(folder: Path) -> list[tuple[Path, str]]:
+    listed = read_json(folder / DATASET_STATE).get("_data_files")
+    try:
+        names = [str(each["filename"]) for each in listed]  # type: ignore[union-attr]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder / DATASET_STATE}: expected a list of _data_files, each with a filename") from error
+    return [(folder / name, name) for name in names]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -109,22 +132,21 @@ def pieces_of(source: Source, field: str) -> Iterator[Piece]:
     """
     if source.format == "jsonl":
         return _jsonl(source.path, field)
-    if source.format == "parquet":
-        return _parquet(source.path, field)
+    if source.format in ("parquet", "arrow"):
+        return _columnar(source.path, source.format, field)
     return _whole_file(source.path, is_text=source.format == "text")
 
 
 def _whole_file(path: Path, is_text: bool) -> Iterator[Piece]:
     """A file as one document, cut behind line ends so that a tokenizer sees whole lines."""
     size, done, pending = path.stat().st_size, 0, b""
-    for block in chunks_of(path):
+    for block in blocks_of(path) if is_text else chunks_of(path):
+        if pending:  # and more follows: only the last piece ends where the file does
+            cut = pending.rfind(b"\n") + 1 or _character_start(pending)
+            yield Piece(_checked(path, done, pending[:cut], is_text), False, min(done + cut, size))
+            done, pending = done + cut, pending[cut:]
         pending += block
-        if done + len(pending) >= size:
-            continue
-        cut = pending.rfind(b"\n") + 1 or _character_start(pending)
-        yield Piece(_checked(path, done, pending[:cut], is_text), False, done + cut)
-        done, pending = done + cut, pending[cut:]
-    yield Piece(_checked(path, done, pending, is_text), True, done + len(pending))
+    yield Piece(_checked(path, done, pending, is_text), True, min(done + len(pending), size))
 
 
 def _character_start(data: bytes) -> int:
@@ -150,7 +172,7 @@ def _checked(path: Path, offset: int, data: bytes, is_text: bool) -> bytes:
 def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number, end in the file and bytes of each line, without a limit on its length."""
     number, done, pending = 0, 0, b""
-    for block in chunks_of(path):
+    for block in blocks_of(path):
         *whole, pending = (pending + block).split(b"\n")
         for line in whole:
             number, done = number + 1, done + len(line) + 1
@@ -160,9 +182,10 @@ def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _jsonl(path: Path, field: str) -> Iterator[Piece]:
+    size = path.stat().st_size
     for number, done, line in lines_of(path):
         if line.strip():
-            yield Piece(_json_text(f"{path}, line {number:,}", line, field), True, done)
+            yield Piece(_json_text(f"{path}, line {number:,}", line, field), True, min(done, size))
 
 
 def _json_text(where: str, line: bytes, field: str) -> bytes:
@@ -185,28 +208,45 @@ def _as_utf8(where: str, field: str, text: Any) -> bytes:
         raise UserError(f"{where}: the text in {field!r} has half a surrogate pair at {error.start}") from error
 
 
-def _parquet(path: Path, field: str) -> Iterator[Piece]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path}: reading parquet needs pyarrow ({error}): pip install 'protomamba[parquet]'"
-        ) from error
+def _columnar(path: Path, format: str, field: str) -> Iterator[Piece]:
+    pyarrow = import_pyarrow(path)
     size, row = path.stat().st_size, 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)[:100]
-                raise UserError(f"{path}: expected a column {field!r}, found {columns}; name it with --field")
-            rows = max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield Piece(_as_utf8(f"{path}, row {row:,}", field, text), True, size * row // rows)
+        for texts, done in (_parquet if format == "parquet" else _arrow)(path, field):
+            for text in texts:
+                row += 1
+                yield Piece(_as_utf8(f"{path}, row {row:,}", field, text), True, int(size * done))
     except (pyarrow.ArrowException, OSError) as error:
         reason = os_message(error) if isinstance(error, OSError) else str(error)
-        raise UserError(f"{path}: not a readable parquet file: {' '.join(reason.split())[:200]}") from error
+        message = " ".join(reason.split())[:200]
+        raise UserError(f"{path}: not a readable {format} file: {message}") from error
+
+
+def _parquet(path: Path, field: str) -> Iterator[tuple[list[Any], float]]:
+    """The texts of some rows, and the share of the file that is read after them."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        _require_column(path, field, file.schema_arrow.names)
+        rows, done = max(1, file.metadata.num_rows), 0
+        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            done += batch.num_rows
+            yield batch.column(0).to_pylist(), done / rows
+
+
+def _arrow(path: Path, field: str) -> Iterator[tuple[list[Any], float]]:
+    pyarrow = import_pyarrow(path)
+    size = max(1, path.stat().st_size)
+    with pyarrow.OSFile(str(path)) as file, pyarrow.ipc.open_stream(file) as reader:
+        _require_column(path, field, reader.schema.names)
+        for batch in reader:
+            yield batch.column(batch.schema.get_field_index(field)).to_pylist(), file.tell() / size
+
+
+def _require_column(path: Path, field: str, names: Sequence[str]) -> None:
+    if field not in names:
+        shown = ", ".join(names)[:100]
+        raise UserError(f"{path}: expected a column {field!r}, found {shown}; name it with --field")
 
 
 def grouped(pieces: Iterable[Piece], size: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
