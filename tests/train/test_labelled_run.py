@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,22 @@ def test_an_end_of_document_that_labels_do_not_need_still_resumes(tmp_path: Path
     more = [*write_task(tmp_path), "--eos-token", 5, "--val-ratio", 0.2]
     assert train(tmp_path / "run", *more, "--steps", 4) == 0
     assert train(tmp_path / "run", *more, "--resume", "auto") == 0
+
+
+def test_series_of_real_values_train_from_their_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two classes told apart by the sign of one of two channels; one value in ten is missing."""
+    rows = ["id,t,kind,a,b"]
+    for i in range(60):
+        rows += [
+            f"{i},{t},{'up' if i % 2 else 'down'},{'' if (i + t) % 10 == 0 else (1 if i % 2 else -1) + t / 9},{t}"
+            for t in range(3 + i % 4)
+        ]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    columns = ["--label", "kind", "--values", "a,b", "--group", "id", "--order", "t"]
+    assert main(["prepare", "labels", str(tmp_path / "a.csv"), *columns, "--out-dir", str(tmp_path / "data")]) == 0
+    run = ["train", str(tmp_path / "data"), "--out-dir", str(tmp_path / "run"), "--d-model", "16", "--steps", "60"]
+    assert main([*run, "--val-ratio", "0.2"]) == 0
+    shown = capsys.readouterr().out
+    assert "classes     2: down, up" in shown and f"protomamba train {tmp_path / 'data'}" in shown
+    assert "values are missing: the model is told which" in shown and "of 3 to 6 steps" in shown
+    assert float(re.findall(r"val_accuracy (\S+)", shown)[-1]) > 0.9

@@ -63,9 +63,11 @@ class Inputs:
             source.check(vocab_size=self.vocab_size, classes=self.n_class or self.vocab_size, seq_len=seq_len)
 
     @property
-    def decided(self) -> dict[str, int | None]:
+    def decided(self) -> dict[str, Any]:
         """The fields of a run's configuration that the data decides."""
-        return {"vocab_size": self.vocab_size, "n_class": self.n_class, "eos_token": self.eos_token}
+        fields = {"vocab_size": self.vocab_size, "n_class": self.n_class, "eos_token": self.eos_token}
+        channels = self.training.info.channels
+        return {**fields, "input": "vector", "input_options": {"channels": channels}} if channels else fields
 
 
 @dataclass(frozen=True)
