@@ -104,3 +104,31 @@ def test_a_study_s_session_lays_its_schedule_over_the_steps_and_notes_the_start(
     again = common.Session.start(config, session.trainer)
     again.run(8, ms=10.0, points=1)
     assert again.curve[0]["loss"] == session.curve[-1]["loss"] and again.trainer.target_step == 40
+
+
+def test_motifs_that_only_a_long_memory_connects() -> None:
+    motifs = importlib.import_module("examples.dna_motifs")
+    bits = motifs.compare(records=20, length=600, steps=3)
+    chains = [bits[f"markov {order}"] for order in motifs.ORDERS]
+    assert 1.9 < chains[0] < 2.01 and all(each > 0 for each in chains)
+    assert 0 < bits["model"] < 4, "judged on the same held-out bases, in bits"
+    record = motifs.genome(1, 400, seed=3)[0]
+    for opening, closing in zip(motifs.OPENING, motifs.CLOSING, strict=True):
+        place = record.find(opening)
+        assert place < 0 or record[place + 8 + motifs.GAP :].startswith(closing)
+
+
+def test_a_set_of_series_as_aeon_ships_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vowels = importlib.import_module("examples.japanese_vowels")
+    generator = torch.Generator().manual_seed(0)
+    for part in ("TRAIN", "TEST"):
+        cases = []
+        for i in range(24):
+            values = torch.randn(2, 3 + i % 4, generator=generator) + (2 if i % 2 else -2)
+            cases.append(":".join(",".join(f"{v:.3f}" for v in channel) for channel in values) + f":{'ab'[i % 2]}")
+        (tmp_path / f"Tiny_{part}.ts").write_text("@classLabel true a b\n@data\n" + "\n".join(cases) + "\n")
+    data = vowels.open_series(tmp_path, "Tiny")
+    table = vowels.confusion(vowels.train(data, seed=0, steps=40), data)
+    assert table.sum() == 24 and table.trace() >= 22
+    vowels.show(table, data.training.info.class_names)
+    assert "precision  recall" in capsys.readouterr().out
