@@ -185,6 +185,10 @@ class ModelConfig(ArchitectureFields):
         None, ge=1, description="classes of the head where they are not the tokens; auto = vocab_size"
     )
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values: by this name others' tools (peft) read a model's configuration."""
+        return self.model_dump(mode="json")
+
     @property
     def classes(self) -> int:
         return self.n_class or self.vocab_size

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba.bench.shapes import Shape
 from protomamba.kernels import matmul
+from protomamba.model.mixers import mixer
 
 
 class Product(NamedTuple):
@@ -29,12 +30,10 @@ class Product(NamedTuple):
 
 def products(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Product]:
     """The linear layers of all blocks, each with a weight of its own; inputs of one shape share their memory."""
-    config = shape.config()
-    inner = config.d_model * (config.expand if shape.layer == "mamba" else 1)
-    rank = config.time_step_rank if shape.layer == "mamba" else 1
-    layers = [(inner, rank + 2 * config.d_state), (rank, inner), (inner, config.d_model)]
-    if shape.layer == "mamba":
-        layers.insert(0, (config.d_model, 2 * inner))
+    with torch.device("meta"):
+        inside = mixer.find(shape.layer)(shape.config()).named_modules()
+    in_order = sorted(inside, key=lambda named: named[0] != "in_proj")  # it is made last, and used first
+    layers = [(part.in_features, part.out_features) for _, part in in_order if isinstance(part, nn.Linear)]
     widths = {width for layer in layers for width in layer}
     values = {width: torch.randn(shape.tokens, width).to(dtype) for width in widths}
     return [

@@ -10,12 +10,13 @@ from torch import Tensor
 from protomamba.bench.child import batch
 from protomamba.config import ModelConfig, TrainConfig, nearest
 from protomamba.errors import ConfigError
+from protomamba.model.mixers import mixer
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.trainer import Trainer
 
 VOCABULARY = 8_192
 NEVER = 1_000_000_000
-_PATTERN = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(:(mamba|compact))?")
+_PATTERN = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(:(\w+))?")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ NAMED = {
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Names and BxLxDxLAYERS[:compact], with commas between. ConfigError for anything else."""
+    """Names and BxLxDxLAYERS[:KIND], with commas between. ConfigError for anything else."""
     return [_parse(word.strip()) for word in text.split(",")]
 
 
@@ -74,7 +75,8 @@ def _parse(word: str) -> Shape:
     if word in NAMED:
         return NAMED[word]
     match = _PATTERN.fullmatch(word)
-    if match is None or not all(int(size) for size in match.groups()[:4]):
+    kinds = {None, *mixer.classes}
+    if match is None or match.group(6) not in kinds or not all(int(size) for size in match.groups()[:4]):
         raise ConfigError(
             f"--shapes {word!r}: expected {', '.join(NAMED)} or BATCHxLENGTHxWIDTHxLAYERS{nearest(word, NAMED)}"
         )

@@ -148,7 +148,7 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 
 def _configure_bench(parser: Parser) -> None:
-    shapes = "S,M,L,one-row,compact or BATCHxLENGTHxWIDTHxLAYERS[:compact], with commas between"
+    shapes = "S,M,L,one-row,compact or BATCHxLENGTHxWIDTHxLAYERS[:KIND], with commas between"
     parser.add_argument("--shapes", default="S,M,L,compact", metavar="NAME,...", help=f"{shapes} [%(default)s]")
     parser.add_argument("--precision", default="fp32", metavar="fp32,bf16", help="one or both [%(default)s]")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")

@@ -32,7 +32,9 @@ def any_global_hook() -> bool:
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
     """What is_plain found, in words; for a module that is not plain."""
     if type(module) is not kind:
-        return f"is {type(module).__name__}, not {kind.__name__}"
+        found = type(module)
+        name = f"{found.__module__}.{found.__name__}" if found.__name__ == kind.__name__ else found.__name__
+        return f"is {name}, not {kind.__name__}"
     if any(module.__dict__[hooks] for hooks in _HOOKS):
         return "has a hook"
     return "has a forward of its own" if "forward" in module.__dict__ else "has parameters that are no plain tensors"

@@ -11,16 +11,15 @@ from typing import TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
-from protomamba import kernels
-from protomamba.config import NORM_EPS, ModelConfig
+from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError, UserError
-from protomamba.kernels.packed import check_weights
+from protomamba.model.decode_fn import by_features, by_steps
 from protomamba.model.growth import check_kinds, frozen_layers, moved_freeze, origins_of
 from protomamba.model.heads import Head, head
 from protomamba.model.inputs import Input, TokenEmbedding, input_part
 from protomamba.model.mixers import Block, ForwardContext, mixer
 from protomamba.model.mixers.base import Norm, State, scale_output_init
-from protomamba.model.plain import any_global_hook, is_plain
+from protomamba.model.plain import is_plain
 from protomamba.model.registry import with_settings
 
 ModelState = list[State | None]
@@ -219,46 +218,9 @@ class SequenceModel(nn.Module):
         weights: "fp32", "bf16" or "int8" (a scale a row), for the matrices of our own layers and, where every layer is
         one, of the head; all else stays in float32. ConfigError for another name.
         """
-        check_weights(weights)
         if type(self).features is not SequenceModel.features or "features" in vars(self):
-            return self._decode_by_features(state)
-        steps = [block.stepper(layer_state) for block, layer_state in zip(self.blocks(), state, strict=True)]
-        for step in steps:
-            if isinstance(step, kernels.MambaStepper):
-                step.pack(weights)
-        projection = self.head.logit_projection()
-        if projection is not None and self._ends_are_plain():
-            embedding, norm = cast(Tensor, self.embedding.weight).detach(), self.norm_f.weight.detach()
-            native = kernels.DecodeStepper.of(embedding, steps, norm, projection, eps=NORM_EPS, weights=weights)
-            if native is not None:
-                return native
-
-        @torch.no_grad()
-        def advance(tokens_B: Tensor) -> Tensor:
-            x_BD: Tensor = self.dropout(self.embedding(tokens_B))
-            for step in steps:
-                x_BD = step(x_BD)
-            return self.head.next_logits(self.norm_f(x_BD))
-
-        return advance
-
-    def _ends_are_plain(self) -> bool:
-        """Whether nothing but the blocks stands between a token and its logits that a kernel would not know."""
-        drops = self.training and self.dropout.p > 0
-        plain = is_plain(self.embedding, TokenEmbedding) and is_plain(self.norm_f, Norm)
-        return plain and is_plain(self.head, type(self.head)) and not drops and not any_global_hook()
-
-    def _decode_by_features(self, state: ModelState) -> Callable[[Tensor], Tensor]:
-        """For a model whose `features` are somebody else's."""
-        held = state
-
-        @torch.no_grad()
-        def advance(tokens_B: Tensor) -> Tensor:
-            nonlocal held
-            z_B1D, held = self.features(tokens_B[:, None], state=held, return_state=True, precision="fp32")
-            return self.head.next_logits(z_B1D[:, 0])
-
-        return advance
+            return by_features(self, state)
+        return by_steps(self, state, weights)
 
     def initial_state(self) -> ModelState:
         """The state before the first token, for any batch size."""
