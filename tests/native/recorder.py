@@ -162,9 +162,9 @@ class Recorder:
     def _bytes(addresses: Addresses) -> bytes:
         return b"".join(integers(*address) for address in addresses)
 
-    def finish(self, name: str) -> None:
-        """Ends a case: written up to its last judgement, or dropped if there is none."""
-        judgements = [i for i, event in enumerate(self.events) if event[0] in b"EM"]
+    def finish(self, name: str, keep: bool = False) -> None:
+        """Ends a case: written up to its last judgement, or dropped if there is none; with `keep` written whole."""
+        judgements = [i for i, event in enumerate(self.events) if keep or event[0] in b"EM"]
         if judgements:
             kept = self.events[: judgements[-1] + 1]
             self.file.write(integers(1) + counted(name.encode()) + integers(len(kept)) + b"".join(kept))
