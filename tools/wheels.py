@@ -53,24 +53,22 @@ def build(arch: str, folder: Path) -> Path:
     settings = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": arch, "CMAKE_SHARED_LINKER_FLAGS": "-s"}
     flags = [word for name, value in settings.items() for word in ("-C", f"cmake.define.{name}={value}")]
     stamp = run("git", "log", "-1", "--format=%ct").strip()
-    raw, named = folder / "raw", folder / "named"
-    command = (sys.executable, "-m", "build", "--wheel", "--outdir", raw, "-C", "install.strip=false", *flags, ROOT)
+    command = (sys.executable, "-m", "build", "--wheel", "--outdir", folder, "-C", "install.strip=false", *flags, ROOT)
     run(*command, CXX=zig(arch), SOURCE_DATE_EPOCH=stamp)
-    (wheel,) = raw.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     if wheel.name.endswith("-any.whl"):
         raise SystemExit("the kernels were not built: the wheel holds Python alone")
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
-    plain = raw / wheel.name.replace(wheel.stem.split("-")[-1], f"linux_{arch}")
-    run(sys.executable, "-m", "wheel", "tags", "--platform-tag", f"linux_{arch}", "--remove", wheel)
-    repair = (sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--plat", tag, "-w", named, plain)
-    run(*repair, SOURCE_DATE_EPOCH=stamp)
-    (found,) = named.glob("*.whl")
-    return found
+    run(sys.executable, "-m", "wheel", "tags", "--platform-tag", tag, "--remove", wheel, SOURCE_DATE_EPOCH=stamp)
+    (named,) = folder.glob("*.whl")
+    if f'"{tag}"' not in run(sys.executable, "-m", "auditwheel", "show", named).replace("\n", " "):
+        raise SystemExit(f"{named.name}: auditwheel does not find it to be {tag}")
+    return named
 
 
 def check_content(wheel: Path, arch: str) -> None:
     """Exactly the package's modules and its libraries."""
-    inside = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    inside = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n and not n.endswith("/")}
     tracked = run("git", "ls-files", "src/protomamba").split()
     sources = {name.removeprefix("src/") for name in tracked if "/csrc/" not in name}
     expected = sources | {f"protomamba/kernels/libprotomamba_{level}.so" for level in LEVELS[arch]}
