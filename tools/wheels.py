@@ -30,9 +30,10 @@ import protomamba
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer, batch_from_tokens, kernels
 trainer = Trainer(SequenceModel(ModelConfig(vocab_size=50, d_model=16, n_layer=1)), TrainConfig(lr=1e-2))
 loss = trainer.train_step(*batch_from_tokens(list(range(50)), cursor=0, batch_size=2, seq_len=8)).loss
-print(protomamba.__version__, protomamba.__file__, kernels.available(), f"loss {loss:.3f}")
+print(f"protomamba {protomamba.__version__}, loss {loss:.3f},", kernels.available()[1])
 assert kernels.available()[0] and "site-packages" in protomamba.__file__
 """
+LEVEL = "from protomamba import kernels; print(kernels.available()[1])"
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -83,7 +84,11 @@ def install_and_step(wheel: Path, folder: Path) -> str:
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel)
     here = Path(next(p for p in sys.path if p.endswith("site-packages")))
     (site / "dependencies.pth").write_text(f"{here}\n")
-    return run(folder / "bin" / "python", "-c", STEP, PATH="", PYTHONPATH="").strip()
+    told = run(folder / "bin" / "python", "-c", STEP, PATH="", PYTHONPATH="").strip()
+    level = run(sys.executable, "-c", LEVEL).strip()
+    if not told.endswith(level):
+        raise SystemExit(f"{wheel.name}: {told}, where this environment finds {level}")
+    return told
 
 
 def emulate(wheel: Path, cases: Path, folder: Path) -> str:

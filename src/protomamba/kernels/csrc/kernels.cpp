@@ -2,6 +2,7 @@
 // pm_OP_fields.
 #include "adamw.h"
 #include "conv.h"
+#include "cpu.h"
 #include "norm.h"
 #include "product.h"
 #include "scan_backward.h"
@@ -23,18 +24,7 @@ using namespace pm;
 PM_EXPORT int64_t pm_abi() { return 2; }
 
 // The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni.
-PM_EXPORT int64_t pm_cpu_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-    bool vnni = __builtin_cpu_supports("avx512vnni");
-    return avx2 ? (avx512 ? (vnni ? 3 : 2) : 1) : 0;
-#else
-    return 0;
-#endif
-}
+PM_EXPORT int64_t pm_cpu_level() { return cpu_level(); }
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
 
