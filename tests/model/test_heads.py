@@ -149,7 +149,12 @@ def test_ranks_that_are_given_the_step_s_targets_draw_the_same_sample() -> None:
     one.begin_step(18, targets_T)
     key_18 = one.next_sample(targets_T[:100])[0]
     assert key_18 is not None and samples[0][0] is not None and not torch.equal(key_18, samples[0][0])
-    assert one._shared is None, "a key serves one pass"
+    one.begin_step(19, targets_T)
+    with torch.no_grad():  # a pass that draws nothing leaves no key behind either
+        one(torch.randn(100, 8), targets_T[:100])
+    own_S, _ = one.next_sample(targets_T[:100])
+    expected_S, _ = one.draw(int(one.draws) - 1, targets_T[:100][targets_T[:100] >= 0])
+    assert own_S is not None and torch.equal(own_S, expected_S)
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))

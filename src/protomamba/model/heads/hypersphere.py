@@ -87,6 +87,7 @@ class HyperspherePrototypes(Head):
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
         weight_T = self.target_weights(targets_T)
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
+            self._shared = None
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
         sample_S, log_chance_S = self.next_sample(targets_T)
         if self.row_sparse and sample_S is not None:
@@ -133,10 +134,10 @@ class HyperspherePrototypes(Head):
 
     def next_sample(self, targets_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The sample of the next forward pass; moves the counts on. All classes: (None, None)."""
+        shared, self._shared = self._shared, None
         if self.classes <= self.sample:
             return None, None
-        key, shared_T = self._shared or (int(self.draws), targets_T)
-        self._shared = None
+        key, shared_T = shared or (int(self.draws), targets_T)
         self.draws.add_(1)
         wanted_T = shared_T.reshape(-1)
         wanted_T = wanted_T[wanted_T >= 0]
