@@ -200,6 +200,9 @@ class TrainFields(Schema):
     steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="labelled sequences: balanced lets each class count alike, however rare it is"
+    )
     sparse_rows: bool | None = Field(
         None,
         description="update only the touched rows of embedding and prototypes; auto = from 65,536 rows on",

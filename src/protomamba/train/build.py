@@ -16,11 +16,12 @@ from protomamba import kernels
 from protomamba.checkpoint.folder import RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
 from protomamba.config import DATA_PRESETS, DataFields, ModelConfig, RunConfig, TrainConfig, flag, pattern_kinds
-from protomamba.data.source import DataInfo
+from protomamba.data.source import DataInfo, Source
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.growth import base_pattern
+from protomamba.model.heads import Head
 from protomamba.model.registry import load_named, resolve
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train import budget, presets
@@ -183,6 +184,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     with comm.in_turn():
         inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
     config, preset_notes = adopt_data_preset(config.replace(**inputs.decided), inputs.training.info, fresh=not resumed)
+    config = fit_input(config, inputs.training.info)
     inputs.check(config.seq_len)
     spec = stream_spec(config.project(DataFields), config.seed)
     stream = inputs.training.stream(spec)
@@ -191,6 +193,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     else:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
         tell_frequencies(trainer.model.head, inputs.training, spec)
+        weigh_classes(trainer.model.head, inputs.training, config.class_weights)
     notes += trainer.model.head.notes
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
@@ -200,6 +203,31 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     told = [*default_notes(config), *idle_flags(config, trainer.model.config)]
     notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *told]
     return Parts(config, trainer, inputs, stream, validation, notes, further)
+
+
+def fit_input(config: RunConfig, info: DataInfo) -> RunConfig:
+    """The input part that the data needs; ConfigError where another is given."""
+    if info.input != "vector":
+        if config.input == "vector":
+            raise ConfigError("--input vector: the data holds tokens, not vectors of values")
+        return config
+    if "input" in config.given and config.input == "tokens":
+        raise ConfigError(f"--input tokens: the data holds vectors of {info.channels} values; leave it out")
+    kind = "vector" if config.input == "tokens" else config.input
+    return config.replace(input=kind, input_options={"channels": info.channels, **config.input_options})
+
+
+def weigh_classes(head: Head, training: Source, how: str) -> None:
+    """Let each class count alike, whatever its share of the targets, where that is asked for."""
+    if how == "none":
+        return
+    counts = training.class_counts()
+    if counts is None or training.info.n_class is None:
+        raise ConfigError("--class-weights balanced: the data has no labels, whose classes could be weighed")
+    padded = torch.zeros(head.classes, dtype=torch.float64)
+    padded[: len(counts)] = torch.from_numpy(counts).double()
+    # A class that is never a target has no weight to give.
+    head.set_class_weights((padded.sum() / (head.classes * padded.clamp_min(1))).float())
 
 
 def adopt_data_preset(config: RunConfig, info: DataInfo, fresh: bool) -> tuple[RunConfig, list[str]]:
