@@ -151,6 +151,7 @@ class TinyRun:
 
     def _save(self, run_dir: RunDir, log: MetricsLog) -> None:
         try:
+            log.sync()
             report = run_dir.save(self.parts(), config={"lr": 0.1}, step=self.step, best=self.step == 2)
             run_dir.write_state({"step": self.step})
             log.log("checkpoint", step=self.step, path=str(report.path), bytes=report.bytes, save_ms=report.save_ms)

@@ -87,9 +87,12 @@ DISK = Disk()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. NotCommittedError if that is not possible."""
+    """Make a folder and those above it, for good. NotCommittedError if that is not possible."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for each in missing:  # its name is in the folder above it
+            DISK.fsync_dir(each.parent)
     except OSError as error:
         raise NotCommittedError(f"{folder}: the folder cannot be made: {_reason(error)}") from error
 

@@ -242,17 +242,28 @@ class Run:
         info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
         self.saved_best = best
         self.trainer.require_finite_tables()
+        self._tell("on_before_save")
         try:
             report = folder.save(parts, config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:
-            if self.on_save_error == "stop":
-                raise
+            self._tolerate(error)
             self._tell("on_save_error", error)
-            self.warn(f"{error}; training goes on (--on-save-error continue)")
         else:
-            folder.write_state(self._mirror())
+            self._write_mirror(folder)
             self._tell("on_save", report)
         self._clock += time.perf_counter() - started
+
+    def _write_mirror(self, folder: RunDir) -> None:
+        try:
+            folder.write_state(self._mirror())
+        except SaveError as error:
+            self._tolerate(error)
+
+    def _tolerate(self, error: SaveError) -> None:
+        """Warn of a save that failed, where the run goes on all the same; else raise."""
+        if self.on_save_error == "stop":
+            raise error
+        self.warn(f"{error}; training goes on (--on-save-error continue)")
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """Everything a checkpoint of this run holds."""

@@ -33,6 +33,9 @@ class Callback:
     def on_validation(self, run: Run, result: Validation) -> None:
         """After each validation; `result.best` says whether it is the best so far."""
 
+    def on_before_save(self, run: Run) -> None:
+        """Before each checkpoint: what must not be older than it after a power cut is put on the disk here."""
+
     def on_save(self, run: Run, report: SaveReport) -> None:
         """After each checkpoint that was written."""
 

@@ -39,6 +39,10 @@ class MetricsRecorder(Callback):
         if self.log is not None:
             self.log.log("validation", step=run.trainer.global_step, **result.fields())
 
+    def on_before_save(self, run: Run) -> None:
+        if self.log is not None:
+            self.log.sync()  # a run resumed from this checkpoint will not write the lines before it again
+
     def on_save(self, run: Run, report: SaveReport) -> None:
         if self.log is not None:
             said = {"path": report.path.name, "bytes": report.bytes, "save_ms": report.save_ms}
