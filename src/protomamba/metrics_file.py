@@ -73,7 +73,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def _restored(event: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     try:
         return dict(_with_non_finite(event, "", event.pop("non_finite", {})))
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: line {number}: its non-finite numbers are not as written: {error}") from error
 
 

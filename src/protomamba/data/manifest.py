@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             body.get("preset"),
             body.get("raw_bytes"),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged: {type(error).__name__}: {error}; make the folder again") from error
     if manifest.tokens != body.get("tokens"):
         raise UserError(f"{path}: damaged: its shards add up to {manifest.tokens} tokens, not {body.get('tokens')}")

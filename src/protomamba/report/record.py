@@ -16,6 +16,10 @@ from protomamba.metrics_file import curve_values, read_metrics
 OF_THE_START = frozenset({"event", "step", "time", "resumed_from", "target_step", "seed", "precision"})
 
 
+# No count, time or size of a run comes near: what is beyond it was not written by one.
+LARGEST = 1e18
+
+
 @dataclass
 class Series:
     """One curve: values over strictly rising steps, all finite."""
@@ -114,6 +118,7 @@ def _advance_clock(record: RunRecord, event: dict[str, Any], since: float | None
     now = event.get("time")
     if not isinstance(now, int | float):
         return since
+    _number(event, "time")
     worked = record.clock.values[-1] if record.clock.values else 0.0
     if since is not None and event["event"] != "run":
         worked += max(0.0, now - since)
@@ -127,8 +132,15 @@ def _advance_clock(record: RunRecord, event: dict[str, Any], since: float | None
 
 
 def _step(event: Mapping[str, Any]) -> int:
-    step = event.get("step")
-    return step if isinstance(step, int) else 0
+    return int(_number(event, "step")) if isinstance(event.get("step"), int) else 0
+
+
+def _number(event: Mapping[str, Any], name: str) -> float:
+    """A figure that everything behind can show and draw; 0 where there is none. ValueError for anything else."""
+    value = event.get(name, 0)
+    if not isinstance(value, int | float) or not abs(value) < LARGEST:
+        raise ValueError(f"{name}: expected a number below {LARGEST:g}, found {str(value)[:40]}")
+    return value
 
 
 def _start(record: RunRecord, event: dict[str, Any]) -> None:
@@ -156,6 +168,8 @@ def _curves(record: RunRecord, event: dict[str, Any]) -> None:
 
 
 def _checkpoint(record: RunRecord, event: dict[str, Any]) -> None:
+    for name in ("bytes", "save_ms"):
+        _number(event, name)
     record.checkpoints.append(event)
 
 
