@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from protomamba.storage import Disk, SaveError, commit, make_folder
 from tests.disk_faults import CountingDisk, FailingDisk, TinyRun, what_is_wrong
 from tests.reliability.conftest import Trials
 from tests.reliability.crash_states import Call, Folder, RecordingDisk, after_each_call, put
-from tests.runs import losses, metrics, token_file, train
+from tests.runs import losses, token_file, train
 
 
 class AcknowledgingRun(TinyRun):
@@ -145,15 +144,3 @@ def test_a_folder_that_goes_away_during_the_run_is_said(
         monkeypatch.undo()
         assert train(tmp_path / "away", tmp_path / "tokens.txt", *steps, "--resume", "auto") == 0
         assert sorted(losses(tmp_path / "away")) == list(range(1, 13))
-
-
-def test_a_clock_that_steps_back_a_year_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens, real, back = token_file(tmp_path), time.time, [0.0]
-    assert train(tmp_path / "straight", tokens, "--steps", 12) == 0
-    monkeypatch.setattr(time, "time", lambda: real() - back[0])
-    assert train(tmp_path / "run", tokens, "--steps", 12, "--val-every", 6) == 0
-    back[0] = 365 * 86_400
-    assert train(tmp_path / "run", tokens, "--resume", "auto", "--steps", 12, "--val-every", 6) == 0
-    assert train(tmp_path / "straight", tokens, "--resume", "auto", "--steps", 12) == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
-    assert all(line.get("tokens_per_s", 1) > 0 for line in metrics(tmp_path / "run"))

@@ -16,15 +16,27 @@ _WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pool": ("qq", ("parallel_for", "threads()")),  # torch's thread pool: every struct starts with it
     "int": ("q", ("{0}",)),
     "float": ("d", ("{0}",)),
-    "pointer": ("q", ("0 if {0} is None else {0}.data_ptr()",)),
+    "pointer": ("q", ("0 if {0} is None else {0}.data_ptr() or empty({0})",)),
     "view": (
         "qqq",
-        tuple(f"0 if {{0}} is None else {{0}}.{word}" for word in ("data_ptr()", "stride(0)", "stride(1)")),
+        tuple(
+            f"0 if {{0}} is None else {{0}}.{word}" for word in ("data_ptr() or empty({0})", "stride(0)", "stride(1)")
+        ),
     ),
-    "mask": ("qqq", tuple(f"0 if {{0}} is None else {word}" for word in ("{0}.data_ptr()", "{0}.shape[1]", "1"))),
+    "mask": (
+        "qqq",
+        tuple(f"0 if {{0}} is None else {word}" for word in ("{0}.data_ptr() or empty({0})", "{0}.shape[1]", "1")),
+    ),
 }
 # As csrc describes it, a mask is a view whose rows are single lanes.
 _NATIVE_KINDS = {"mask": "view"}
+
+
+def _empty(x: Any) -> int:
+    """The address of a tensor that has none: 0 for one without elements, ValueError for one without data (meta)."""
+    if x.numel():
+        raise ValueError(f"a native op got a tensor of shape {tuple(x.shape)} on {x.device}, which has no data")
+    return 0
 
 
 class Field(NamedTuple):
@@ -68,6 +80,7 @@ class Arguments:
             "pack": struct.Struct(self._format).pack,
             "parallel_for": parallel_for,
             "threads": threads,
+            "empty": _empty,
         }
         source = f"lambda *, {', '.join(given[1:])}: then(pack({', '.join(words)}))"
         function: Callable[..., Any] = eval(source, names)

@@ -12,9 +12,13 @@ def check_shapes(op: str, *, sizes: dict[str, int] | None = None, **tensors: Ten
     None is skipped. `sizes` fixes letters beforehand. ValueError names the op, the tensor, what was expected and found.
     """
     known = dict(sizes or {})
+    on_cpu = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        on_cpu = tensor.is_cpu if on_cpu is None else on_cpu
+        if tensor.is_cpu != on_cpu:
+            raise ValueError(f"{op}: {name}: is on {tensor.device}, and not all others are")
         letters = name.rsplit("_", 1)[1]
         shape = tuple(tensor.shape)
         if len(shape) != len(letters):

@@ -49,7 +49,7 @@ def separated_prototype_loss(
     """prototype_loss with the gradient of `reference.sampled_cross_entropy`: see `reference.separated_prototype_loss`.
 
     sample_S: int64 classes in rising order, None for all of them. Native for float32. ValueError for shapes that do not
-    fit and for a target of V or more.
+    fit, for a target of V or more and for a sampled class that is none.
     """
     sizes = check_shapes(
         "separated_prototype_loss",
@@ -57,6 +57,7 @@ def separated_prototype_loss(
         weight_T=weight_T,
     )  # fmt: skip
     check_targets("separated_prototype_loss", targets_T, sizes["V"])
+    _check_sample(sample_S, sizes["V"])
     library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
     if library is None:
         return reference.separated_prototype_loss(
@@ -67,6 +68,17 @@ def separated_prototype_loss(
     prototypes = prototypes_VD.float().contiguous()
     loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, log_scale, targets, weight)
     return loss
+
+
+def _check_sample(sample_S: Tensor | None, classes: int) -> None:
+    """ValueError for a class that there is not: the kernel would read beside the prototypes."""
+    if sample_S is None:
+        return
+    low, high = (int(x) for x in sample_S.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"separated_prototype_loss: sample_S: expected classes from 0 to {classes - 1}, found {low} to {high}"
+        )
 
 
 class _SeparatedLoss(torch.autograd.Function):
