@@ -172,7 +172,7 @@ $(READY_DOCS): $(READY)
 	@touch $@
 
 docs: $(READY_DOCS) ## the documentation site in build/docs; a link or reference that leads nowhere is an error
-	@$(BIN)/python -m sphinx -q -W --keep-going -n -b html docs build/docs $(ARGS)
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs $(ARGS)
 	@echo "build/docs/index.html"
 
 hooks: $(READY) ## run formatting, lint, types and the house's rules before each commit

@@ -35,11 +35,11 @@ Collate = Callable[[Sequence[Any]], tuple[Tensor, Tensor, Tensor | None]]
 class DatasetStream(BatchStream):
     """An endless, seekable sequence of batches over a Dataset: each epoch shows every item once.
 
-    dataset: item i is (inputs (L,), targets (L,)); shorter rows of a batch are padded at their end, with targets that
-        do not count. Items may be asked for from several threads at once.
-    shuffle: False keeps the dataset's order. The last batch of an epoch takes its missing rows from the next.
-    fingerprint: what identifies the data beside its length: a resume with another of either is refused.
-    collate: items -> (inputs, targets, reset or None), (B, L) each.
+    - `dataset`: item i is (inputs (L,), targets (L,)); shorter rows of a batch are padded at their end, with targets
+      that do not count. Items may be asked for from several threads at once.
+    - `shuffle`: False keeps the dataset's order. The last batch of an epoch takes its missing rows from the next.
+    - `fingerprint`: what identifies the data beside its length: a resume with another of either is refused.
+    - `collate`: items -> (inputs, targets, reset or None), (B, L) each.
     """
 
     def __init__(

@@ -32,18 +32,20 @@ from protomamba.train.trainer import AnyBatch, StepStats, Trainer
 class Run:
     """Trains to the trainer's target step over a stream, and leaves a run folder that can be resumed to the bit.
 
-        Run(trainer, stream, validation, folder="runs/mine", resume="auto").fit()
+    `Run(trainer, stream, validation, folder="runs/mine", resume="auto").fit()`
 
-    stream: a `BatchSource`: batches that are a function of their number, such as `TokenStream` or `DatasetStream`.
-    validation: batches as `Trainer.evaluate` takes them, the same ones each time (a list, or anything that can be
-        iterated again); None validates nothing.
-    folder: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller holds,
-        is taken as it is.
-    resume: None starts fresh and refuses a folder that holds a run, "auto" goes on if it does, a path or `Resumable`
-        goes on from that checkpoint.
-    further_steps: train that many more after a resume, on a schedule of their own; None goes on to the recorded target.
-    prefetch: threads that read ahead, and batches they keep ready.
-    record, tensors: plain values, and parts of tensors ({name: {name: tensor}}), that each checkpoint carries along.
+    - `stream`: a `BatchSource`: batches that are a function of their number, such as `TokenStream` or `DatasetStream`.
+    - `validation`: batches as `Trainer.evaluate` takes them, the same ones each time (a list, or anything that can be
+      iterated again); None validates nothing.
+    - `folder`: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller
+      holds, is taken as it is.
+    - `resume`: None starts fresh and refuses a folder that holds a run, "auto" goes on if it does, a path or
+      `Resumable` goes on from that checkpoint.
+    - `further_steps`: train that many more after a resume, on a schedule of their own; None goes on to the recorded
+      target.
+    - `prefetch`: threads that read ahead, and batches they keep ready.
+    - `record`, `tensors`: plain values, and parts of tensors by name, that each checkpoint is to carry along.
+    - `patience`: validations without a better one before the run stops; 0 never stops it.
     """
 
     def __init__(
