@@ -35,11 +35,12 @@ __all__ = ["Resumable", "RunDir", "RunLock", "find_resumable", "make_folder"]
 LATEST = "latest.safetensors"
 BEST = "best.safetensors"
 _NUMBERED = re.compile(r"step-(\d{8,})\.safetensors")
-_JSON_FILES = ("config.json", "run_state.json")
+# Written whole beside the checkpoints, by this module and by the callback of the report.
+_OTHER_FILES = ("config.json", "run_state.json", "report.html")
 
 
 def _is_ours(name: str) -> bool:
-    return name in (LATEST, BEST, *_JSON_FILES) or _NUMBERED.fullmatch(name) is not None
+    return name in (LATEST, BEST, *_OTHER_FILES) or _NUMBERED.fullmatch(name) is not None
 
 
 class RunDir:
