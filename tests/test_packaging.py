@@ -79,7 +79,8 @@ def test_the_wheel_holds_what_runs_and_nothing_else(dist: Path) -> None:
     wheel = only(dist, "*.whl")
     assert re.fullmatch(r"protomamba-[\d.]+-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {f.relative_to(ROOT / "src").as_posix() for f in (ROOT / "src").rglob("*.py")}
+    carried = (f for ending in ("*.py", "*.css", "*.js") for f in (ROOT / "src").rglob(ending))
+    sources = {f.relative_to(ROOT / "src").as_posix() for f in carried}
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == sources | LIBRARIES | {"protomamba/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
