@@ -11,10 +11,13 @@ import sys
 import time
 from typing import Any
 
-import torch
-from torch import Tensor
+# An editable installation finds its own package before any path: here the path alone decides whose build this is.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 
-import protomamba
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import protomamba  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
