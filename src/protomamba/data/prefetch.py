@@ -8,7 +8,9 @@ killed on their own. Threads cannot. The measurement: tests/data/measure_loader.
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -19,6 +21,7 @@ from protomamba.data.windows import Batch
 # How often a waiting consumer looks whether its workers live; it is woken at once when a batch is ready.
 CHECK_SECONDS = 1.0
 JOIN_SECONDS = 5.0
+LAST_SECONDS = 0.5
 
 
 class BatchSource(Protocol):
@@ -102,6 +105,23 @@ def _work(shared: _Shared) -> None:
         shared.deliver(index, result)
 
 
+_started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def _let_workers_end() -> None:
+    """At the end of the program: workers that were told to stop get a moment to do so.
+
+    A thread that comes out of native code once the interpreter is being taken apart ends the process by a signal.
+    """
+    deadline = time.monotonic() + LAST_SECONDS
+    for thread in list(_started):
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+# Registered before any prefetcher's own finalizer, so it runs after them: they tell the workers to stop.
+atexit.register(_let_workers_end)
+
+
 class Prefetcher:
     """Iterates over a stream from its position, with `workers` threads that keep up to `buffer` batches ready.
 
@@ -165,6 +185,7 @@ class Prefetcher:
             # Daemons, so that one stuck in a read of a dead disk cannot keep the program from ending.
             thread = threading.Thread(target=_work, args=(self._shared,), name="protomamba-prefetch", daemon=True)
             self._threads.append(thread)
+            _started.add(thread)
             thread.start()
 
     def state_dict(self) -> dict[str, Any]:
