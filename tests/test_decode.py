@@ -89,7 +89,7 @@ def test_a_temperature_of_almost_nothing_is_greedy(model: SequenceModel) -> None
 
 def test_a_model_of_labels_has_no_next_token() -> None:
     model = SequenceModel(ModelConfig(vocab_size=19, d_model=8, d_state=4, n_layer=1, n_class=3), seed=2)
-    with pytest.raises(ConfigError, match="tells 3 labels apart"):
+    with pytest.raises(ConfigError, match="this is a 3-class model"):
         generate(model, [[1]])
 
 

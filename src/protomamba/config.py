@@ -359,7 +359,7 @@ class RunFields(Schema):
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints kept beside latest")
     on_save_error: Literal["stop", "continue"] = Field(
-        "stop", description="what a checkpoint that cannot be written does to the run"
+        "stop", description="where a checkpoint cannot be written: stop the run, or continue"
     )
     log_every: int = Field(20, ge=1, description="steps between metric lines")
     val_every: int = Field(200, ge=1, description="steps between validations")

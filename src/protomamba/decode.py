@@ -144,7 +144,7 @@ def check_prompts(model: SequenceModel, prompts: Sequence[Sequence[int]]) -> Non
     """Raises ConfigError for a prompt that is empty or has a token outside the vocabulary, and for labels."""
     vocab_size = model.config.vocab_size
     if model.config.classes != vocab_size:
-        raise ConfigError(f"generate: the model tells {model.config.classes} labels apart, it does not predict tokens")
+        raise ConfigError(f"generate: this is a {model.config.classes}-class model, it does not predict tokens")
     for number, prompt in enumerate(prompts):
         wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if not prompt or wrong:

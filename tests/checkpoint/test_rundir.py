@@ -196,10 +196,10 @@ def test_a_fresh_run_does_not_overwrite_another(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.refuse_if_occupied()
     save(run, 10)
-    with pytest.raises(UserError, match=r"holds a run already \(latest.safetensors\): .*--resume auto"):
+    with pytest.raises(UserError, match=r"already contains a run \(latest.safetensors\): .*--resume auto"):
         RunDir(tmp_path).refuse_if_occupied()
     run.latest.rename(run.numbered(10))
-    with pytest.raises(UserError, match=r"holds a run already \(step-00000010.safetensors\)"):
+    with pytest.raises(UserError, match=r"already contains a run \(step-00000010.safetensors\)"):
         RunDir(tmp_path).refuse_if_occupied()
 
 

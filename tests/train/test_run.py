@@ -91,7 +91,7 @@ def test_auto_starts_fresh_then_goes_on_and_a_fresh_run_does_not_bury_another(
     assert train(out, tokens, "--steps", 5, "--resume", "auto") == 0
     assert "already complete" in capsys.readouterr().out
     assert train(out, tokens, "--steps", 5) == 1
-    assert "go on with it by --resume auto" in capsys.readouterr().err
+    assert "resume with --resume auto" in capsys.readouterr().err
 
 
 def test_resuming_into_another_runs_folder_is_refused(
@@ -101,7 +101,7 @@ def test_resuming_into_another_runs_folder_is_refused(
     train(tmp_path / "other", tokens, "--steps", 8)
     into = ["--resume", str(tmp_path / "one" / "latest.safetensors"), "--out-dir", str(tmp_path / "other")]
     assert main(["train", *into, "--steps", "2"]) == 1
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "other" / "latest.safetensors").info["step"] == 8
 
 

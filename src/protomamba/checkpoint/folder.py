@@ -76,7 +76,7 @@ class RunDir:
         found = sorted(_checkpoints(self.folder))
         if found:
             raise UserError(
-                f"{self.folder}: holds a run already ({found[0].name}): go on with it by --resume auto,"
+                f"{self.folder}: already contains a run ({found[0].name}): resume with --resume auto,"
                 " or choose another --out-dir"
             )
 
@@ -144,7 +144,7 @@ class RunDir:
         try:
             free = self._disk.free_bytes(self.folder)
         except OSError as error:
-            raise UserError(f"{self.folder}: its free space cannot be told: {error.strerror}") from error
+            raise UserError(f"{self.folder}: cannot determine its free space: {error.strerror}") from error
         if free < missing:
             raise UserError(
                 f"{self.folder}: the run's checkpoints need {missing:,} bytes ({self.keep_last} kept + latest + best"

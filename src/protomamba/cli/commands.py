@@ -119,7 +119,7 @@ def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model
         base |= {"data": None, "label_file": None, "val_label_file": None, "val_ratio": 0.0}
     config = RunConfig.recorded({**base, **given, "vocab_size": model.vocab_size})
     if model.n_class is not None and not config.label_file and not config.data:
-        raise ConfigError(f"the model tells {model.classes} classes apart: give their labels with --label-file")
+        raise ConfigError(f"this is a {model.classes}-class model: give the labels with --label-file")
     return config.replace(n_class=model.classes if config.label_file or model.n_class is not None else None)
 
 
@@ -137,7 +137,7 @@ def generate_command(arguments: argparse.Namespace, sampling: Sampling, machine:
     model = build_model(loaded).eval()
     if model.config.classes != model.config.vocab_size or (loaded.config.get("run") or {}).get("label_file"):
         raise UserError(
-            f"{arguments.checkpoint}: tells {model.config.classes} classes apart, so it has no next token to generate; "
+            f"{arguments.checkpoint}: is a {model.config.classes}-class model, so it has no next token to generate; "
             "use eval"
         )
     description = loaded.config.get("tokenizer")
@@ -212,7 +212,7 @@ def inspect_command(path: Path, *, verify_only: bool, as_json: bool) -> int:
         if as_json:
             print(json.dumps({"path": str(path), "ok": not problems, "problems": problems}))
         else:
-            print("\n".join(problems) if problems else f"{path}: whole")
+            print("\n".join(problems) if problems else f"{path}: OK")
         return 1 if problems else 0
     found = checkpoint.describe_checkpoint(path)
     if as_json:

@@ -189,7 +189,7 @@ COMMANDS = {
     "prepare labels": ("make sequences with a label each", prepare.configure_labels, prepare.prepare_labels),
     "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
     "parity": (
-        "hold the program against its references, or a resumed run against an uncut one",
+        "check numerics against reference implementations",
         _configure_parity,
         _parity,
     ),
