@@ -53,10 +53,8 @@ class StopRequest:
         signal.signal(_HANGUP, signal.SIG_IGN)  # a no-op under nohup
         # Not print: a handler may run in the middle of another print to the same stream. The stream may be closed.
         with contextlib.suppress(OSError):
-            os.write(
-                2,
-                f"\n{self.signal.name}: finishing this step and saving; send it again (Ctrl-C) to exit now\n".encode(),
-            )
+            told = f"\n{self.signal.name}: finishing this step and saving; press Ctrl-C again to exit now\n"
+            os.write(2, told.encode())
         time.sleep(ECHO_S)
         _set(signal.SIG_DFL)
 
