@@ -76,7 +76,7 @@ def test_generate_and_eval_refuse_what_a_classifier_cannot_do(
     path = str(tmp_path / "run" / "latest.safetensors")
     capsys.readouterr()
     assert main(["generate", path]) == 1
-    assert "tells 6 classes apart, so it has no next token" in capsys.readouterr().err
+    assert "is a 6-class model, so it has no next token" in capsys.readouterr().err
     assert main(["eval", path, *task[:2]]) == 2
     assert "give their labels with --label-file" in capsys.readouterr().err
 
