@@ -6,7 +6,7 @@ protomamba train --optimizer examples.sgd:SGD --optimizer-option momentum=0.95 -
 import torch
 from pydantic import Field
 
-from protomamba.config import Schema
+from protomamba.schema import Schema
 from protomamba.train.optim import OptimizerBase
 
 

@@ -20,7 +20,8 @@ from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.train.build import fresh_trainer
 from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.inputs import Held, open_inputs, stream_spec
-from protomamba.train.trainer import MicroBatch, StepStats, Trainer
+from protomamba.train.passes import MicroBatch
+from protomamba.train.trainer import StepStats, Trainer
 
 # Two Mamba layers of width 64 on 8 x 128 bytes a step: what two minutes of one core can bring to its limits.
 SHAPE = {"d_model": 64, "base_layers": 2, "target_layers": 2, "freeze": "none", "batch_size": 8, "seq_len": 128}

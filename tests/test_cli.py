@@ -9,7 +9,8 @@ import pytest
 
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.cli.main import COMMANDS, main
-from protomamba.config import RunConfig, flag, value_type
+from protomamba.config import RunConfig
+from protomamba.schema import flag, value_type
 from tests.runs import token_file, train
 
 # The CLI reference of the crate this succeeds, and command-line.md's further flags: name and default, as documented.

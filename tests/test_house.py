@@ -29,13 +29,14 @@ ROWS = (
     ("checkpoint",),
     ("kernels", "config_file", "metrics_file", "storage", "folder_lock", "output", "bits"),
     ("config",),
+    ("schema",),
     ("errors",),
 )
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
 # Stricter than the rows: all that these may import of ours, beside themselves.
 ONLY = {
-    "data": {"config", "errors", "folder_lock", "storage"},
+    "data": {"config", "errors", "folder_lock", "schema", "storage"},
     "checkpoint": {"config", "errors", "folder_lock", "storage"},
     "report": {"config", "errors", "metrics_file", "storage"},
     "kernels": {"errors"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from protomamba.config import ModelConfig, RunConfig, Sampling, Schema, TrainConfig
+    from protomamba.config import ModelConfig, RunConfig, Sampling, TrainConfig
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
     from protomamba.data.dataset_stream import DatasetStream
     from protomamba.decode import generate
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from protomamba.model.mixers.base import PLAIN_CALL, ForwardContext, Mixer, MixerOutput, mixer
     from protomamba.model.sequence_model import SequenceModel
     from protomamba.predict.predictor import Predictor
+    from protomamba.schema import Schema
     from protomamba.train.callbacks.base import Callback
     from protomamba.train.callbacks.collapse import CollapseWatch
     from protomamba.train.callbacks.progress import Progress
     from protomamba.train.run import Run
-    from protomamba.train.trainer import StepStats, Trainer, Validation
+    from protomamba.train.trainer import StepStats, Trainer
+    from protomamba.train.validation import Validation
 
 _HOMES = {
-    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "Schema", "TrainConfig"),
+    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
+    "protomamba.schema": ("Schema",),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.data.dataset_stream": ("DatasetStream",),
     "protomamba.errors": ("ConfigError", "UserError"),
@@ -42,7 +45,8 @@ _HOMES = {
     "protomamba.train.callbacks.progress": ("Progress",),
     "protomamba.train.run": ("Run",),
     "protomamba.predict.predictor": ("Predictor",),
-    "protomamba.train.trainer": ("StepStats", "Trainer", "Validation"),
+    "protomamba.train.trainer": ("StepStats", "Trainer"),
+    "protomamba.train.validation": ("Validation",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

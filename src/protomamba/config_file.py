@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from protomamba.config import RunConfig, describe_bounds, flag, is_unset, nearest, value_type
+from protomamba.config import RunConfig, is_unset
 from protomamba.errors import ConfigError
+from protomamba.schema import describe_bounds, flag, nearest, value_type
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from protomamba.bench.child import batch
-from protomamba.config import ModelConfig, TrainConfig, nearest
+from protomamba.config import ModelConfig, TrainConfig
 from protomamba.errors import ConfigError
 from protomamba.model.mixers import mixer
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.schema import nearest
 from protomamba.train.trainer import Trainer
 
 VOCABULARY = 8_192

@@ -10,9 +10,10 @@ from pathlib import Path
 from protomamba import __version__
 from protomamba.cli import compare, completion, doctor, predict, prepare, report, track
 from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
-from protomamba.config import RunConfig, Sampling, nearest
+from protomamba.config import RunConfig, Sampling
 from protomamba.errors import ConfigError, UserError
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
+from protomamba.schema import nearest
 
 
 def _configure_train(parser: Parser, hidden: bool = False) -> None:

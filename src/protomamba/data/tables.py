@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from protomamba.config import nearest
 from protomamba.data.compressed import import_pyarrow, open_bytes, plain_suffix
 from protomamba.errors import UserError
+from protomamba.schema import nearest
 
 BLOCK_BYTES = 1 << 24
 BLOCK_ROWS = 1 << 16

@@ -17,8 +17,9 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import nn
 
-from protomamba.config import ModelConfig, Options, PartFields, Schema, flag, nearest
+from protomamba.config import ModelConfig, Options, PartFields
 from protomamba.errors import ConfigError, UserError
+from protomamba.schema import Schema, flag, nearest
 
 T = TypeVar("T", bound="Part")
 

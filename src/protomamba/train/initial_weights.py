@@ -10,11 +10,12 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import LATEST
-from protomamba.config import ArchitectureFields, HeadFields, ModelConfig, RunConfig, flag
+from protomamba.config import ArchitectureFields, HeadFields, ModelConfig, RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import read_weights
 from protomamba.model.registry import merged_options, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.schema import flag
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from protomamba import kernels
-from protomamba.config import Schema, TrainFields, part_settings
+from protomamba.config import TrainFields
 from protomamba.model.registry import resolve
+from protomamba.schema import Schema, part_settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)

@@ -11,10 +11,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm
@@ -22,6 +24,7 @@ from protomamba.train.comm_tree import share
 from protomamba.train.local import LocalSignals
 
 MicroBatch = tuple[Tensor, Tensor, Tensor | None]  # inputs (B, L), targets (B, L), reset (B, L) or None
+AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
 
 
 @dataclass(frozen=True)
@@ -147,3 +150,15 @@ def key(*numbers: int) -> int:
     """A whole number from 0 to 2^63 - 1 that depends on all of `numbers` and their order."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def micro_batch(batch: AnyBatch) -> MicroBatch:
+    """(inputs, targets, reset or None) of a Batch, or of a pair or triple of tensors. TypeError for anything else."""
+    if isinstance(batch, Batch):
+        return batch.tokens_BL, batch.targets_BL, batch.reset_BL
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise TypeError(
+            f"a batch is (inputs, targets), (inputs, targets, reset) or a Batch, not {type(batch).__name__}"
+        )
+    inputs, targets, *reset = batch
+    return inputs, targets, reset[0] if reset else None

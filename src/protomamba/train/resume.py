@@ -7,8 +7,9 @@ from pathlib import Path
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import Resumable, find_resumable
-from protomamba.config import MAY_CHANGE, RunConfig, flag
+from protomamba.config import MAY_CHANGE, RunConfig
 from protomamba.errors import ConfigError, UserError
+from protomamba.schema import flag
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from protomamba.storage import SaveError
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.best import Best
 from protomamba.train.callbacks.recorder import MetricsRecorder
+from protomamba.train.passes import AnyBatch
 from protomamba.train.run_header import describe_environment
 from protomamba.train.signals import StopRequest
-from protomamba.train.trainer import AnyBatch, StepStats, Trainer
+from protomamba.train.trainer import StepStats, Trainer
 
 
 class Run:

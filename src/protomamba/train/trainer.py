@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
-from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
 from protomamba.kernels import keep_freed_memory
 from protomamba.model.pretrained import build_model
@@ -32,14 +30,14 @@ from protomamba.train.optim import (
     optimizer_class,
     total_norm,
 )
-from protomamba.train.passes import MicroBatch, Passes
+from protomamba.train.passes import AnyBatch, MicroBatch, Passes, micro_batch
 from protomamba.train.row_sparse import RowTables
 from protomamba.train.schedule import learning_rate
+from protomamba.train.validation import Validation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10
 # Tables of at least this many rows are row-sparse unless the run says otherwise.
 MANY_ROWS = 65_536
-AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps reset
 
 
 @dataclass(frozen=True)
@@ -56,42 +54,6 @@ class StepStats:
     conflict_layers: int = 0
     clipped: bool = False
     skipped_update: bool = False
-
-
-@dataclass
-class Validation:
-    """Held-out figures: mean loss and accuracy (nearest prototype) over `targets`.
-
-    nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
-    majority: the share of the commonest target, which is the accuracy of always predicting it.
-    best: whether it is the best of its run so far. more: what else is to stand in its line of metrics.jsonl.
-    """
-
-    loss: float
-    accuracy: float
-    nll: float | None
-    targets: int
-    majority: float = 0.0
-    best: bool = False
-    more: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(nll)."""
-        return None if self.nll is None else math.exp(min(700.0, self.nll))
-
-    def fields(self) -> dict[str, Any]:
-        """What a line of metrics.jsonl says of it."""
-        return {
-            "val_loss": self.loss,
-            "val_nll": self.nll,
-            "val_accuracy": self.accuracy,
-            "majority_accuracy": self.majority,
-            "val_perplexity": self.perplexity,
-            "targets": self.targets,
-            "best": self.best,
-            **self.more,
-        }
 
 
 class NonFiniteError(UserError):
@@ -294,7 +256,6 @@ class Trainer:
                 "which --init-from starts from the last checkpoint's weights"
             )
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[AnyBatch], calibrate: bool = False, exact: bool = True) -> Validation:
         """Loss, accuracy and cross entropy over `batches`, weighted by their targets; no weight changes.
 
@@ -302,32 +263,7 @@ class Trainer:
         exact: False judges accuracy and cross entropy on a part of the targets where there are very many classes.
         calibrate: first fit the head's probabilities to these batches (all of their features are held at once).
         """
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            features = (
-                (self.model.features(inputs, reset_BL=reset)[0], targets)
-                for inputs, targets, reset in map(micro_batch, batches)
-            )
-            if calibrate:
-                held = list(features)
-                self.model.head.calibrate(held)
-                features = (pair for pair in held)
-            seen = TargetCounts()
-            parts = [self.model.head.evaluate(z_BLD, seen.add(targets_BL), exact) for z_BLD, targets_BL in features]
-        finally:
-            self.model.train(was_training)
-        count = max(1, sum(part.count for part in parts))
-        judged = max(1, sum(part.judgements for part in parts))
-        told = [part for part in parts if part.count]
-        likelihoods = [part.log_likelihood_sum for part in told if part.log_likelihood_sum is not None]
-        return Validation(
-            loss=sum(part.loss_sum for part in parts) / count,
-            accuracy=sum(part.correct for part in parts) / judged,
-            nll=-sum(likelihoods) / judged if likelihoods else None,
-            targets=sum(part.count for part in parts),
-            majority=seen.majority / count,
-        )
+        return evaluate(self.model, batches, calibrate, exact)
 
     def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
@@ -435,35 +371,6 @@ class Trainer:
                 "--sparse-rows 1: row-sparse tables are for one gradient shard, with adamw or muon; leave it out"
             )
         return possible and (len(table) >= MANY_ROWS if asked is None else asked)
-
-
-def micro_batch(batch: AnyBatch) -> MicroBatch:
-    """(inputs, targets, reset or None) of a Batch, or of a pair or triple of tensors. TypeError for anything else."""
-    if isinstance(batch, Batch):
-        return batch.tokens_BL, batch.targets_BL, batch.reset_BL
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        raise TypeError(
-            f"a batch is (inputs, targets), (inputs, targets, reset) or a Batch, not {type(batch).__name__}"
-        )
-    inputs, targets, *reset = batch
-    return inputs, targets, reset[0] if reset else None
-
-
-class TargetCounts:
-    """How often each target was seen."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-
-    def add(self, targets_BL: Tensor) -> Tensor:
-        classes, counts = torch.unique(targets_BL[targets_BL >= 0], return_counts=True)
-        self._counts.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
-        return targets_BL
-
-    @property
-    def majority(self) -> int:
-        """Occurrences of the commonest."""
-        return max(self._counts.values(), default=0)
 
 
 # In a checkpoint -> here.

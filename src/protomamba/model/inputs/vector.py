@@ -6,9 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from protomamba.config import ModelConfig, Schema
+from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.model.inputs.base import Input, input_part
+from protomamba.schema import Schema
 
 
 @input_part("vector")

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from protomamba.config import ModelConfig, Schema
+from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.model.mixers.base import PLAIN_CALL, ForwardContext, Mixer, MixerOutput, State, mixer
 from protomamba.model.mixers.mamba import products_in
+from protomamba.schema import Schema
 
 HEAD_WIDTH = 64
 

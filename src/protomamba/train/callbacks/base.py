@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from protomamba.checkpoint.file import SaveReport
     from protomamba.storage import SaveError
     from protomamba.train.run import Run
-    from protomamba.train.trainer import StepStats, Validation
+    from protomamba.train.trainer import StepStats
+    from protomamba.train.validation import Validation
 
 
 class Callback:

@@ -11,7 +11,7 @@ from protomamba.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
-    from protomamba.train.trainer import Validation
+    from protomamba.train.validation import Validation
 
 STATE = ("best_val_nll", "best_val_loss", "best_step", "stale_validations")
 

@@ -9,7 +9,7 @@ from protomamba.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
-    from protomamba.train.trainer import Validation
+    from protomamba.train.validation import Validation
 
 COLLAPSE_COSINE = 0.9
 # In few dimensions random directions are as near as that: a collapse is also this far above them.

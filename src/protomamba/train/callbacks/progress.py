@@ -13,7 +13,8 @@ from protomamba.train.run_header import goodbye
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
-    from protomamba.train.trainer import StepStats, Validation
+    from protomamba.train.trainer import StepStats
+    from protomamba.train.validation import Validation
 
 
 class Progress(Callback):

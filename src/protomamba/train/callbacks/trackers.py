@@ -21,7 +21,8 @@ from protomamba.train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
-    from protomamba.train.trainer import StepStats, Validation
+    from protomamba.train.trainer import StepStats
+    from protomamba.train.validation import Validation
 
 PROJECT = "protomamba"
 

@@ -1,0 +1,98 @@
+"""Held-out figures: what a model answers on batches that it does not learn from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.passes import AnyBatch, micro_batch
+
+
+@dataclass
+class Validation:
+    """Held-out figures: mean loss and accuracy (nearest prototype) over `targets`.
+
+    nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
+    majority: the share of the commonest target, which is the accuracy of always predicting it.
+    best: whether it is the best of its run so far. more: what else is to stand in its line of metrics.jsonl.
+    """
+
+    loss: float
+    accuracy: float
+    nll: float | None
+    targets: int
+    majority: float = 0.0
+    best: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll)."""
+        return None if self.nll is None else math.exp(min(700.0, self.nll))
+
+    def fields(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of it."""
+        return {
+            "val_loss": self.loss,
+            "val_nll": self.nll,
+            "val_accuracy": self.accuracy,
+            "majority_accuracy": self.majority,
+            "val_perplexity": self.perplexity,
+            "targets": self.targets,
+            "best": self.best,
+            **self.more,
+        }
+
+
+class TargetCounts:
+    """How often each target was seen."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, targets_BL: Tensor) -> Tensor:
+        classes, counts = torch.unique(targets_BL[targets_BL >= 0], return_counts=True)
+        self._counts.update(dict(zip(classes.tolist(), counts.tolist(), strict=True)))
+        return targets_BL
+
+    @property
+    def majority(self) -> int:
+        """Occurrences of the commonest."""
+        return max(self._counts.values(), default=0)
+
+
+@torch.no_grad()
+def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool, exact: bool) -> Validation:
+    """`Trainer.evaluate` of a model: in evaluation mode, which is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        features = (
+            (model.features(inputs, reset_BL=reset)[0], targets) for inputs, targets, reset in map(micro_batch, batches)
+        )
+        if calibrate:
+            held = list(features)
+            model.head.calibrate(held)
+            features = (pair for pair in held)
+        seen = TargetCounts()
+        parts = [model.head.evaluate(z_BLD, seen.add(targets_BL), exact) for z_BLD, targets_BL in features]
+    finally:
+        model.train(was_training)
+    count = max(1, sum(part.count for part in parts))
+    judged = max(1, sum(part.judgements for part in parts))
+    told = [part for part in parts if part.count]
+    likelihoods = [part.log_likelihood_sum for part in told if part.log_likelihood_sum is not None]
+    return Validation(
+        loss=sum(part.loss_sum for part in parts) / count,
+        accuracy=sum(part.correct for part in parts) / judged,
+        nll=-sum(likelihoods) / judged if likelihoods else None,
+        targets=sum(part.count for part in parts),
+        majority=seen.majority / count,
+    )
