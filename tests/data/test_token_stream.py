@@ -61,7 +61,7 @@ def make_stream(lengths: list[int], **settings_: int) -> TokenStream:
 @given(shape=shapes, epoch=st.integers(0, 3))
 def test_every_transition_once_an_epoch_but_for_the_tails(shape: dict, epoch: int) -> None:
     stream = make_stream(**shape)
-    total = stream.windows_per_epoch
+    total = stream.rows_per_epoch
     first = epoch * total // stream.batch_size
     skip = epoch * total - first * stream.batch_size
     rows = rows_of(stream, first, skip + total)[skip:]
@@ -136,7 +136,7 @@ def test_a_batch_straddles_epochs_and_nothing_is_lost() -> None:
 
 def test_shards_shorter_than_a_window_are_counted_and_reported() -> None:
     stream = TokenStream(make_set(31, 5, 2), batch_size=2, seq_len=10, seed=0)
-    assert stream.windows_per_epoch == 3
+    assert stream.rows_per_epoch == 3
     assert stream.dropped_tokens == 5
     assert "2 shard(s) shorter than a window" in stream.describe()
     with pytest.raises(UserError, match=r"shard-0: 31 token\(s\) are shorter than one window: expected at least .* 32"):
@@ -173,7 +173,7 @@ def test_the_cursor_is_plain_and_has_the_same_keys_from_the_start() -> None:
         ({"packed": False}, "packed 1 (now 0)"),
         ({"shuffle_shards": False}, "shuffle_shards 1 (now 0)"),
         ({"eos_token": 3}, "eos_token -1 (now 3)"),
-        ({"seed": 6, "seq_len": 9}, "seq_len 10 (now 9), seed 5 (now 6)"),
+        ({"seed": 6, "seq_len": 9}, "seed 5 (now 6), seq_len 10 (now 9)"),
     ],
 )
 def test_changed_settings_are_refused_by_name(change: dict, named: str) -> None:
@@ -281,7 +281,7 @@ class TestFailuresOthersPublished:
     def test_later_epochs_are_as_long_after_a_resume(self) -> None:
         """huggingface/datasets #7447 (shortened epochs), #7901 (duplicates): the exact multiset of each epoch."""
         stream = self.fresh()
-        total = stream.windows_per_epoch
+        total = stream.rows_per_epoch
         stream.position = 3
         resumed = self.fresh()
         resumed.load_state_dict(stream.state_dict())

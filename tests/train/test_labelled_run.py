@@ -78,7 +78,7 @@ def test_generate_and_eval_refuse_what_a_classifier_cannot_do(
     assert main(["generate", path]) == 1
     assert "is a 6-class model, so it has no next token" in capsys.readouterr().err
     assert main(["eval", path, *task[:2]]) == 2
-    assert "give their labels with --label-file" in capsys.readouterr().err
+    assert "give the labels with --label-file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

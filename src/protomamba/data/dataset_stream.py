@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protomamba.data.order import derive_key, permute
-from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
+from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
 from protomamba.errors import UserError
 
@@ -72,21 +72,12 @@ class DatasetStream(BatchStream):
             found.append(int(permute(np.array([place]), count, key)[0]) if self.shuffle else place)
         return found
 
-    def cursor(self, index: int) -> Cursor:
-        epoch, place = divmod(index * self.batch_size, len(self.dataset))
-        return {
-            "version": STATE_VERSION,
-            "batch": index,
-            "epoch": epoch,
-            "window": place,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "shuffle": int(self.shuffle),
-        }
-
     @property
-    def steps_per_epoch(self) -> float:
-        return len(self.dataset) / self.batch_size
+    def rows_per_epoch(self) -> int:
+        return len(self.dataset)
+
+    def settings(self) -> Cursor:
+        return {"shuffle": int(self.shuffle)}
 
     def identity(self) -> Identity:
         """A dataset is known by its length and its fingerprint."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from protomamba.data.order import endless
-from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
+from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
 
 if TYPE_CHECKING:
@@ -43,21 +43,11 @@ class LabelledStream(BatchStream):
         return make_labelled_batch(self.sequences, places, self.cursor(index + 1))
 
     @property
-    def steps_per_epoch(self) -> float:
-        return len(self.sequences) / self.batch_size
+    def rows_per_epoch(self) -> int:
+        return len(self.sequences)
 
-    def cursor(self, index: int) -> Cursor:
-        epoch, window = divmod(index * self.batch_size, len(self.sequences))
-        return {
-            "version": STATE_VERSION,
-            "batch": index,
-            "epoch": epoch,
-            "window": window,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "labelled": 1,
-            "data": self._fingerprint,
-        }
+    def settings(self) -> Cursor:
+        return {"labelled": 1, "data": self._fingerprint}
 
     def identity(self) -> Identity:
         return self.sequences.identity()

@@ -15,7 +15,7 @@ import torch
 
 from protomamba.data.order import derive_key, endless, hashed
 from protomamba.data.packing import Packing
-from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
+from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
 from protomamba.errors import UserError
 
@@ -61,16 +61,13 @@ class SequenceStream(BatchStream):
         strands: npt.NDArray[np.bool_] = np.concatenate(drawn) & np.uint64(1) == 1
         return strands
 
-    def cursor(self, index: int) -> Cursor:
-        epoch, window = divmod(index * self.batch_size, len(self.packing))
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.packing)
+
+    def settings(self) -> Cursor:
         return {
-            "version": STATE_VERSION,
-            "batch": index,
-            "epoch": epoch,
-            "window": window,
-            "batch_size": self.batch_size,
             "seq_len": self.seq_len,
-            "seed": self.seed,
             "sequences": 1,
             "both_strands": int(self.sequences.complement is not None),
             "data": self._fingerprint,

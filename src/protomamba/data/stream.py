@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ class BatchStream(ABC):
     `state_dict` is that position with all that the order depends on: plain integers and strings.
     """
 
+    batch_size: int
+    seed: int
     position = 0
 
     @abstractmethod
@@ -30,9 +31,20 @@ class BatchStream(ABC):
     def __getitem__(self, index: int) -> Batch:
         return self.batch(index)
 
-    @abstractmethod
     def cursor(self, index: int) -> Cursor:
         """The place before batch `index`, with all that the order depends on; the same keys at every index."""
+        epoch, window = divmod(index * self.batch_size, self.rows_per_epoch)
+        place = {"version": STATE_VERSION, "batch": index, "epoch": epoch, "window": window}
+        return {**place, "batch_size": self.batch_size, "seed": self.seed, **self.settings()}
+
+    @property
+    @abstractmethod
+    def rows_per_epoch(self) -> int:
+        """Rows until the data has been seen once; batches go on over the end of an epoch."""
+
+    @abstractmethod
+    def settings(self) -> Cursor:
+        """What the order depends on beside batch size and seed."""
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -44,11 +56,8 @@ class BatchStream(ABC):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches in the first epoch: the first whose cursor is in the second, found by bisection."""
-        after = 1
-        while int(self.cursor(after)["epoch"]) < 1:
-            after *= 2
-        return float(bisect_left(range(after + 1), 1, key=lambda index: int(self.cursor(index)["epoch"])))
+        """Batches until the data has been seen once."""
+        return self.rows_per_epoch / self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.order import derive_key, permute, shuffled
-from protomamba.data.stream import STATE_VERSION, BatchStream, Identity
+from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor, make_batch, read_windows, window_counts
 
 if TYPE_CHECKING:
@@ -68,26 +68,21 @@ class TokenStream(BatchStream):
         self._epoch_memo: _Epoch | None = None
 
     @property
-    def windows_per_epoch(self) -> int:
+    def rows_per_epoch(self) -> int:
         """Windows in all shards."""
         return int(self._windows.sum())
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches in an epoch; a fraction, since batches may straddle epochs."""
-        return self.windows_per_epoch / self.batch_size
 
     @property
     def dropped_tokens(self) -> int:
         """Transitions that no window holds: the tails of the shards."""
         transitions = sum(shard.tokens - 1 for shard in self.shards.shards)
-        return transitions - self.windows_per_epoch * self.seq_len
+        return transitions - self.rows_per_epoch * self.seq_len
 
     def describe(self) -> str:
         empty = int((self._windows == 0).sum())
         short = f", {empty} shard(s) shorter than a window" if empty else ""
         return (
-            f"{self.shards.tokens:,} tokens in {len(self.shards)} shard(s), {self.windows_per_epoch:,} windows of "
+            f"{self.shards.tokens:,} tokens in {len(self.shards)} shard(s), {self.rows_per_epoch:,} windows of "
             f"{self.seq_len} an epoch ({self.steps_per_epoch:,.1f} steps), {self.dropped_tokens:,} tail tokens "
             f"unused{short}"
         )
@@ -102,8 +97,8 @@ class TokenStream(BatchStream):
         """Shard and window in it of each row of a batch."""
         rows: list[tuple[int, int]] = []
         while len(rows) < self.batch_size:
-            epoch, place = divmod(index * self.batch_size + len(rows), self.windows_per_epoch)
-            count = min(self.batch_size - len(rows), self.windows_per_epoch - place)
+            epoch, place = divmod(index * self.batch_size + len(rows), self.rows_per_epoch)
+            count = min(self.batch_size - len(rows), self.rows_per_epoch - place)
             rows += self._locate(epoch, np.arange(place, place + count))
         return rows
 
@@ -111,7 +106,7 @@ class TokenStream(BatchStream):
         """Shard and window of some places of one epoch."""
         epoch = self._epoch(number)
         if not self.packed:
-            places = permute(places, self.windows_per_epoch, derive_key(self.seed, number, _WINDOWS))
+            places = permute(places, self.rows_per_epoch, derive_key(self.seed, number, _WINDOWS))
         slots = np.searchsorted(epoch.before, places, side="right") - 1
         return zip(epoch.order[slots].tolist(), (places - epoch.before[slots]).tolist(), strict=True)
 
@@ -127,16 +122,9 @@ class TokenStream(BatchStream):
         self._epoch_memo = _Epoch(number, order, before)
         return self._epoch_memo
 
-    def cursor(self, index: int) -> Cursor:
-        epoch, window = divmod(index * self.batch_size, self.windows_per_epoch)
+    def settings(self) -> Cursor:
         return {
-            "version": STATE_VERSION,
-            "batch": index,
-            "epoch": epoch,
-            "window": window,
-            "batch_size": self.batch_size,
             "seq_len": self.seq_len,
-            "seed": self.seed,
             "packed": int(self.packed),
             "shuffle_shards": int(self.shuffle_shards),
             "eos_token": -1 if self.eos_token is None else self.eos_token,
