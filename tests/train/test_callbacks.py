@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from tests.runs import losses, metrics, same_state, token_file, train
 from protomamba import Callback, CollapseWatch, DatasetStream, ModelConfig, Run, SequenceModel, TrainConfig, Trainer
 from protomamba.checkpoint import file as checkpoint
 from protomamba.errors import UserError
+from protomamba.train.comm import Comm, Local
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,6 +217,13 @@ def test_validation_that_can_be_read_only_once_is_refused() -> None:
     trainer, stream = make(2)
     with pytest.raises(TypeError, match="only once; give a list"):
         Run(trainer, stream, (stream.batch(i) for i in range(2)))
+
+
+def test_the_ranks_of_a_run_are_its_trainers() -> None:
+    trainer, stream = make(2)
+    assert Run(trainer, stream, comm=Local()).fit() == "done"
+    with pytest.raises(ValueError, match="give them to it"):
+        Run(trainer, stream, comm=cast(Comm, object()))
 
 
 def test_each_epoch_of_a_dataset_shows_each_item_once() -> None:

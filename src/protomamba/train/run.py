@@ -24,6 +24,7 @@ from protomamba.storage import SaveError
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.best import Best
 from protomamba.train.callbacks.recorder import MetricsRecorder
+from protomamba.train.comm import Comm, Local
 from protomamba.train.passes import AnyBatch
 from protomamba.train.run_header import describe_environment
 from protomamba.train.signals import StopRequest
@@ -40,6 +41,7 @@ class Run:
       iterated again); None validates nothing.
     - `folder`: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller
       holds, is taken as it is.
+    - `comm`: the ranks that train together; None and the trainer's own are the same, another is refused.
     - `resume`: None starts fresh and refuses a folder that holds a run, "auto" goes on if it does, a path or
       `Resumable` goes on from that checkpoint.
     - `further_steps`: train that many more after a resume, on a schedule of their own; None goes on to the recorded
@@ -56,6 +58,7 @@ class Run:
         validation: Iterable[AnyBatch] | None = None,
         callbacks: Sequence[Callback] = (),
         folder: str | Path | RunDir | None = None,
+        comm: Comm | None = None,
         *,
         log_every: int = 20,
         val_every: int = 200,
@@ -73,6 +76,10 @@ class Run:
     ) -> None:
         if validation is not None and iter(validation) is validation:
             raise TypeError("validation: each validation reads it anew, but it can be iterated only once; give a list")
+        if comm is not None and comm is not trainer.comm and not type(comm) is type(trainer.comm) is Local:
+            raise ValueError(
+                "comm: the trainer was made for other ranks; give them to it: Trainer(model, config, comm)"
+            )
         self.trainer, self.stream, self.validation = trainer, stream, validation
         self.comm, self._leads, self._keeps = trainer.comm, trainer.comm.rank == 0, folder is not None
         self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
