@@ -222,7 +222,7 @@ def test_validation_that_can_be_read_only_once_is_refused() -> None:
 def test_the_ranks_of_a_run_are_its_trainers() -> None:
     trainer, stream = make(2)
     assert Run(trainer, stream, comm=Local()).fit() == "done"
-    with pytest.raises(ValueError, match="give them to it"):
+    with pytest.raises(ValueError, match="give it these"):
         Run(trainer, stream, comm=cast(Comm, object()))
 
 
