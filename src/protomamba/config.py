@@ -201,6 +201,11 @@ class TrainFields(Schema):
         description="what the backward pass makes again to save memory, with the same bits: nothing, what is cheap and "
         "large, or all inside a block (a third slower)",
     )
+    activations: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="what Mamba blocks keep for the backward pass, in fp32, or in bf16 to save memory: gradients are "
+        "then rounded, and --recompute changes bits",
+    )
 
 
 class TrainConfig(TrainFields):

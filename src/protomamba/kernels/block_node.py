@@ -40,6 +40,7 @@ class BlockCall(NamedTuple):
     want_state: bool
     want_u: bool
     remake: Remake
+    narrow: bool  # what is kept with a batch and a length is kept in bfloat16
 
 
 class _Needs(NamedTuple):
@@ -142,6 +143,8 @@ class BlockNode(torch.autograd.Function):
             ctx.call = call
             ctx.set_materialize_grads(False)
             kept = _trimmed(kept._replace(A=scan.A, chunks=chunks), call.remake, w.in_proj_WD is not None)
+            if call.narrow:
+                x, kept = x.bfloat16(), _activations_in(torch.bfloat16, kept)
             ctx.save_for_backward(reset, x, *tensors, *matrices, *kept)
         if not call.want_u:
             return out, conv_last, ssm_last, None
@@ -156,9 +159,9 @@ class BlockNode(torch.autograd.Function):
         call: BlockCall = ctx.call
         needs = _Needs(*ctx.needs_input_grad[2:])
         reset, x, *saved = ctx.saved_tensors
-        given = _Inputs(reset, x, BlockWeights(*saved[:10]), *saved[10:12])
-        m, kept = _Matrices(*saved[12:16]), _Kept(*saved[16:])
-        dout = torch.zeros_like(x) if dout is None else dout.contiguous()
+        given = _Inputs(reset, x.float(), BlockWeights(*saved[:10]), *saved[10:12])
+        m, kept = _Matrices(*saved[12:16]), _activations_in(call.dtype, _Kept(*saved[16:]))
+        dout = torch.zeros_like(given.x) if dout is None else dout.contiguous()
         last = [None if g is None else g.contiguous() for g in (dconv_last, dssm_last)]
         dx, d_tensors = _block_backward(call, given, m, kept, dout, last, needs)
         return None, None, dx, *(None if g is None else g.float() for g in d_tensors)
@@ -170,12 +173,19 @@ def _matrices(w: BlockWeights, dtype: torch.dtype) -> _Matrices:
 
 
 def _trimmed(kept: _Kept, remake: Remake, gated: bool) -> _Kept:
-    """Without what the backward pass makes again. Of a block without in_proj uz is the norm."""
+    """Without what the backward pass makes again. Of a block without in_proj uz is the norm, and is kept as that."""
     if remake == Remake.ALL:
         return _NOTHING
     if remake == Remake.CHEAP:
-        return kept._replace(normed_TD=None, scale_T=None, uz=kept.uz if gated else None, u=None, delta=None)
-    return kept
+        kept = kept._replace(normed_TD=None, scale_T=None, u=None, delta=None)
+    return kept if gated else kept._replace(uz=None)
+
+
+def _activations_in(dtype: torch.dtype, kept: _Kept) -> _Kept:
+    """With all in `dtype` that grows with batch and length, but for the states, where the scan starts again from."""
+    wide = kept.normed_TD, kept.uz, kept.u, kept.projected, kept.delta
+    normed, uz, u, projected, delta = (None if x is None else x.to(dtype) for x in wide)
+    return kept._replace(normed_TD=normed, uz=uz, u=u, projected=projected, delta=delta)
 
 
 def _block_backward(

@@ -23,6 +23,8 @@ TOLERANCES = {
     # ten times in a row in the three layers and the head of a decoder's test.
     ("int8", torch.float32): 5e-5,
     ("int8 step", torch.float32): 1e-3,
+    # A block that keeps its activations in bfloat16: each is off by 2^-9 at most, and a gradient sees several of them.
+    ("kept in bf16", torch.float32): 1e-2,
     # A block rounds its activations to bfloat16 at every seam, in both directions.
     ("block gradient", torch.bfloat16): 3e-2,
 }

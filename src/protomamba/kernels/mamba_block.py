@@ -15,7 +15,7 @@ from protomamba.kernels.block_node import BlockCall, BlockNode, Remake
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, matmul_dtype
 
-RECOMPUTE = ("none", "cheap", "blocks")
+RECOMPUTE, ACTIVATIONS = ("none", "cheap", "blocks"), ("fp32", "bf16")
 # Elements of an activation (B, L, E) that are worth sparing: 32 MiB, from where on malloc keeps nothing (`allocator`).
 LARGE = 1 << 23
 CHUNK = 64  # of the scan: a sequence cut at multiples of it has the same bits
@@ -32,17 +32,20 @@ def mamba_block(
     reset_BL: Tensor | None = None,
     want_u: bool = False,
     recompute: str = "cheap",
+    activations: str = "fp32",
 ) -> BlockOutput:
     """x + out_proj(scan(conv(in_proj(rms_norm(x))))): see `reference.mamba_block`, which this equals.
 
     Native for float32 x. Frozen weights cost no gradient product, and without gradients nothing is kept. What is kept
     for the backward pass, `recompute` says, with the same bits: "none" keeps all, "cheap" makes the norm, the
     convolution and dt again where an activation (B, L, E) is larger than 32 MiB, "blocks" keeps x
-    alone and makes everything again. ValueError for shapes that do not fit, and for another precision than "fp32" and
-    "bf16" or another recompute.
+    alone and makes everything again. With `activations` "bf16" it is kept in bfloat16, x included: the output stays,
+    the gradients change by what that rounds away, and the modes of `recompute` no longer agree to the bit. ValueError
+    for shapes that do not fit, and for another precision, recompute or activations than these.
     """
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"mamba_block: recompute: expected one of {', '.join(RECOMPUTE)}, got {recompute!r}")
+    for name, word, words in (("recompute", recompute, RECOMPUTE), ("activations", activations, ACTIVATIONS)):
+        if word not in words:
+            raise ValueError(f"mamba_block: {name}: expected one of {', '.join(words)}, got {word!r}")
     check_block_shapes("mamba_block", weights, state, x_BLD=x_BLD, reset_BL=reset_BL)
     dtype = matmul_dtype(precision, x_BLD)
     library = native.select("mamba_block", x_BLD, (torch.float32,))
@@ -58,7 +61,8 @@ def mamba_block(
     remake = {"none": Remake.NOTHING, "cheap": Remake.CHEAP if large else Remake.NOTHING, "blocks": Remake.ALL}[
         recompute
     ]
-    call = BlockCall(library, native.needs_backward(x_BLD, *tensors), eps, dtype, return_state, want_u, remake)
+    keep, narrow = native.needs_backward(x_BLD, *tensors), activations == "bf16"
+    call = BlockCall(library, keep, eps, dtype, return_state, want_u, remake, narrow)
     if large:
         return _in_pieces(call, reset, x_BLD.contiguous(), tensors, LARGE // (2 * width))
     return _whole(call, reset, x_BLD.contiguous(), tensors)

@@ -40,6 +40,7 @@ class SequenceModel(nn.Module):
         self.config = config = with_settings(config)
         self.precision = "fp32"
         self.recompute = "cheap"
+        self.activations = "fp32"
         self.frozen: tuple[str, bool] = ("none", False)
         with _seeded(seed):
             self.embedding: Input = input_part.find(config.input)(config)
@@ -96,7 +97,9 @@ class SequenceModel(nn.Module):
             hooked = activation_hook is not None and trainable(block.mixer.local_weight())
             hook = partial(activation_hook, index) if hooked and activation_hook else None
             held = state[index] if state else None
-            ctx = ForwardContext(held, reset_BL, return_state, precision or self.precision, hook, self.recompute)
+            ctx = ForwardContext(
+                held, reset_BL, return_state, precision or self.precision, hook, self.recompute, self.activations
+            )
             x_BLD, layer_state = block(x_BLD, ctx)
             states.append(layer_state)
         return self.norm_f(x_BLD), states if return_state else []

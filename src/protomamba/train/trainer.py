@@ -80,6 +80,7 @@ class Trainer:
         self.grad_shards = self.config.grad_shards or self.comm.world
         self.model.precision = self.config.precision
         self.model.recompute = self.config.recompute
+        self.model.activations = self.config.activations
         self.global_step = 0
         self.schedule_start = 0
         self.schedule_steps = self.config.steps

@@ -42,6 +42,7 @@ class ForwardContext:
     precision: str = "fp32"  # or bf16: matrix products in bf16
     activation_hook: ActivationHook | None = None  # receives what `local_weight` multiplies (B, L, E), detached
     recompute: str = "cheap"  # what the backward pass makes again instead of keeping it: none, cheap or blocks
+    activations: str = "fp32"  # or bf16: what a fused block keeps for the backward pass is kept in bf16
 
 
 PLAIN_CALL = ForwardContext()

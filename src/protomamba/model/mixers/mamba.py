@@ -111,6 +111,7 @@ class ScanMixer(Mixer):
             reset_BL=ctx.reset_BL,
             want_u=ctx.activation_hook is not None,
             recompute=ctx.recompute,
+            activations=ctx.activations,
         )
         if ctx.activation_hook is not None:
             assert output.u_BLE is not None
