@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from protomamba.model.sequence_model import ModelState, SequenceModel
 
 PREFILL_CHUNK = 1_024
 TINY_TEMPERATURE = 1e-30
-OnToken = Callable[[list[int]], None]
+OnToken = Callable[[list[int]], Collection[int] | None]
 
 
 @torch.no_grad()
@@ -36,7 +36,8 @@ def generate(
     """The tokens that follow each prompt, at most `sampling.max_tokens`, without `stop_token`, which ends a sequence.
 
     prompts: lists or tensors of tokens, of any lengths, or one int64 tensor (B, L). Dropout is off meanwhile.
-    on_token: called after each position with the new token of every prompt (-1 where a sequence has ended).
+    on_token: called after each position with the new token of every prompt (-1 where a sequence has ended); it may
+    return the numbers of prompts that are to end behind this token.
     weights: "fp32", "bf16" or "int8": what the matrices are read in after the prompts (`SequenceModel.make_decode_fn`);
     `weights_loss` tells what that costs in accuracy.
     Raises ConfigError for an empty prompt, a token the model does not know, or other weights.
@@ -71,7 +72,8 @@ def _continue(
             if alive[row]:
                 outputs[row].append(token)
         if on_token:
-            on_token([token if alive[row] else -1 for row, token in enumerate(tokens)])
+            for row in on_token([token if alive[row] else -1 for row, token in enumerate(tokens)]) or ():
+                alive[row] = False
         if not any(alive) or position == sampling.max_tokens - 1:
             break
         logits_BV = advance(next_B)

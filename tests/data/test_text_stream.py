@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protomamba.data.dna import DnaTokenizer
+from protomamba.data.text_stream import REPLACEMENT, TextStream, TextUntil
 from protomamba.data.tokenizer import (
-    REPLACEMENT,
     ByteTokenizer,
     HuggingFaceTokenizer,
-    TextStream,
     Tokenizer,
     train_bpe_tokenizer,
 )
+from protomamba.errors import ConfigError
 
 TEXTS = ["größer ≥ 1 € 🙂 naïve", "日本語のテキスト", "plain words and spaces  again"]
 
@@ -59,3 +59,32 @@ def test_long_texts_and_dna(bpe: Tokenizer) -> None:
     pieces, rest = streamed(bpe, bpe.encode(text))
     assert "".join(pieces) + rest == text
     assert streamed(DnaTokenizer(), [2, 1, 5, 0]) == (["A", "N", "T", ""], "")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("ab€ ", max_size=30), st.lists(st.text("ab€ ", min_size=1, max_size=4), max_size=3), st.booleans())
+def test_a_text_ends_in_front_of_the_first_stop_string(
+    bpe: Tokenizer, text: str, stops: list[str], bytewise: bool
+) -> None:
+    tokenizer = ByteTokenizer() if bytewise else bpe
+    until, shown = TextUntil(tokenizer, stops), ""
+    for token in tokenizer.encode(text):
+        shown += until.add(token)
+        if until.stopped is not None:
+            break
+    shown += until.finish()
+    assert shown == until.text and not any(stop in shown for stop in stops)
+    assert (until.stopped is None) == (not any(stop in text for stop in stops))
+    if until.stopped is None:
+        assert shown == text and until.tokens() == tokenizer.encode(text)
+    else:
+        assert text.startswith(shown + until.stopped)
+        assert shown.startswith(tokenizer.decode(until.tokens()))
+
+
+def test_a_beginning_of_a_stop_string_waits_and_is_shown_if_it_was_none() -> None:
+    until = TextUntil(ByteTokenizer(), ["END"])
+    assert [until.add(token) for token in b"aENxEN"] == ["a", "", "", "ENx", "", ""]
+    assert until.finish() == "EN"
+    with pytest.raises(ConfigError, match="--stop ''"):
+        TextUntil(ByteTokenizer(), [""])

@@ -8,9 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba import __version__
-from protomamba.cli import compare, completion, doctor, predict, prepare, report, track
-from protomamba.cli.flags import Parser, add_fields, given_fields, run_config
-from protomamba.config import RunConfig, Sampling
+from protomamba.cli import (
+    compare,
+    completion,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    predict,
+    prepare,
+    report,
+    track,
+)
+from protomamba.cli.flags import Parser, add_fields, run_config
+from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
 from protomamba.schema import nearest
@@ -32,94 +44,6 @@ def _train(arguments: argparse.Namespace) -> int:
     from protomamba.train.build import train
 
     return train(run_config(arguments))
-
-
-# Parts have to be named where the checkpoint's are not ours: see model/registry.py.
-CODE_FLAGS = ("layer", "layers", "head", "input")
-DATA_FLAGS = ("token_file", "token_dir", "label_file", "shard_ext", "batch_size", "seq_len")
-MACHINE_FLAGS = ("threads", "kernels")
-THE_CHECKPOINTS = "the checkpoint's"
-
-
-def _configure_eval(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("field:data", nargs="?", type=Path, metavar="DATA", help="prepared folder [the run's own]")
-    parser.add_argument(
-        "--split",
-        choices=("valid", "test", "train"),
-        default="valid",
-        help="part of the prepared folder [%(default)s: what the run held out]",
-    )
-    parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS), of_checkpoint=THE_CHECKPOINTS)
-    add_fields(parser, MACHINE_FLAGS)
-
-
-def _eval(arguments: argparse.Namespace) -> int:
-    from protomamba.cli.commands import evaluate_command
-
-    given = given_fields(arguments)
-    return evaluate_command(
-        arguments.checkpoint, given, split=arguments.split, batches=arguments.batches, as_json=arguments.json
-    )
-
-
-def _configure_generate(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer) [end of document, or token 0]"
-    )
-    source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
-    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    about = "read the matrices in this: int8 is about four times as fast as fp32 and tells what it costs [%(default)s]"
-    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=about)
-    add_fields(parser, list(Sampling.model_fields), Sampling)
-    add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
-    add_fields(parser, MACHINE_FLAGS)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from protomamba.cli.commands import generate_command
-
-    given = given_fields(arguments)
-    sampling = Sampling(**{name: given.pop(name) for name in list(given) if name in Sampling.model_fields})
-    return generate_command(arguments, sampling, RunConfig(**given))
-
-
-def _configure_inspect(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from protomamba.cli.commands import inspect_command
-
-    return inspect_command(arguments.checkpoint, verify_only=arguments.verify, as_json=arguments.json)
-
-
-def _configure_export(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument(
-        "--format",
-        choices=("transformers", "weights"),
-        default="transformers",
-        help="transformers: for AutoModelForCausalLM; weights: the model alone, for from_pretrained and --init-from "
-        "[%(default)s]",
-    )
-    parser.add_argument("--out", "--out-dir", type=Path, required=True, metavar="DIR", help="folder to write")
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from protomamba.export import export_transformers, export_weights
-
-    export = {"transformers": export_transformers, "weights": export_weights}[arguments.format]
-    for path in export(arguments.checkpoint, arguments.out):
-        print(path)
-    return 0
 
 
 def _configure_parity(parser: Parser) -> None:
@@ -177,8 +101,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
-    "eval": ("loss and accuracy of a checkpoint on tokens", _configure_eval, _eval),
-    "generate": ("go on from a prompt", _configure_generate, _generate),
+    "eval": ("loss and accuracy of a checkpoint on tokens", evaluate.configure, evaluate.work),
+    "generate": ("go on from a prompt", generate.configure, generate.work),
     "predict": ("answers for every row of a file", predict.configure, predict.work),
     "prepare": (
         "make token shards of text, JSON lines or parquet",
@@ -188,13 +112,13 @@ COMMANDS = {
     "prepare events": ("make item sequences of tables", prepare.configure_events, prepare.prepare_events),
     "prepare fasta": ("make sequences of bases of DNA", prepare.configure_fasta, prepare.prepare_fasta),
     "prepare labels": ("make sequences with a label each", prepare.configure_labels, prepare.prepare_labels),
-    "inspect": ("show and verify a checkpoint", _configure_inspect, _inspect),
+    "inspect": ("show and verify a checkpoint", inspect.configure, inspect.work),
     "parity": (
         "check numerics against reference implementations",
         _configure_parity,
         _parity,
     ),
-    "export": ("write a checkpoint for other programs", _configure_export, _export),
+    "export": ("write a checkpoint for other programs", export.configure, export.work),
     "report": ("runs as one page: curves, settings, tables", report.configure, report.work),
     "compare": ("runs side by side: figures, and what differs", compare.configure, compare.work),
     "doctor": ("what is slow or missing on this machine", doctor.configure, doctor.work),

@@ -5,7 +5,6 @@ A tokenizer is carried as JSON, in prepared folders and in checkpoints, so that 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -18,9 +17,6 @@ from protomamba.errors import ConfigError, UserError
 
 BYTES_EOS = 256
 TOKENIZER_FILE = "tokenizer.json"
-REPLACEMENT = "\ufffd"
-# A text that streams is decoded again from so many tokens back: enough for any character and any joining of words.
-KEPT_TOKENS = 64
 # Names that published tokenizers give to the token that ends a document, in the order they are looked for.
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -134,45 +130,6 @@ class HuggingFaceTokenizer:
     def to_json(self) -> str:
         """The file's contents and the end of document."""
         return json.dumps({"kind": self.kind, "eos": self.eos_token, "tokenizer": self._source})
-
-
-class TextStream:
-    """Text of tokens that come one by one: what is certain now; half a character waits for its other half.
-
-    Together the pieces are what `decode` makes of all tokens at once.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
-        self._waiting: list[int] = []  # tokens since the last place where the text was whole
-        self._shown = ""  # of the text of those
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; empty where more is needed."""
-        if self._bytes is not None:
-            return self._bytes.decode(bytes([token]) if token < BYTES_EOS else b"")
-        self._waiting.append(token)
-        text = self._tokenizer.decode(self._waiting)
-        if text.endswith(REPLACEMENT) or not text.startswith(self._shown):
-            return ""
-        new, self._shown = text[len(self._shown) :], text
-        if len(self._waiting) > KEPT_TOKENS:
-            self._forget()
-        return new
-
-    def _forget(self) -> None:
-        """Keep the tokens behind which the text is the same without those before: decoding stays short."""
-        kept = self._waiting[-KEPT_TOKENS // 2 :]
-        text = self._tokenizer.decode(kept)
-        if self._shown.endswith(text) and not text.startswith(REPLACEMENT):
-            self._waiting, self._shown = kept, text
-
-    def finish(self) -> str:
-        """What is left at the end, broken characters as replacement characters."""
-        if self._bytes is not None:
-            return self._bytes.decode(b"", final=True)
-        return self._tokenizer.decode(self._waiting)[len(self._shown) :]
 
 
 def import_tokenizers() -> Any:

@@ -1,0 +1,27 @@
+"""What the commands on a finished checkpoint share: the flags for its code and for the machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from protomamba.config import ModelConfig, RunConfig
+from protomamba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from protomamba.checkpoint.file import Checkpoint
+
+# Parts have to be named where the checkpoint's are not ours: see model/registry.py.
+CODE_FLAGS = ("layer", "layers", "head", "input")
+MACHINE_FLAGS = ("threads", "kernels")
+THE_CHECKPOINTS = "the checkpoint's"
+
+
+def refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
+    """Import the parts that the user named; ConfigError unless they are the checkpoint's own."""
+    from protomamba.train.build import load_named_code
+
+    load_named_code(config)
+    for what in set(CODE_FLAGS) & config.given:
+        own = getattr(ModelConfig(**loaded.config["model"]), what)
+        if getattr(config, what) != own:
+            raise ConfigError(f"--{what} {getattr(config, what)}: the checkpoint's {what} is {own}")
