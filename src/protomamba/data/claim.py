@@ -8,6 +8,9 @@ from protomamba.data.files import FileRef, check_regular_file
 from protomamba.errors import UserError
 from protomamba.folder_lock import FolderLock
 
+# Marks a folder that a `prepare` has begun and not finished.
+PROGRESS_FILE = "prepare-progress.json"
+
 
 class PrepareLock(FolderLock):
     """Holds a folder of shards while they are made; its file is hidden, and no shard."""

@@ -27,15 +27,15 @@ from protomamba.data.event_buckets import (
     users_of,
 )
 from protomamba.data.files import os_message, sha256_of
+from protomamba.data.filling import Filling, filling
 from protomamba.data.formats import TokenWriter
 from protomamba.data.order import derive_key, hashed
-from protomamba.data.prepared_manifest import PARTS, PreparedManifest, open_folder, plan_of, save_arrays
+from protomamba.data.prepared_manifest import PARTS, TOKENS, PreparedManifest, save_arrays
 from protomamba.data.vocabulary import RESERVED, UNKNOWN, Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.storage import atomic_file
 
 SPLITS = ("last", "time", "user")
-TOKENS = "tokens.bin"
 # Key of the draw of held-out users; it only has to differ from those of the other draws.
 _USERS = 9
 
@@ -88,19 +88,23 @@ def prepare_events(
     options.check()
     paths, folder = [Path(each) for each in inputs], Path(out_dir)
     known = vocabulary.identity if vocabulary else None
-    plan, listed = plan_of(paths, {"events": vars(options), "seed": seed, "vocabulary": known})
-    done = open_folder(folder, plan, paths)
-    if done is not None:
-        return done
-    for stale in folder.glob(".prepare-*"):  # of a call that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=folder))
+    with filling(folder, paths, {"events": vars(options), "seed": seed, "vocabulary": known}) as call:
+        for stale in folder.glob(".prepare-*/"):  # of a call that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        return call.done or _fill(call, options, vocabulary, seed, progress)
+
+
+def _fill(
+    call: Filling, options: EventOptions, vocabulary: Vocabulary | None, seed: int, progress: Progress | None
+) -> PreparedManifest:
+    scratch = Path(tempfile.mkdtemp(prefix=".prepare-", dir=call.folder))
     try:
+        paths = [file.path for file in call.inputs]
         spread = spread_events(paths, scratch, options.columns, vocabulary, progress)
-        writer = _Writer(folder, spread, options, seed, vocabulary)
-        return writer.write(plan, listed)
+        call.check_inputs()
+        return _Writer(call.folder, spread, options, seed, vocabulary).write(call)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {os_message(error)}") from error
+        raise UserError(f"{call.folder}: cannot be written: {os_message(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -130,7 +134,7 @@ class _Writer:
         keys.partition((valid_at, test_at))
         return keys[valid_at], keys[test_at]
 
-    def write(self, plan: str, listed: list[dict[str, Any]]) -> PreparedManifest:
+    def write(self, call: Filling) -> PreparedManifest:
         spans = self._write_tokens()
         if not len(spans["train"]):
             raise UserError(f"--split {self.options.split}: leaves no event to train on; give more, or another --split")
@@ -141,10 +145,10 @@ class _Writer:
             self.folder,
             kind="events",
             preset="events",
-            plan=plan,
+            plan=call.plan,
             recipe={"kind": "events", **vars(self.options.columns)},
             about=self._about(spans),
-            source={"inputs": listed, "options": vars(self.options)},
+            source={"inputs": call.listed, "options": vars(self.options)},
             files=files,
         )
         manifest.write()

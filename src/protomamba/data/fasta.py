@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,12 @@ import numpy.typing as npt
 from protomamba.data.compressed import blocks_of
 from protomamba.data.dna import INVALID, SPACE, DnaTokenizer
 from protomamba.data.files import check_regular_file, sha256_of
+from protomamba.data.filling import Filling, filling
 from protomamba.data.formats import TokenWriter
-from protomamba.data.prepared_manifest import PreparedManifest, open_folder, plan_of, save_arrays
+from protomamba.data.prepared_manifest import TOKENS, PreparedManifest, save_arrays
 from protomamba.errors import UserError
 from protomamba.storage import atomic_file
 
-TOKENS = "tokens.bin"
 Progress = Callable[[int, int], None]
 
 
@@ -49,13 +49,18 @@ def prepare_fasta(
     tokenizer = DnaTokenizer(kmer, keep_case)
     paths, folder = [Path(each) for each in inputs], Path(out_dir)
     options = {"kmer": kmer, "keep_case": keep_case, "both_strands": both_strands}
-    plan, listed = plan_of(paths, {"fasta": options})
-    done = open_folder(folder, plan, paths)
-    if done is not None:
-        return done
+    with filling(folder, paths, {"fasta": options}) as call:
+        return call.done or _fill(call, tokenizer, options, progress)
+
+
+def _fill(
+    call: Filling, tokenizer: DnaTokenizer, options: Mapping[str, Any], progress: Progress | None
+) -> PreparedManifest:
+    folder = call.folder
     with atomic_file(folder / TOKENS) as file:
         records = _Records(TokenWriter(file, "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"), tokenizer)
-        _read_all(paths, records, progress)
+        _read_all([file.path for file in call.inputs], records, progress)
+        call.check_inputs()
         records.tokens.write(np.zeros(1, dtype=np.int64))  # a token file holds two at least
         records.tokens.finish()
     spans = records.spans()
@@ -64,16 +69,16 @@ def prepare_fasta(
         folder,
         kind="fasta",
         preset="dna",
-        plan=plan,
-        recipe={"kind": "fasta", "kmer": kmer, "keep_case": keep_case},
+        plan=call.plan,
+        recipe={"kind": "fasta", "kmer": options["kmer"], "keep_case": options["keep_case"]},
         about={
             "vocab_size": tokenizer.vocab_size,
-            "both_strands": both_strands,
+            "both_strands": options["both_strands"],
             "bases": records.bases,
             "parts": {"train": {"sequences": len(spans), "targets": int((spans[:, 2] - spans[:, 1]).sum())}},
             "notes": records.notes(),
         },
-        source={"inputs": listed, "options": options},
+        source={"inputs": call.listed, "options": options},
         files={**files, TOKENS: sha256_of(folder / TOKENS)},
     )
     manifest.write()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.claim import PrepareLock, check_unchanged
+from protomamba.data.claim import PROGRESS_FILE, PrepareLock, check_unchanged
 from protomamba.data.documents import Piece, Source, find_sources, grouped, pieces_of
 from protomamba.data.files import FileRef, chunks_of, read_json, reference, sha256_of
 from protomamba.data.formats import TokenWriter
@@ -30,7 +30,6 @@ from protomamba.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, 
 from protomamba.errors import ConfigError, UserError
 from protomamba.storage import atomic_file, make_folder, remove_stale_temporaries, write_json
 
-PROGRESS_FILE = "prepare-progress.json"
 Progress = Callable[[int, int], None]
 
 
@@ -134,7 +133,7 @@ class _State:
 
 def _open_folder(folder: Path, plan: str) -> _State | Manifest:
     """The finished manifest, the state to go on from, or a new one. UserError if the folder is in other use."""
-    other = f"{folder}: holds shards made from other inputs or with other options; choose an empty --out-dir"
+    other = f"{folder}: holds data made from other inputs or with other options; choose an empty --out-dir"
     manifest = read_manifest(folder)
     if manifest is not None:
         if manifest.source.get("plan") != plan:
@@ -143,9 +142,9 @@ def _open_folder(folder: Path, plan: str) -> _State | Manifest:
             manifest.check_shard(folder / shard.name, shard.tokens, sha256_of(folder / shard.name))
         (folder / PROGRESS_FILE).unlink(missing_ok=True)  # left by a kill right behind the manifest
         return manifest
-    if (folder / PROGRESS_FILE).is_file():
+    if (folder / PROGRESS_FILE).is_file() and not (folder / MANIFEST).exists():
         return _load_state(folder, plan, other)
-    if any(folder.glob("shard-*.bin")):
+    if (folder / MANIFEST).exists() or any(folder.glob("shard-*.bin")):
         raise UserError(other)
     state = _State(plan)
     state.write(folder)

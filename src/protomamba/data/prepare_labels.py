@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.filling import Filling, filling
 from protomamba.data.labelled_tables import Example, LabelColumns, Names, read_examples
-from protomamba.data.prepared_manifest import PreparedManifest, open_folder, plan_of, save_arrays
+from protomamba.data.prepared_manifest import PreparedManifest, save_arrays
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
@@ -40,10 +41,11 @@ def prepare_labels(
     paths = {name: [Path(each) for each in given] for name, given in files.items() if given}
     everything, folder = [path for each in paths.values() for path in each], Path(out_dir)
     counts = {name: len(each) for name, each in paths.items()}
-    plan, listed = plan_of(everything, {"labels": asdict(columns), "parts": counts})
-    done = open_folder(folder, plan, everything)
-    if done is not None:
-        return done
+    with filling(folder, everything, {"labels": asdict(columns), "parts": counts}) as call:
+        return call.done or _fill(call, paths, columns)
+
+
+def _fill(call: Filling, paths: Mapping[str, Sequence[Path]], columns: LabelColumns) -> PreparedManifest:
     names = Names()
     parts: dict[str, _Part] = {}
     classes: list[str] = []
@@ -54,7 +56,8 @@ def prepare_labels(
         classes = classes or _classes(examples)
         parts[name] = _Part.of(examples, classes, columns, next(iter(parts.values()), None))
         names.open = False
-    return _write(folder, plan, listed, columns, parts, classes, names)
+    call.check_inputs()
+    return _write(call, columns, parts, classes, names)
 
 
 def _classes(examples: Sequence[Example]) -> list[str]:
@@ -108,9 +111,7 @@ class _Part:
 
 
 def _write(
-    folder: Path,
-    plan: str,
-    listed: list[dict[str, Any]],
+    call: Filling,
     columns: LabelColumns,
     parts: Mapping[str, _Part],
     classes: Sequence[str],
@@ -134,10 +135,10 @@ def _write(
     for name, part in parts.items():
         arrays |= {f"{name}-values": values[name], f"{name}-lengths": part.lengths, f"{name}-labels": part.labels}
     manifest = PreparedManifest(
-        folder,
+        call.folder,
         kind="labels",
         preset="classify",
-        plan=plan,
+        plan=call.plan,
         recipe=recipe,
         about={
             **about,
@@ -148,8 +149,8 @@ def _write(
             },
             "notes": _notes(train, classes),
         },
-        source={"inputs": listed},
-        files=save_arrays(folder, arrays),
+        source={"inputs": call.listed},
+        files=save_arrays(call.folder, arrays),
     )
     manifest.write()
     return manifest

@@ -11,15 +11,13 @@ import numpy as np
 from protomamba.data.dna import DnaTokenizer
 from protomamba.data.labels import from_arrays
 from protomamba.data.manifest import MANIFEST
-from protomamba.data.prepared_manifest import PARTS, PreparedManifest, read_prepared_manifest
+from protomamba.data.prepared_manifest import PARTS, TOKENS, PreparedManifest, read_prepared_manifest
 from protomamba.data.sequences import SequenceSet
 from protomamba.data.shards import ShardSet, open_token_dir, open_token_file
 from protomamba.data.source import DataInfo, Source
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
-
-TOKENS = "tokens.bin"
 
 
 @dataclass(frozen=True)

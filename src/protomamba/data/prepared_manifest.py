@@ -7,9 +7,7 @@ files are, with checksums; how the inputs were read, so that later ones are read
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.files import read_json, reference, sha256_of
+from protomamba.data.files import read_json, sha256_of
 from protomamba.data.manifest import MANIFEST
 from protomamba.errors import UserError
-from protomamba.storage import atomic_file, make_folder, write_json
+from protomamba.storage import atomic_file, write_json
 
 FORMAT, VERSION = "protomamba-prepared", 1
 PARTS = ("train", "valid", "test")
+TOKENS = "tokens.bin"
 
 
 @dataclass(frozen=True)
@@ -83,34 +82,6 @@ def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
         return PreparedManifest(folder, **body)
     except TypeError as error:
         raise UserError(f"{path}: damaged: {error}; make the folder again") from error
-
-
-def plan_of(inputs: Iterable[Path], options: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A checksum of what a call of `prepare` was to do, and the description of its inputs."""
-    files = [reference(path) for path in inputs]
-    listed = [{"name": file.path.name, "bytes": file.size, "sha256": file.sha256} for file in files]
-    text = json.dumps([VERSION, listed, options], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest(), listed
-
-
-def open_folder(folder: Path, plan: str, inputs: Iterable[Path]) -> PreparedManifest | None:
-    """The finished manifest if the same call has been made before; None for a folder to fill. UserError for others."""
-    for path in inputs:
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path}: is an input and lies in --out-dir {folder}; choose another --out-dir")
-    make_folder(folder)
-    manifest = read_prepared_manifest(folder)
-    if manifest is None and ((folder / MANIFEST).exists() or any(folder.glob("shard-*.bin"))):
-        raise UserError(f"{folder}: holds other data; choose an empty --out-dir")
-    if manifest is None:
-        return None
-    if manifest.plan != plan:
-        raise UserError(
-            f"{folder}: holds {manifest.kind} made from other inputs or with other options; choose an empty --out-dir"
-        )
-    for name in manifest.files:
-        manifest.check(folder / name, sha256_of(folder / name))
-    return manifest
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
