@@ -145,7 +145,7 @@ def test_a_folder_in_other_use_is_refused(tmp_path: Path, texts: Path) -> None:
     out = tmp_path / "out"
     prepare([texts], out, shard_tokens=64)
     for change in ({"shard_tokens": 65}, {"eos": "none", "shard_tokens": 64}):
-        with pytest.raises(UserError, match=r"out: holds shards made from other inputs or with other options"):
+        with pytest.raises(UserError, match=r"out: holds data made from other inputs or with other options"):
             prepare([texts], out, **change)
     (texts / "a.txt").write_text("changed")
     with pytest.raises(UserError, match="made from other inputs"):
