@@ -16,7 +16,8 @@ from protomamba.train.build import use_machine
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.judging import Judgement, bits_per_byte, judge
 from protomamba.train.outer import trainer_class
-from protomamba.train.trainer import Trainer, Validation
+from protomamba.train.trainer import Trainer
+from protomamba.train.validation import Validation
 
 
 @dataclass(frozen=True)
