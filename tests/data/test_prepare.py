@@ -154,7 +154,7 @@ def test_a_folder_in_other_use_is_refused(tmp_path: Path, texts: Path) -> None:
         prepare([texts], texts / "sub")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "shard-00000.bin").write_bytes(b"somebody's")
-    with pytest.raises(UserError, match="used: holds shards"):
+    with pytest.raises(UserError, match="used: holds data"):
         prepare([texts], tmp_path / "used")
 
 
