@@ -8,6 +8,8 @@ REF ?= HEAD~1
 KERNELS := src/protomamba/kernels
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTEST := $(BIN)/python -m pytest
+# On every core: a test uses one, whatever the machine has.
+PYTEST_ALL := $(PYTEST) -n auto
 READY := $(VENV)/.ready
 READY_PARITY := $(VENV)/.ready-parity
 READY_STUDIES := $(VENV)/.ready-studies
@@ -57,10 +59,10 @@ demo-heads: $(READY) ## the same with the softmax head beside it (about 5 minute
 	@$(BIN)/python -m protomamba.demo --heads hpn,softmax $(ARGS)
 
 test: $(READY) ## the default tests (a few minutes); ARGS='tests/model -x' chooses
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST_ALL) $(ARGS)
 
 test-reference: $(READY) ## the kernel tests once more, with the reference path forced
-	@PROTOMAMBA_KERNELS=reference $(PYTEST) tests/kernels $(ARGS)
+	@PROTOMAMBA_KERNELS=reference $(PYTEST_ALL) tests/kernels $(ARGS)
 
 # Python is not built with the sanitizers, so their runtimes are loaded before it; libstdc++ with them, or the interceptor
 # of C++ exceptions finds nothing to call. Leaks are not looked for: Python and torch keep memory until the end.
@@ -70,7 +72,7 @@ test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and Undefined
 	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=address,undefined .
 	@ls $(SANITIZED)/protomamba/kernels/libprotomamba_*
 	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST) tests/kernels $(ARGS)
+		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST_ALL) tests/kernels $(ARGS)
 
 # The kernel tests' cases and float64 answers, for the native runner (tests/native); written anew when the kernels change.
 CASES := build/cases.bin

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+# The table of promises, which is printed where the results of all workers come together.
+pytest_plugins = ["tests.reliability.promises"]
+
 
 def no_network(event: str, arguments: tuple[Any, ...]) -> None:
     """Any look-up of a name and any connection but to a socket of this machine's file system is an error."""

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
+from tests.reliability.promises import Trials
 from tests.runs import TINY, flags, token_file
 
 

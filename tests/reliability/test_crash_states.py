@@ -15,8 +15,8 @@ import pytest
 from protomamba import storage
 from protomamba.storage import Disk, SaveError, commit, make_folder
 from tests.disk_faults import CountingDisk, FailingDisk, TinyRun, what_is_wrong
-from tests.reliability.conftest import Trials
 from tests.reliability.crash_states import Call, Folder, RecordingDisk, after_each_call, put
+from tests.reliability.promises import Trials
 from tests.runs import losses, token_file, train
 
 

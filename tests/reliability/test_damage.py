@@ -15,8 +15,8 @@ from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import Manifest, ShardEntry
 from protomamba.data.shards import open_token_dir
 from protomamba.errors import UserError
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
+from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import acknowledged, difference, same_training
+from tests.reliability.promises import Trials
 from tests.reliability.test_kills import what_a_kill_left
 from tests.runs import flags, token_file
 

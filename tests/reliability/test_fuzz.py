@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from protomamba.errors import UserError
-from tests.reliability.conftest import Trials
 from tests.reliability.fuzz import mutate
 from tests.reliability.fuzz.__main__ import run
 from tests.reliability.fuzz.harness import CORPUS, fuzz, good_input, peak_bytes, problem_with
 from tests.reliability.fuzz.readers import READERS, Reader
+from tests.reliability.promises import Trials
 
 OURS = [name for name, reader in READERS.items() if not reader.foreign]
 NEEDS = {"parquet": "pyarrow", "tokenizer": "tokenizers"}

@@ -12,9 +12,9 @@ import pytest
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.cli.main import main
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged
+from tests.reliability.promises import Trials
 from tests.runs import TINY, flags, token_file
 
 CHANGES: dict[str, Callable[[Path], object]] = {

@@ -12,9 +12,9 @@ import pytest
 
 from protomamba.checkpoint.folder import find_resumable
 from protomamba.errors import UserError
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged, broken_lines, difference
+from tests.reliability.promises import Trials
 from tests.runs import flags, start, token_file
 
 STEPS = 12

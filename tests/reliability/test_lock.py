@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import difference
+from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
 
 

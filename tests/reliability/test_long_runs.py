@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
+from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
 
 GROWTH = 0.01

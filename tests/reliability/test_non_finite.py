@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.train.trainer import NonFiniteError
-from tests.reliability.conftest import Trials
+from tests.reliability.promises import Trials
 
 PLACES = ("weight", "sample", "gradient", "exp_avg", "exp_avg_sq")
 KINDS = (math.nan, math.inf, -math.inf)

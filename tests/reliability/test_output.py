@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
-from tests.reliability.conftest import Trials
+from tests.reliability.promises import Trials
 from tests.runs import flags, metrics, token_file
 
 SHORT = ["--steps", 40, "--save-every", 20, "--val-every", 20]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from protomamba.checkpoint import file as checkpoint
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import difference, same_training
+from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
 
 STEPS = 26

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
-from tests.reliability.conftest import Trials
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import acknowledged, broken_lines
+from tests.reliability.promises import Trials
 from tests.runs import flags, metrics, token_file
 
 LONG = ["--steps", 1_000_000, "--save-every", 7, "--val-every", 5, "--resume", "auto"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from protomamba.data import prefetch
-from tests.reliability.conftest import Trials
 from tests.reliability.judge import difference
+from tests.reliability.promises import Trials
 from tests.runs import token_file, train
 
 
