@@ -78,10 +78,13 @@ def recall(generator: torch.Generator, rows: int = ROWS) -> Batch:
 
 
 def trainer_of(head: str, seed: int, lr: float, **shape: int) -> Trainer:
-    """Two Mamba layers at a constant rate."""
+    """Two Mamba layers at a constant rate, without clipping."""
     model = SequenceModel(ModelConfig(n_layer=2, **shape, **HEADS[head]), seed=seed)
     return Trainer(
-        model, TrainConfig(lr=lr, lr_warmup_steps=0, lr_min_scale=1.0, bp_cadence_steps=1, ff_lr=0.0, steps=10**9)
+        model,
+        TrainConfig(
+            lr=lr, lr_warmup_steps=0, lr_min_scale=1.0, bp_cadence_steps=1, ff_lr=0.0, grad_clip_norm=0.0, steps=10**9
+        ),
     )
 
 
