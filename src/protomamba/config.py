@@ -173,13 +173,20 @@ class TrainFields(Schema):
         ge=1,
         le=65_536,
         description="groups of rows whose gradients are added in one fixed order on any number of ranks; auto = one a "
-        "rank at the start",
+        "rank at the start (with --workers-outer the next multiple of it)",
     )
     sync_every: int | None = Field(
         None,
         ge=1,
-        description="for slow links: each gradient shard is a worker that trains alone for so many steps, then their "
-        "mean moves all of them (DiLoCo); auto = they share every step",
+        description="for slow links: workers train alone for so many steps, then their mean moves all of them "
+        "(DiLoCo); auto = all share every step",
+    )
+    workers_outer: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="with --sync-every: workers, of --grad-shards / N shards each, whose gradients they share at every "
+        "step; auto = one a shard",
     )
     grad_clip_norm: float = Field(1.0, ge=0, description="global gradient norm to clip to (0 = off)")
     fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")

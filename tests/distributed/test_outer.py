@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 
-from protomamba import TrainConfig
+from protomamba import TrainConfig, Trainer
 from protomamba.checkpoint.file import Checkpoint
+from protomamba.config import RunConfig
+from protomamba.errors import ConfigError
 from protomamba.train.comm import Comm, Local
+from protomamba.train.comm_start import refuse_unshareable
+from protomamba.train.comm_workers import gradient_shards, led, members
 from protomamba.train.outer import OUTER_MOMENTUM, OUTER_RATE, OuterTrainer
 from tests.distributed.test_trainer import batches, model
 from tests.distributed.threads import ranks
 from tests.runs import assert_equal
 
-SETTINGS = {"steps": 8, "grad_shards": 4, "sync_every": 3, "lr": 1e-2, "lr_warmup_steps": 0, "seed": 3}
+SETTINGS = {"steps": 5, "grad_shards": 4, "sync_every": 2, "lr": 1e-2, "lr_warmup_steps": 0, "seed": 3}
 
 
-def steps(comm: Comm, made: Any, first: int, last: int, state: Any) -> tuple[Any, Any]:
-    trainer = OuterTrainer(made, TrainConfig(**SETTINGS), comm)
+def steps(comm: Comm, made: Any, first: int, last: int, state: Any, workers: int | None) -> tuple[Any, Any]:
+    trainer = OuterTrainer(made, TrainConfig(**SETTINGS, workers_outer=workers), comm)
     if state is not None:
         rng = {"torch": torch.get_rng_state()}
         trainer.restore(Checkpoint(parts={**state, "rng": rng}, config=trainer.configs(), info={}, version=2))
@@ -28,31 +33,84 @@ def steps(comm: Comm, made: Any, first: int, last: int, state: Any) -> tuple[Any
     return {n: copy.deepcopy(dict(parts[n])) for n in ("model", "optimizer", "trainer", "workers")}, told
 
 
-def on(world: int, first: int, last: int, state: Any) -> tuple[Any, Any]:
+def on(world: int, first: int, last: int, state: Any, workers: int | None = None) -> tuple[Any, Any]:
+    """The same on several ranks: all told the same, and have the same weights of the last meeting."""
     models = [model() for _ in range(world)]
     if world == 1:
-        return steps(Local(), models[0], first, last, state)
-    return ranks(world, lambda comm: steps(comm, models[comm.rank], first, last, state))[0]
+        return steps(Local(), models[0], first, last, state, workers)
+    found = ranks(world, lambda comm: steps(comm, models[comm.rank], first, last, state, workers))
+    for parts, told in found[1:]:
+        assert_equal(parts["model"], found[0][0]["model"], "weights")
+        assert told == found[0][1]
+    return found[0]
 
 
-def test_any_number_of_ranks_and_any_cut() -> None:
-    straight, told = on(1, 0, 8, None)
-    for world, cut in ((2, 4), (4, 6), (3, 1)):
-        state, again = on(world, 0, cut, None)
-        state, more = on(1 if world == 3 else 3, cut, 8, state)
+# Of 2 workers on 3 ranks the middle one has a part of each; on 4 ranks two have no worker to speak for.
+@pytest.mark.parametrize(("workers", "world", "then"), [(None, 3, 2), (2, 3, 4)])
+def test_any_number_of_ranks_and_any_cut(workers: int | None, world: int, then: int) -> None:
+    straight, told = on(1, 0, 5, None, workers)
+    assert len(straight["workers"]) == (workers or 4)
+    state, again = on(world, 0, 3, None, workers)
+    state, more = on(then, 3, 5, state, workers)
+    assert_equal(state, straight, f"{world} ranks, then {then}")
+    assert again + more == told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_number_of_workers_on_every_number_of_ranks(workers: int, world: int) -> None:
+    straight, told = on(1, 0, 5, None, workers)
+    for cut in range(1, 5):
+        state, again = on(world, 0, cut, None, workers)
+        state, more = on(5 - world, cut, 5, state, workers)
         assert_equal(state, straight, f"{world} ranks, cut at {cut}")
         assert again + more == told
+
+
+def test_one_worker_is_a_shared_run_between_the_meetings() -> None:
+    """What a worker of several shards does in its steps is what a trainer of as many shards does."""
+    alone = Trainer(model("softmax"), TrainConfig(**{**SETTINGS, "sync_every": None}))
+    outer = OuterTrainer(model("softmax"), TrainConfig(**{**SETTINGS, "sync_every": 5}, workers_outer=1))
+    for step in range(3):
+        assert outer.train_step(*batches(step)).loss == alone.train_step(*batches(step)).loss
+    assert_equal(outer.workers[0].model.state_dict(), alone.model.state_dict(), "weights")
+
+
+def test_the_shards_of_each_worker_and_who_has_them() -> None:
+    assert [members(worker, 2, 8, 3) for worker in range(2)] == [
+        {0: range(0, 3), 1: range(3, 4)},
+        {1: range(0, 2), 2: range(2, 4)},
+    ]
+    assert led(2, 8, 3) == [range(0, 1), range(1, 2), range(0)]
+    assert led(8, 8, 3) == [range(0, 3), range(3, 6), range(6, 8)]
+
+
+def test_shards_follow_the_workers_where_they_are_not_given() -> None:
+    assert [gradient_shards(TrainConfig(workers_outer=4), world) for world in (1, 4, 5)] == [4, 4, 8]
+    assert gradient_shards(TrainConfig(workers_outer=4, grad_shards=12), 2) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sync_every": 2, "workers_outer": 3, "grad_shards": 4}, "--workers-outer 3: does not divide --grad-shards 4"),
+        ({"workers_outer": 2}, "--workers-outer 2: workers meet every --sync-every steps"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused_by_name(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        refuse_unshareable(RunConfig(batch_size=8, **settings), Local())
 
 
 def test_a_meeting_is_one_nesterov_step_on_the_mean_of_what_was_moved() -> None:
     trainer = OuterTrainer(model("softmax"), TrainConfig(**SETTINGS))
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    for step in range(2):
-        trainer.train_step(*batches(step))
+    trainer.train_step(*batches(0))
     assert_equal({name: p.detach() for name, p in trainer.model.named_parameters()}, before, "before the meeting")
     moved = {}
     trainer._meet, meet = (lambda: None), trainer._meet  # type: ignore[method-assign]
-    trainer.train_step(*batches(2))
+    trainer.train_step(*batches(1))
     for name, weight in before.items():
         moved[name] = sum(weight - w.model.get_parameter(name).detach() for w in trainer.workers.values()) / 4
     meet()

@@ -73,10 +73,10 @@ def test_three_ranks_leave_what_one_process_leaves(straight: tuple[Path, Path], 
 
 @pytest.mark.slow
 def test_workers_that_meet_now_and_then_leave_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
-    tokens, more = runs.token_file(tmp_path), ("--sync-every", 3)
+    tokens, more = runs.token_file(tmp_path), ("--sync-every", 3, "--workers-outer", 2)
     assert runs.train(tmp_path / "alone", tokens, *FLAGS, *more) == 0
     code, output = finished(
-        torchrun(2, arguments(tmp_path / "run", tokens, *more), "--max-restarts", "1", FAULT="kill:1:13")
+        torchrun(3, arguments(tmp_path / "run", tokens, *more), "--max-restarts", "1", FAULT="kill:1:13")
     )
     assert code == 0, output
     same_run(tmp_path / "run", tmp_path / "alone")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from protomamba.train.comm import Comm
+from protomamba.train.comm_mesh import exchange
 
 T = TypeVar("T")
 WAIT_S = 60.0
@@ -50,13 +51,7 @@ class ThreadMesh:
         return blocking()
 
     def swap(self, tensor: Tensor) -> list[Tensor]:
-        for peer in range(self.world):
-            if peer != self.rank:
-                self.mail[self.rank, peer, "swap"].put(tensor.clone())
-        return [
-            tensor if peer == self.rank else self.mail[peer, self.rank, "swap"].get(timeout=WAIT_S)
-            for peer in range(self.world)
-        ]
+        return exchange(self, tensor)
 
     def close(self, error: BaseException | None = None) -> None:
         pass

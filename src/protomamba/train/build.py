@@ -34,6 +34,7 @@ from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.comm import Comm, Local, join
 from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
+from protomamba.train.comm_workers import outer_workers
 from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.initial_weights import (
     InitialWeights,
@@ -199,7 +200,9 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
     config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
-    config = config.replace(grad_shards=trainer.grad_shards)
+    config = config.replace(
+        grad_shards=trainer.grad_shards, workers_outer=outer_workers(trainer.config, trainer.grad_shards)
+    )
     notes += check_ranks(comm, config, inputs.training, resumed)
     told = [*default_notes(config), *idle_flags(config, trainer.model.config)]
     notes = [*notes, *preset_notes, *length_notes, *inputs.notes, *told]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from protomamba.train.comm_reduce import GradientSum, Plan
 from protomamba.train.comm_state import State, bring, collect, cut, owned_parameters, rows
 from protomamba.train.comm_tree import fold, share
 from protomamba.train.comm_weights import spread
+from protomamba.train.comm_workers import Group
 
 
 def launched() -> bool:
@@ -43,10 +44,13 @@ class Comm:
     gradient shards are this rank's; `open` begins the sum, `start` takes a shard's gradients as they become ready,
     `finish` leaves the sums in `.grad` of the pieces this rank owns; after their update `spread` brings every rank the
     weights.
+
+    leaves: which shards each rank computes, of how many there are in all, where they are not simply shared out.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, leaves: Sequence[range] | None = None) -> None:
         self.mesh = mesh
+        self._leaves = leaves
         self._plan = Plan({}, mesh.world)
         self._owned: dict[str, nn.Parameter] = {}
         self._sum: GradientSum | None = None
@@ -66,7 +70,14 @@ class Comm:
                 f"{self.world} ranks for {count} gradient shards: each rank needs one; start at most {count} ranks "
                 f"(torchrun --nproc-per-node), or a new run with --grad-shards {self.world} or more"
             )
-        return share(count, self.world, self.rank)
+        return self._shares(count)[self.rank]
+
+    def _shares(self, count: int) -> Sequence[range]:
+        return self._leaves or [share(count, self.world, rank) for rank in range(self.world)]
+
+    def group(self, leaves: Mapping[int, range]) -> Comm:
+        """Some of the ranks as a communicator of their own, with the shards that each of them computes."""
+        return Comm(Group(self.mesh, list(leaves)), list(leaves.values())) if len(leaves) > 1 else Local()
 
     def lay(self, named: Mapping[str, nn.Parameter], whole: bool = False) -> dict[str, nn.Parameter]:
         """Take the parameters whose gradients are to be added, the same on every rank; what of them this rank updates.
@@ -81,9 +92,9 @@ class Comm:
         """What of the parameters this rank adds up and updates."""
         return self._plan.layout.pieces[self.rank]
 
-    def open(self, count: int) -> None:
-        """Begin the sum over `count` shards."""
-        self._sum = GradientSum(self._plan, self.mesh, count)
+    def open(self, count: int, leaves: Sequence[range] | None = None) -> None:
+        """Begin the sum over `count` shards; leaves: which of them each rank hands in, where not those of `shards`."""
+        self._sum = GradientSum(self._plan, self.mesh, leaves or self._shares(count))
 
     def start(self, shard: int, named: Mapping[str, Tensor]) -> None:
         """Gradients of one of this rank's shards, each parameter once, shards rising; missing ones count as zeros."""

@@ -37,8 +37,9 @@ class Mesh(Protocol):
 
     rank: int
     world: int
-    sent_bytes: int
 
+    @property
+    def sent_bytes(self) -> int: ...
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def run(self, blocking: Callable[[], T]) -> T: ...
@@ -137,22 +138,7 @@ class Gloo:
 
     def swap(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's contiguous tensor of one dimension, in the order of the ranks; lengths may differ."""
-        return self.run(lambda: self._swap(tensor))
-
-    def _swap(self, tensor: Tensor) -> list[Tensor]:
-        size = torch.tensor([tensor.numel()])
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        sizes = {rank: torch.empty(1, dtype=torch.int64) for rank in others}
-        incoming = {rank: self.receive(sizes[rank], rank, SIZES) for rank in others}
-        works = [self.send(size, rank, SIZES) for rank in others]
-        works += [self.send(tensor, rank, CONTENTS) for rank in others]
-        found = {self.rank: tensor}
-        for rank in others:
-            wait_for([incoming[rank]])
-            found[rank] = tensor.new_empty(int(sizes[rank]))
-            works.append(self.receive(found[rank], rank, CONTENTS))
-        wait_for(works)
-        return [found[rank] for rank in range(self.world)]
+        return self.run(lambda: exchange(self, tensor))
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave together, or tell the others why not."""
@@ -172,6 +158,24 @@ def _leave_at_once(code: int) -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def exchange(mesh: Mesh, tensor: Tensor) -> list[Tensor]:
+    """`Mesh.swap` by messages: sizes first, then what is not empty."""
+    size = torch.tensor([tensor.numel()])
+    others = [rank for rank in range(mesh.world) if rank != mesh.rank]
+    sizes = {rank: torch.empty(1, dtype=torch.int64) for rank in others}
+    incoming = {rank: mesh.receive(sizes[rank], rank, SIZES) for rank in others}
+    works = [mesh.send(size, rank, SIZES) for rank in others]
+    works += [mesh.send(tensor, rank, CONTENTS) for rank in others if tensor.numel()]
+    found = {mesh.rank: tensor}
+    for rank in others:
+        wait_for([incoming[rank]])
+        found[rank] = tensor.new_empty(int(sizes[rank]))
+        if found[rank].numel():
+            works.append(mesh.receive(found[rank], rank, CONTENTS))
+    wait_for(works)
+    return [found[rank] for rank in range(mesh.world)]
 
 
 def wait_for(works: Sequence[Work]) -> None:

@@ -7,7 +7,7 @@ the rows that are not zero in every bit are sent: exactly what a dense message w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protomamba.train.comm_layout import Layout, Piece
 from protomamba.train.comm_mesh import FREE, Mesh, Work, wait_for
-from protomamba.train.comm_tree import Node, Partials, fold, nodes, share
+from protomamba.train.comm_tree import Node, Partials, fold, nodes
 
 # Pieces below this many elements travel together.
 SMALL = 16_384
@@ -24,6 +24,8 @@ TALL = 4
 # Nodes that one rank may send: two a level of the tree at most.
 NODES = 128
 DENSE = -1
+# The place of a sum to which this rank adds nothing of its own.
+NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,17 @@ class Plan:
 
 
 class GradientSum:
-    """The sum over `count` shards, of which this rank hands in its own with `start`; `finish` leaves it in `.grad`."""
+    """The sum over all shards, of which this rank hands in its own with `start`; `finish` leaves it in `.grad`.
 
-    def __init__(self, plan: Plan, mesh: Mesh, count: int) -> None:
-        self.plan, self.mesh, self.count = plan, mesh, count
-        self.leaves = share(count, mesh.world, mesh.rank)
+    leaves: by rank, the shards that it hands in; a rank may have none.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, leaves: Sequence[range]) -> None:
+        self.plan, self.mesh, self.all_leaves = plan, mesh, leaves
+        self.leaves, self.count = leaves[mesh.rank], sum(map(len, leaves))
         self.others = [rank for rank in range(mesh.world) if rank != mesh.rank]
-        self.nodes = nodes(self.leaves, count)
-        self._partials = {name: Partials[Tensor](self.leaves, count, Tensor.add_) for name in plan.named}
+        self.nodes = nodes(self.leaves, self.count)
+        self._partials = {name: Partials[Tensor](self.leaves, self.count, Tensor.add_) for name in plan.named}
         self._reached: set[str] = set()
         self._sending: list[Work] = []
         self._kept: list[Tensor] = []  # what is being sent must not be freed
@@ -146,7 +151,7 @@ class GradientSum:
         return [
             (peer, number, node)
             for peer in self.others
-            for number, node in enumerate(nodes(share(self.count, self.mesh.world, peer), self.count))
+            for number, node in enumerate(nodes(self.all_leaves[peer], self.count))
         ]
 
     def finish(self) -> None:
@@ -154,14 +159,22 @@ class GradientSum:
         it is None where no shard reached the parameter, and for those that others own."""
         for name in self.plan.named if self.others else self._reached:
             self._fill(name, self.leaves.stop)
-        own = {name: partials.done for name, partials in self._partials.items()}
+        own: dict[str, dict[Node, Tensor]] = {name: partials.done for name, partials in self._partials.items()}
         self._send_packs(own)
+        if not self.nodes:
+            own = self._room()
         reached = self._reached_anywhere()
         if self.others:
             self.mesh.run(lambda: self._collect(own))
         owned = {piece.name for piece in self.plan.layout.pieces[self.mesh.rank]} & reached
         for name, parameter in self.plan.named.items():
-            parameter.grad = own[name][self.nodes[0]].view_as(parameter) if name in owned else None
+            parameter.grad = next(iter(own[name].values())).view_as(parameter) if name in owned else None
+
+    def _room(self) -> dict[str, dict[Node, Tensor]]:
+        """Where a rank that hands in nothing adds up what it owns."""
+        owned = {piece.name for piece in self.plan.layout.pieces[self.mesh.rank]}
+        like = {name: p for name, p in self.plan.named.items() if name in owned}
+        return {name: {NOWHERE: torch.empty_like(p, memory_format=torch.contiguous_format)} for name, p in like.items()}
 
     def _send_packs(self, own: Mapping[str, Mapping[Node, Tensor]]) -> None:
         for owner in self.others:
@@ -190,10 +203,12 @@ class GradientSum:
 
     def _add_up(self, own: Mapping[Node, Tensor], piece: Piece, taken: Mapping[Node, Tensor]) -> None:
         mine = {node: piece.of(value) for node, value in own.items()}
-        target = mine[self.nodes[0]]
+        target = next(iter(mine.values()))
         far = {node: value.to(target.dtype) for node, value in taken.items()}
         # a + b is b + a to the bit, so the sum can grow where it is wanted.
-        fold(mine | far, self.count, lambda a, b: b.add_(a) if b is target else a.add_(b))
+        total = fold(mine | far, self.count, lambda a, b: b.add_(a) if b is target else a.add_(b))
+        if total is not target:
+            target.copy_(total)
 
     def _wait(self, peer: int, node: int, slot: Slot | None) -> Tensor:
         buffer, works = self._incoming[peer, node, slot]

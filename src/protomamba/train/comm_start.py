@@ -16,6 +16,7 @@ from protomamba.config import RunConfig
 from protomamba.data.source import Source
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm import Comm, restarted
+from protomamba.train.comm_workers import gradient_shards, outer_workers
 from protomamba.train.resume import Resumed, find_resume, resume_from
 from protomamba.train.trainer import Trainer
 
@@ -32,8 +33,9 @@ def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
     """ConfigError for what cannot be shared out to these ranks."""
     if comm.world > 1 and config.time_budget is not None:
         raise ConfigError("--time-budget is measured in one process: give --steps or --epochs to several ranks")
-    shards = config.grad_shards or comm.world
+    shards = gradient_shards(config, comm.world)
     comm.shards(shards)
+    outer_workers(config, shards)
     if shards > config.batch_size:
         raise ConfigError(
             f"{shards} gradient shards of a batch of {config.batch_size} rows: each needs a row; raise --batch-size "
@@ -89,4 +91,6 @@ def ranks_line(trainer: Trainer, rows: int) -> dict[str, str]:
     world, shards = trainer.comm.world, trainer.grad_shards
     if (world, shards) == (1, 1):
         return {}
-    return {"ranks": f"{world} for {shards} gradient shards; {rows} rows a batch, of all together"}
+    every, workers = trainer.config.sync_every, outer_workers(trainer.config, shards)
+    meeting = f" of {workers} workers, which meet every {every:,} steps" if workers else ""
+    return {"ranks": f"{world} for {shards} gradient shards{meeting}; {rows} rows a batch, of all together"}

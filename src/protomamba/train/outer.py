@@ -1,12 +1,14 @@
 """Slow links: workers that train alone for some steps and then meet (DiLoCo, Douillard et al. 2023, arXiv 2311.08105).
 
-Each gradient shard is a worker with weights and moments of its own, which takes `sync_every` steps on its rows alone.
-Then the mean of (weights at the last meeting - the worker's weights) is the gradient of one Nesterov step, rate 0.7 and
-momentum 0.9, from the weights of the last meeting; all workers go on from the result and keep their moments.
+Each worker, a group of gradient shards, has weights and moments of its own and takes `sync_every` steps on its rows
+alone. Then the mean of (weights at the last meeting - the worker's weights) is the gradient of one Nesterov step, rate
+0.7 and momentum 0.9, from the weights of the last meeting; all workers go on from the result and keep their moments.
 
     g = mean over workers of (w - w_k)      m <- 0.9 m + g      w <- w - 0.7 (g + 0.9 m)      w_k <- w
 
-What comes out depends on the number of workers, and never on the number of ranks that share them out.
+What comes out depends on the number of workers and of shards, and never on the number of ranks that share them out. A
+worker's rows are shared out to its shards as a batch is; where several ranks have some of them, those ranks add their
+gradients at each step.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
 from protomamba.errors import UserError
 from protomamba.model.sequence_model import SequenceModel
-from protomamba.train.comm import Comm, Local
-from protomamba.train.comm_tree import share
+from protomamba.train.comm import Comm
+from protomamba.train.comm_workers import led, members, outer_workers
 from protomamba.train.optim import Optimizer, OptimizerBase, decays
-from protomamba.train.passes import MicroBatch, key, rows_of
+from protomamba.train.passes import MicroBatch, key, require_rows, rows_of
 from protomamba.train.row_sparse import RowTables
 from protomamba.train.trainer import StepStats, Trainer
 
@@ -52,13 +54,44 @@ class Nesterov(OptimizerBase):
 
 
 class OuterTrainer(Trainer):
-    """A Trainer whose gradient shards train alone between the meetings; `model` is the one of the last meeting."""
+    """A Trainer whose workers train alone between the meetings; `model` is the one of the last meeting.
+
+    `workers`: those of which this rank computes a part, by number. ConfigError where they do not divide the shards.
+    """
 
     def __init__(self, model: SequenceModel, config: TrainConfig | None = None, comm: Comm | None = None) -> None:
         super().__init__(model, config, comm)
-        alone = self.config.project(TrainConfig, grad_shards=1, sync_every=None, sparse_rows=False)
-        own = share(self.grad_shards, self.comm.world, self.comm.rank)
-        self.workers = {worker: Trainer(copy.deepcopy(model), alone, Local()) for worker in own}
+        self.count = outer_workers(self.config, self.grad_shards) or self.grad_shards
+        cut = (self.count, self.grad_shards, self.comm.world)
+        self._led = led(*cut)
+        homes = {worker: members(worker, *cut) for worker in range(self.count)}
+        # In the order of their numbers: ranks that share a worker come to it without waiting for one another in a ring.
+        self.workers = {
+            worker: Trainer(copy.deepcopy(model), self._alone(worker), self.comm.group(home))
+            for worker, home in homes.items()
+            if self.comm.rank in home
+        }
+
+    def _alone(self, worker: int) -> TrainConfig:
+        """A worker's configuration, with a seed of its own: a shard's random numbers go by its place in the worker."""
+        alone: TrainConfig = self.config.project(
+            TrainConfig,
+            grad_shards=self.grad_shards // self.count,
+            seed=key(self.config.seed, worker),
+            sync_every=None,
+            workers_outer=None,
+            sparse_rows=False,
+        )
+        return alone
+
+    def configs(self) -> dict[str, Any]:
+        found = super().configs()
+        return {**found, "train": {**found["train"], "workers_outer": self.count}}
+
+    @property
+    def _speaks_for(self) -> range:
+        """The workers of which this rank has the first shard."""
+        return self._led[self.comm.rank]
 
     def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -66,8 +99,10 @@ class OuterTrainer(Trainer):
 
     def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
         self.comm.shards(self.grad_shards)
-        told = [self._work(worker, batches) for worker in self.workers]
-        loss, targets, square, skipped = self.comm.sums(torch.tensor(told, dtype=torch.float64)).tolist()
+        require_rows(batches, self.grad_shards)
+        told = {worker: self._work(worker, batches) for worker in self.workers}
+        spoken = torch.tensor([told[worker] for worker in self._speaks_for], dtype=torch.float64).view(-1, 4)
+        loss, targets, square, skipped = self.comm.sums(spoken).tolist()
         self.global_step += 1
         self.tokens_seen += sum(targets_BL.numel() for _, targets_BL, _ in batches)
         self.skipped_total += int(skipped)
@@ -79,7 +114,7 @@ class OuterTrainer(Trainer):
             lr=self._last.lr,
             tokens=sum(targets_BL.numel() for _, targets_BL, _ in batches),
             bp_applied=self._last.bp_applied,
-            grad_norm=math.sqrt(square / self.grad_shards) if self._last.bp_applied else None,
+            grad_norm=math.sqrt(square / self.count) if self._last.bp_applied else None,
             skipped_update=bool(skipped),
         )
 
@@ -88,7 +123,7 @@ class OuterTrainer(Trainer):
         trainer = self.workers[worker]
         for name in _COPIED:
             setattr(trainer, name, getattr(self, name))
-        part = [rows_of(batch, worker, self.grad_shards) for batch in batches]
+        part = [rows_of(batch, worker, self.count) for batch in batches]
         targets = sum(int((targets_BL >= 0).sum()) for _, targets_BL, _ in part)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(self.config.seed, self.global_step, worker))
@@ -98,12 +133,11 @@ class OuterTrainer(Trainer):
 
     @torch.no_grad()
     def _meet(self) -> None:
-        self.comm.open(self.grad_shards)
+        self.comm.open(self.count, self._led)
         weights = dict(self.model.named_parameters())
-        for worker, trainer in self.workers.items():
-            theirs = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-            moved = {name: (weights[name] - p) / self.grad_shards for name, p in theirs.items()}
-            self.comm.start(worker, moved)
+        for worker in self._speaks_for:
+            theirs = {name: p for name, p in self.workers[worker].model.named_parameters() if p.requires_grad}
+            self.comm.start(worker, {name: (weights[name] - p) / self.count for name, p in theirs.items()})
         self.comm.finish()
         self.comm.hand_over()
         self.optimizer.step(OUTER_RATE)
@@ -116,14 +150,14 @@ class OuterTrainer(Trainer):
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """The last meeting's weights and the outer momentum, and every worker's own weights, slots and counts."""
-        flat = {str(worker): _flat(trainer) for worker, trainer in self.workers.items()}
-        return {**super().parts(), "workers": self.comm.bring(flat)}
+        flat = {worker: _flat(trainer) for worker, trainer in self.workers.items()}
+        return {**super().parts(), "workers": self.comm.bring({str(each): flat[each] for each in self._speaks_for})}
 
     def restore(self, loaded: checkpoint.Checkpoint) -> None:
         super().restore(loaded)
         workers = loaded.parts.get("workers", {})
-        if len(workers) != self.grad_shards:
-            raise UserError(f"the checkpoint holds {len(workers)} workers, this run has {self.grad_shards}")
+        if len(workers) != self.count:
+            raise UserError(f"the checkpoint holds {len(workers)} workers, this run has {self.count}")
         for worker, trainer in self.workers.items():
             _load_flat(trainer, workers[str(worker)], self.global_step)
 
@@ -134,9 +168,9 @@ def trainer_class(config: TrainFields) -> type[Trainer]:
 
 
 def _flat(trainer: Trainer) -> dict[str, Tensor]:
-    """A worker's tensors and counts by one name each."""
+    """A worker's tensors and counts by one name each; whole on the first of its ranks."""
     found = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    for name, slots in trainer.optimizer.state().items():
+    for name, slots in trainer.comm.collect(trainer.optimizer.state()).items():
         found |= {f"optimizer/{name}/{slot}": tensor for slot, tensor in slots.items()}
     return found | {f"trainer/{name}": torch.tensor(value) for name, value in trainer.state_dict().items()}
 

@@ -136,14 +136,20 @@ def rows_of(batch: MicroBatch, shard: int, shards: int) -> MicroBatch:
     inputs, targets_BL, reset_BL = batch
     if shards == 1:
         return batch
-    if len(inputs) < shards:
-        raise ConfigError(
-            f"--grad-shards {shards}: a micro-batch of {len(inputs)} rows cannot be shared out; raise --batch-size, or "
-            "take fewer shards"
-        )
+    require_rows([batch], shards)
     part = share(len(inputs), shards, shard)
     rows = slice(part.start, part.stop)
     return inputs[rows], targets_BL[rows], None if reset_BL is None else reset_BL[rows]
+
+
+def require_rows(batches: Sequence[MicroBatch], shards: int) -> None:
+    """ConfigError where a micro-batch has fewer rows than there are shards."""
+    fewest = min(len(inputs) for inputs, _, _ in batches)
+    if fewest < shards:
+        raise ConfigError(
+            f"--grad-shards {shards}: a micro-batch of {fewest} rows cannot be shared out; raise --batch-size, or "
+            "take fewer shards"
+        )
 
 
 def key(*numbers: int) -> int:

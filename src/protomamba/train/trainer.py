@@ -19,6 +19,7 @@ from protomamba.model.pretrained import build_model
 from protomamba.model.registry import refuse_unnamed
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local
+from protomamba.train.comm_workers import gradient_shards
 from protomamba.train.local import LocalSignals, combine
 from protomamba.train.optim import (
     AdamW,
@@ -77,7 +78,7 @@ class Trainer:
         self.model = model
         self.comm = comm or Local()
         self.config: TrainFields = config or TrainConfig()
-        self.grad_shards = self.config.grad_shards or self.comm.world
+        self.grad_shards = gradient_shards(self.config, self.comm.world)
         self.model.precision = self.config.precision
         self.model.recompute = self.config.recompute
         self.model.activations = self.config.activations
