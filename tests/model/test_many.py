@@ -47,13 +47,26 @@ def test_evaluation_and_prediction_over_many_classes_are_those_over_few(
     generator = torch.Generator().manual_seed(3)
     z_BLD, targets_BL = torch.randn(4, 9, 6, generator=generator), torch.randint(-1, 37, (4, 9), generator=generator)
     few, predicted = head.evaluate(z_BLD, targets_BL), head.predict(z_BLD)
-    for module in ("base", "hypersphere"):
+    for module in ("base", "hypersphere", "softmax"):
         monkeypatch.setattr(f"protomamba.model.heads.{module}.MANY", 10)
     assert torch.equal(head.predict(z_BLD), predicted)
     found = head.evaluate(z_BLD, targets_BL)
     assert (found.correct, found.count) == (few.correct, few.count)
     assert few.log_likelihood_sum is not None
     assert found.log_likelihood_sum == pytest.approx(few.log_likelihood_sum, rel=1e-5)
+    assert found.loss_sum == pytest.approx(few.loss_sum, rel=1e-5)
+
+
+def test_the_loss_of_a_softmax_over_many_classes_is_that_of_the_judged_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, targets_T = SoftmaxHead(ModelConfig(vocab_size=37, d_model=6)).eval(), torch.arange(12)
+    z_TD = torch.randn(12, 6)
+    part = head.evaluate(z_TD[::4], targets_T[::4])
+    for module in ("base", "softmax", "many"):
+        monkeypatch.setattr(f"protomamba.model.heads.{module}.MANY", 10)
+    monkeypatch.setattr(many, "JUDGED_SCORES", 37 * 3)
+    found = head.evaluate(z_TD, targets_T, exact=False)
+    assert (found.count, found.judgements) == (12, 3)
+    assert found.loss_sum / 12 == pytest.approx(part.loss_sum / 3, rel=1e-5)
 
 
 def test_a_part_is_judged_where_not_all_need_be(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:

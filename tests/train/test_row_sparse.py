@@ -123,7 +123,7 @@ def test_the_slots_come_back_to_the_bit_and_others_are_refused() -> None:
 
 
 def make(sparse: bool | None, **more: Any) -> Trainer:
-    options = {"head_options": {"sample": 16}}
+    options = {"head": more.pop("head", "hpn"), "head_options": {"sample": 16}}
     model = SequenceModel(ModelConfig(vocab_size=200, d_model=8, n_layer=1, d_state=4, **options), seed=0)
     return Trainer(model, TrainConfig(**{"lr": 1e-2, "steps": 40, "sparse_rows": sparse, **more}))
 
@@ -147,9 +147,11 @@ def test_a_trainers_untouched_rows_do_not_move_and_cost_no_dense_gradient() -> N
     torch.testing.assert_close(torch.linalg.vector_norm(prototypes.detach(), dim=-1), torch.ones(200))
 
 
-def test_the_first_step_is_that_of_dense_tables() -> None:
+@pytest.mark.parametrize("head", ["hpn", "softmax"])
+def test_the_first_step_is_that_of_dense_tables(head: str) -> None:
     """Nothing is owed yet: the touched rows move as they do in AdamW, and so does all else."""
-    sparse, dense = make(True, weight_decay=0.0), make(False, weight_decay=0.0)
+    sparse, dense = (make(rows, weight_decay=0.0, head=head) for rows in (True, False))
+    assert f"head.{sparse.model.head.row_table}" in sparse.rows.tables
     one, other = sparse.train_step(*batch(0)), dense.train_step(*batch(0))
     assert one.loss == other.loss
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
@@ -157,8 +159,9 @@ def test_the_first_step_is_that_of_dense_tables() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_it_learns() -> None:
-    trainer = make(True, steps=120)
+@pytest.mark.parametrize("head", ["hpn", "softmax"])
+def test_it_learns(head: str) -> None:
+    trainer = make(True, steps=120, head=head)
     losses = [trainer.train_step(*batch(step % 3)).loss for step in range(120)]
     assert losses[-1] < 0.3 * losses[0]
 
@@ -171,10 +174,10 @@ def test_tables_are_dense_below_the_bound_and_where_something_else_reads_them() 
         make(True, grad_shards=2)
 
 
-@pytest.mark.parametrize("cut", [1, 4])
-@pytest.mark.parametrize("row_wise", [False, True])
-def test_resume_is_exact_at_any_cut(tmp_path: Path, cut: int, row_wise: bool) -> None:
+@pytest.mark.parametrize(("cut", "row_wise", "head"), [(1, False, "hpn"), (4, True, "hpn"), (4, False, "softmax")])
+def test_resume_is_exact_at_any_cut(tmp_path: Path, cut: int, row_wise: bool, head: str) -> None:
     more: dict[str, Any] = {"grad_clip_norm": 0.5, "optimizer_option": (f"row_wise_moment={int(row_wise)}",)}
+    more["head"] = head
     straight, trainer = make(True, **more), make(True, **more)
     stats = [straight.train_step(*batch(step)) for step in range(8)]
     found = [trainer.train_step(*batch(step)) for step in range(cut)]
@@ -185,12 +188,12 @@ def test_resume_is_exact_at_any_cut(tmp_path: Path, cut: int, row_wise: bool) ->
     assert same(trainer.parts(), straight.parts())
 
 
-@pytest.mark.parametrize("threads", [2, 4])
-def test_the_bits_do_not_depend_on_threads(threads: int) -> None:
+@pytest.mark.parametrize("head", ["hpn", "softmax"])
+def test_the_bits_do_not_depend_on_threads(head: str) -> None:
     ends = []
-    for count in (1, threads):
+    for count in (1, 4):
         torch.set_num_threads(count)
-        trainer = make(True)
+        trainer = make(True, head=head)
         for step in range(4):
             trainer.train_step(*batch(step))
         ends.append(trainer.rows.state())

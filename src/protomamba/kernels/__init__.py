@@ -15,6 +15,7 @@ from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.prototype_loss import prototype_loss
 from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, LogitProjection
+from protomamba.kernels.sampled_softmax_loss import sampled_softmax_loss
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
 from protomamba.kernels.softmax_loss import softmax_loss
@@ -41,6 +42,7 @@ __all__ = [
     "prototype_loss",
     "reference",
     "rms_norm",
+    "sampled_softmax_loss",
     "selective_scan",
     "separated_prototype_loss",
     "set_kernels",

@@ -129,11 +129,13 @@ def _loss(classes: str) -> Callable[[Sizes, Generator | None], Inputs]:
     return make
 
 
-def _separated(s: Sizes, g: Generator | None) -> Inputs:
-    sample_S = torch.randperm(s.V, generator=g)[: s.S].sort().values
-    log_chance_S = -torch.rand(len(sample_S), generator=g)
-    more = {"log_scale": torch.tensor(1.7), "sample_S": sample_S, "log_chance_S": log_chance_S}
-    return {**_loss("prototypes_VD")(s, g), **more}
+def _sampled(classes: str, **more: Tensor) -> Callable[[Sizes, Generator | None], Inputs]:
+    def make(s: Sizes, g: Generator | None) -> Inputs:
+        sample_S = torch.randperm(s.V, generator=g)[: s.S].sort().values
+        log_chance_S = -torch.rand(len(sample_S), generator=g)
+        return {**_loss(classes)(s, g), **more, "sample_S": sample_S, "log_chance_S": log_chance_S}
+
+    return make
 
 
 def _product(s: Sizes, g: Generator | None) -> Inputs:
@@ -233,10 +235,13 @@ CASES = {
     "prototype_loss": Case(_loss("prototypes_VD"), _called("prototype_loss"), ("z_TD", "prototypes_VD")),
     "softmax_loss": Case(_loss("weight_VD"), _called("softmax_loss"), ("z_TD", "weight_VD")),
     "separated_prototype_loss": Case(
-        _separated, _called("separated_prototype_loss"), ("z_TD", "prototypes_VD", "log_scale")
+        _sampled("prototypes_VD", log_scale=torch.tensor(1.7)),
+        _called("separated_prototype_loss"),
+        ("z_TD", "prototypes_VD", "log_scale"),
     ),
     "product": Case(_product, _called("product"), ()),
     "mamba_block": Case(_block(False), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "compact_block": Case(_block(True), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "mamba_step": Case(_block(False), _call_step, (), carried=_CARRIED),
+    "sampled_softmax_loss": Case(_sampled("weight_VD"), _called("sampled_softmax_loss"), ("z_TD", "weight_VD")),
 }

@@ -51,6 +51,21 @@ def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
         raise ValueError(f"{op}: targets_T: expected values below V={classes}, got {largest}")
 
 
+def check_sample(op: str, sample_S: Tensor | None, classes: int) -> None:
+    """ValueError for a class that there is not: a kernel would read beside the rows."""
+    if sample_S is None:
+        return
+    low, high = (int(x) for x in sample_S.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(f"{op}: sample_S: expected classes from 0 to {classes - 1}, found {low} to {high}")
+
+
+def places(classes_S: Tensor, targets_T: Tensor) -> Tensor:
+    """(T,): where each token's class stands among the sampled ones (rising), -1: nowhere."""
+    place_T = torch.searchsorted(classes_S, targets_T).clamp_max(len(classes_S) - 1)
+    return torch.where(classes_S[place_T] == targets_T, place_T, -1)
+
+
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -231,11 +231,18 @@ def sampled_cross_entropy(
     s = log_scale.to(z.dtype).exp()
     own_T = s * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
     others_TS = s * (z @ unit(prototypes_VD.index_select(0, classes_S).to(z.dtype)).t())
+    return weighted_mean(_against_sample(own_T, others_TS, targets_T, classes_S, log_chance_S), weight_T)
+
+
+def _against_sample(
+    own_T: Tensor, others_TS: Tensor, targets_T: Tensor, classes_S: Tensor, log_chance_S: Tensor | None
+) -> Tensor:
+    """(T,): log(1 + sum over the sampled classes k but the own one of exp(others_k - own) / q_k)."""
     if log_chance_S is not None:
-        others_TS = others_TS - log_chance_S.to(z.dtype)
+        others_TS = others_TS - log_chance_S.to(others_TS.dtype)
     others_TS = others_TS.masked_fill(classes_S == targets_T[:, None], -math.inf)
     nobody_TS = torch.full_like(others_TS[:, :1], -1e30)  # so that a sample of the own class alone has a logarithm
-    return weighted_mean(F.softplus(torch.cat([others_TS, nobody_TS], -1).logsumexp(-1) - own_T), weight_T)
+    return F.softplus(torch.cat([others_TS, nobody_TS], -1).logsumexp(-1) - own_T)
 
 
 def separated_prototype_loss(
@@ -270,6 +277,26 @@ def softmax_loss(
     kept = targets_T >= 0
     logits_TV = z_TD[kept].to(dtype) @ weight_VD.to(dtype).t()
     loss_T = F.cross_entropy(logits_TV, targets_T[kept], reduction="none")
+    return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
+
+
+def sampled_softmax_loss(
+    z_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    sample_S: Tensor,
+    log_chance_S: Tensor,
+    weight_T: Tensor | None = None,
+) -> Tensor:
+    """`softmax_loss` estimated from a sample of the wrong classes, as `sampled_cross_entropy` estimates its own:
+
+    mean over targets y >= 0 of  log(1 + sum_k exp(z.w_k - z.w_y) / q_k),   k in the sample without y
+    """
+    kept = targets_T >= 0
+    z, targets = z_TD[kept].to(compute_dtype(z_TD)), targets_T[kept]
+    own_T = (z * weight_VD.index_select(0, targets).to(z.dtype)).sum(-1)
+    others_TS = z @ weight_VD.index_select(0, sample_S).to(z.dtype).t()
+    loss_T = _against_sample(own_T, others_TS, targets, sample_S, log_chance_S)
     return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 
 

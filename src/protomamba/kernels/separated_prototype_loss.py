@@ -19,7 +19,9 @@ from protomamba.kernels.matmul import grad_input, grad_weight, linear
 from protomamba.kernels.native import Library
 from protomamba.kernels.prototype_loss import (
     Angles,
+    check_sample,
     check_targets,
+    places,
     prototype_loss_backward,
     prototype_loss_forward,
     total_weight,
@@ -57,7 +59,7 @@ def separated_prototype_loss(
         weight_T=weight_T,
     )  # fmt: skip
     check_targets("separated_prototype_loss", targets_T, sizes["V"])
-    _check_sample(sample_S, sizes["V"])
+    check_sample("separated_prototype_loss", sample_S, sizes["V"])
     library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
     if library is None:
         return reference.separated_prototype_loss(
@@ -68,17 +70,6 @@ def separated_prototype_loss(
     prototypes = prototypes_VD.float().contiguous()
     loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, log_scale, targets, weight)
     return loss
-
-
-def _check_sample(sample_S: Tensor | None, classes: int) -> None:
-    """ValueError for a class that there is not: the kernel would read beside the prototypes."""
-    if sample_S is None:
-        return
-    low, high = (int(x) for x in sample_S.aminmax())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"separated_prototype_loss: sample_S: expected classes from 0 to {classes - 1}, found {low} to {high}"
-        )
 
 
 class _SeparatedLoss(torch.autograd.Function):
@@ -134,7 +125,7 @@ class _Pull(NamedTuple):
         """Of z (T, D), of the prototypes (V, D) and of log s."""
         classes_S = self.sample.classes_S
         unit_SD, inverse_S = _units(self.library, self._rows())
-        place_T = self._places()
+        place_T = self.targets if classes_S is None else places(classes_S, self.targets)
         dunit_SD, dz, down_T = torch.zeros_like(unit_SD), torch.empty_like(self.z), torch.empty_like(rate_T)
         dlog_scale = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(self.z), BLOCK):
@@ -158,14 +149,6 @@ class _Pull(NamedTuple):
     def _rows(self) -> Tensor:
         classes_S = self.sample.classes_S
         return self.prototypes if classes_S is None else self.prototypes.index_select(0, classes_S)
-
-    def _places(self) -> Tensor:
-        """(T,): where each token's class stands in the sample, -1: nowhere."""
-        classes_S = self.sample.classes_S
-        if classes_S is None:
-            return self.targets
-        place_T = torch.searchsorted(classes_S, self.targets).clamp_max(len(classes_S) - 1)
-        return torch.where(classes_S[place_T] == self.targets, place_T, -1)
 
     def _softmax(self, cosine_TS: Tensor, scale: float, *tensors: Tensor) -> None:
         """Turns a block's cosines into the gradient with respect to them, in place."""

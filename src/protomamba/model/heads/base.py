@@ -177,16 +177,29 @@ class Head(Part, ABC):
             return None
         return judge(lambda a, b: cast(Tensor, self.class_scores(z_TD, a, b)), len(z_TD), self.classes, k, factor)
 
+    def own_logits(self, z_TD: Tensor, targets_T: Tensor) -> Tensor | None:
+        """(T,): the entry of `logits` of each token's own class; None where a head has them only all together."""
+        return None
+
+    def temperature(self) -> float:
+        """What `logits` are of `scores`, for a head that has `own_logits`."""
+        return 1.0
+
     def _judge(self, z_TD: Tensor, targets_T: Tensor) -> tuple[int, float | None]:
         """Hits and log-likelihood, None without probabilities."""
-        correct, likelihood, probabilistic = 0, 0.0, True
+        own_T = self.own_logits(z_TD, targets_T) if self.classes >= MANY else None
+        found = None if own_T is None else self.best(z_TD, factor=self.temperature())
+        if own_T is not None and found is not None:
+            likelihood = float((own_T - found.log_sum_T).sum(dtype=torch.float64))
+            return int((found.classes_Tk[:, 0] == targets_T).sum()), likelihood
+        correct, total, probabilistic = 0, 0.0, True
         for z_RD, targets_R in zip(self.blocks(z_TD), self.blocks(targets_T), strict=True):
             correct += int((self.scores(z_RD).argmax(-1) == targets_R).sum())
             logits_RV = self.logits(z_RD)
             probabilistic = logits_RV is not None
             if logits_RV is not None:
-                likelihood -= float(F.cross_entropy(logits_RV, targets_R, reduction="sum"))
-        return correct, likelihood if probabilistic else None
+                total -= float(F.cross_entropy(logits_RV, targets_R, reduction="sum"))
+        return correct, total if probabilistic else None
 
     def _plain_loss(self, z_TD: Tensor, targets_T: Tensor) -> float:
         """The loss as evaluation has it, whatever mode the head is in."""

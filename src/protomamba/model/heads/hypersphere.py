@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from protomamba.config import ModelConfig, PrototypeFields
 from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
-from protomamba.kernels.rows import gather_rows
-from protomamba.model.heads import prototypes, sampling
-from protomamba.model.heads.base import Head, head, inner_products, valid_positions
+from protomamba.model.heads import prototypes
+from protomamba.model.heads.base import head, inner_products, valid_positions
 from protomamba.model.heads.many import MANY
+from protomamba.model.heads.sampling_head import SamplingHead
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
@@ -28,7 +28,7 @@ SINCE_0_1 = (
 
 
 @head("hpn")
-class HyperspherePrototypes(Head):
+class HyperspherePrototypes(SamplingHead):
     """Hyperspherical prototypes (Mettes, van der Pol & Snoek 2019, arXiv 1901.10514): every class is a direction.
 
         loss = mean over targets y of (1 - cos(z, p_y))^2        prediction = argmax_k cos(z, p_k)
@@ -51,10 +51,6 @@ class HyperspherePrototypes(Head):
     log_scale: Tensor
     scale: Tensor
     fitted: Tensor
-    draws: Tensor
-    counts: Tensor
-    counted: Tensor
-    told: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -64,99 +60,32 @@ class HyperspherePrototypes(Head):
         self.contrastive = self.learned and self.options.separation > 0 and self.classes > 1
         # Before anything is learnt or fitted: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
         start = math.sqrt(2) * math.log(max(2, self.classes - 1))
-        self._shared: tuple[int, Tensor] | None = None
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
-            # How many samples were drawn: the next is a function of it, so that a resumed run draws the same ones.
-            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+            self.count_draws()
         else:
             self.register_buffer("prototypes", placed_VD)
         self.register_buffer("scale", torch.tensor(start))
         if self.contrastive:
             self.log_scale = nn.Parameter(torch.tensor(math.log(start)))
             self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-            self._register_frequencies()
-
-    def _register_frequencies(self) -> None:
-        """How often each class comes: the source's counts where it `told` them, else those of the targets so far."""
-        self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.int64))
-        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("told", torch.zeros((), dtype=torch.bool))
+            self.count_classes()
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
         weight_T = self.target_weights(targets_T)
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
-            self._shared = None
+            self.forget_step()
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
         sample_S, log_chance_S = self.next_sample(targets_T)
-        if self.row_sparse and sample_S is not None:
-            prototypes_RD, targets_T, sample_S = self._rows_of(targets_T, sample_S)
-        else:
-            prototypes_RD = self.prototypes
+        prototypes_RD, targets_T, sample_S = self.rows_read(self.prototypes, targets_T, sample_S)
         return separated_prototype_loss(
             z_TD, prototypes_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T
         )
 
-    def _rows_of(self, targets_T: Tensor, sample_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The prototypes (R, D) of targets and sample alone, and where in them those are; targets below 0 stay so."""
-        wanted_T = targets_T >= 0
-        rows_R = torch.unique(torch.cat([sample_S, targets_T[wanted_T]]))
-        places_T = torch.where(wanted_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)), targets_T)
-        return gather_rows(self.prototypes, rows_R), places_T, torch.searchsorted(rows_R, sample_S)
-
-    def reads_few_rows(self) -> bool:
-        return self.contrastive and self.classes > self.sample
-
-    def begin_step(self, key: int, targets_T: Tensor) -> None:
-        """The next forward pass draws its sample by this key for these targets: those of all ranks (see `Head`)."""
-        self._shared = (key, targets_T)
-
     @property
     def samples_classes(self) -> bool:
         return self.contrastive and self.classes > self.sample
-
-    def set_frequencies(self, counts_V: Tensor) -> None:
-        """Take how often each class comes from the source (V,), instead of counting while training.
-
-        ValueError unless it is a whole number >= 0 for every class, and one of them is not 0.
-        """
-        if not self.contrastive:
-            return
-        if counts_V.shape != (self.classes,) or int(counts_V.min()) < 0 or int(counts_V.max()) < 1:
-            raise ValueError(
-                f"set_frequencies: expected {self.classes:,} counts >= 0, not all of them 0, got shape "
-                f"{tuple(counts_V.shape)} from {counts_V.min()} to {counts_V.max()}"
-            )
-        self.counts.copy_(counts_V)
-        self.counted.copy_(self.counts.sum())
-        self.told.fill_(True)
-
-    def next_sample(self, targets_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The sample of the next forward pass; moves the counts on. All classes: (None, None)."""
-        shared, self._shared = self._shared, None
-        if self.classes <= self.sample:
-            return None, None
-        key, shared_T = shared or (int(self.draws), targets_T)
-        self.draws.add_(1)
-        wanted_T = shared_T.reshape(-1)
-        wanted_T = wanted_T[wanted_T >= 0]
-        self._count(wanted_T)
-        return self.draw(key, wanted_T)
-
-    def draw(self, key: int, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (S,), in rising order, and the log of each one's chance to be among them: a function of the key,
-        of the targets (T,), all >= 0, and of the frequencies."""
-        common_U = torch.unique(targets_T)
-        sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
-        share_S = (self.counts[sample_S] + 0.5) / (self.counted + 0.5 * self.classes)
-        even = sampling.even_draws(self.sample, len(common_U))
-        return sample_S, sampling.log_chances(share_S, len(targets_T), kept, even, self.classes).float()
-
-    def _count(self, targets_T: Tensor) -> None:
-        if not self.told:
-            self.counts.index_add_(0, targets_T, torch.ones_like(targets_T))
-            self.counted.add_(len(targets_T))
 
     def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, *sample: Tensor | None) -> Tensor:
         """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample of `draw`,
@@ -172,14 +101,13 @@ class HyperspherePrototypes(Head):
         rows_CD = self.prototypes[start:stop]
         return inner_products(F.normalize(z_TD, dim=-1), F.normalize(rows_CD, dim=-1) if self.learned else rows_CD)
 
-    def _judge(self, z_TD: Tensor, targets_T: Tensor) -> tuple[int, float | None]:
-        if self.classes < MANY or not len(targets_T) or type(self) is not HyperspherePrototypes:
-            return super()._judge(z_TD, targets_T)
-        found = self.best(z_TD, factor=float(self.scale))
-        assert found is not None
-        own_T = (F.normalize(z_TD, dim=-1) * F.normalize(self.prototypes[targets_T], dim=-1)).sum(-1)
-        likelihood = float((self.scale * own_T - found.log_sum_T).sum(dtype=torch.float64))
-        return int((found.classes_Tk[:, 0] == targets_T).sum()), likelihood
+    def own_logits(self, z_TD: Tensor, targets_T: Tensor) -> Tensor | None:
+        if type(self) is not HyperspherePrototypes:
+            return None
+        return self.scale * (F.normalize(z_TD, dim=-1) * F.normalize(self.prototypes[targets_T], dim=-1)).sum(-1)
+
+    def temperature(self) -> float:
+        return float(self.scale)
 
     def _unit_prototypes(self) -> Tensor:
         """(V, D) of unit length."""
