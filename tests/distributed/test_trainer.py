@@ -89,6 +89,29 @@ def test_a_run_goes_on_with_another_number_of_ranks() -> None:
     assert again == told
 
 
+def test_row_sparse_tables_make_the_same_steps_on_any_number_of_ranks() -> None:
+    """Embedding and prototypes, shards without a target, cuts, and another number of ranks after each."""
+    settings = {**SETTINGS, "sparse_rows": True}
+    straight, told = on(1, 0, 4, None, "hpn", settings)
+    assert {"touched", "shrunk"} <= straight["optimizer"]["moments"]["head.prototypes"].keys()
+    state, again = on(3, 0, 2, None, "hpn", settings)
+    for world, first, last in ((8, 2, 3), (1, 3, 4)):
+        state, more = on(world, first, last, state, "hpn", settings)
+        again += more
+    assert_equal(state, straight, "parts")
+    assert again == told
+
+
+def test_shards_of_row_sparse_tables_add_up_to_the_gradient_of_one() -> None:
+    """The first step of one shard and of eight: another order of the same sums."""
+    (whole, _), (shards, _) = (
+        on(1, 0, 1, None, "softmax", {**SETTINGS, "sparse_rows": True, "ff_lr": 0.0, "grad_shards": count})
+        for count in (1, SHARDS)
+    )
+    for name, value in whole["model"].items():
+        torch.testing.assert_close(shards["model"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 PLANS = [plan if plan < 3 else pytest.param(plan, marks=pytest.mark.slow) for plan in range(200)]
 
 

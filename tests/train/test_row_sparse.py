@@ -14,6 +14,8 @@ from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.bits import same
 from protomamba.errors import ConfigError
 from protomamba.kernels.rows import gather_rows, row_gradient, unique_rows
+from protomamba.train.comm_rows import merged
+from protomamba.train.outer import OuterTrainer
 from protomamba.train.row_sparse import RowAdamW
 from protomamba.train.trainer import NonFiniteError
 
@@ -52,6 +54,15 @@ def test_gradients_of_two_passes_are_added_by_row_in_order() -> None:
     assert table.grad is not None
     rows_R, values_RD = row_gradient(table.grad)
     assert rows_R.tolist() == [1, 4, 8] and values_RD[:, 0].tolist() == [1.0, 11.0, 10.0]
+
+
+def test_rows_of_two_shards_are_merged_row_by_row() -> None:
+    one = torch.tensor([1, 4]), torch.tensor([[1.0], [-0.0]])
+    other = torch.tensor([0, 1, 7]), torch.tensor([[5.0], [2.0], [3.0]])
+    rows_R, values_RD = merged(one, other)
+    assert rows_R.tolist() == [0, 1, 4, 7] and values_RD[:, 0].tolist() == [5.0, 3.0, -0.0, 3.0]
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
+    assert same(merged(nothing, other), other) and same(merged(one, nothing), one)
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -101,7 +112,6 @@ def test_a_row_wise_second_moment_is_the_mean_over_the_row() -> None:
     rows.update(0.1)
     assert rows.slots["exp_avg_sq"].shape == (3, 1)
     torch.testing.assert_close(rows.slots["exp_avg_sq"][1, 0], 0.01 * dense[1].square().mean())
-    assert sum(x.numel() * x.element_size() for x in rows.slots.values()) == RowAdamW.bytes_of(table, True)
 
 
 def test_the_slots_come_back_to_the_bit_and_others_are_refused() -> None:
@@ -170,8 +180,10 @@ def test_tables_are_dense_below_the_bound_and_where_something_else_reads_them() 
     assert not make(None).rows.tables
     tied = ModelConfig(vocab_size=200, d_model=8, n_layer=1, head="softmax", tie_embedding=True)
     assert not Trainer(SequenceModel(tied), TrainConfig(sparse_rows=True)).rows.tables
-    with pytest.raises(ConfigError, match="--sparse-rows 1"):
-        make(True, grad_shards=2)
+    with pytest.raises(ConfigError, match="--sparse-rows 1: row-sparse tables are for adamw and muon"):
+        make(True, optimizer="examples.sgd:SGD")
+    with pytest.raises(ConfigError, match="--sync-every"):
+        OuterTrainer(SequenceModel(tied), TrainConfig(sparse_rows=True, sync_every=2, grad_shards=2))
 
 
 @pytest.mark.parametrize(("cut", "row_wise", "head"), [(1, False, "hpn"), (4, True, "hpn"), (4, False, "softmax")])

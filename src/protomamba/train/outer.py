@@ -23,7 +23,7 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
-from protomamba.errors import UserError
+from protomamba.errors import ConfigError, UserError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm
 from protomamba.train.comm_workers import led, members, outer_workers
@@ -94,6 +94,8 @@ class OuterTrainer(Trainer):
         return self._led[self.comm.rank]
 
     def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
+        if self.config.sparse_rows:
+            raise ConfigError("--sparse-rows 1: the mean of what workers moved is dense; leave it or --sync-every out")
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return Nesterov(self.comm.lay(named), None), RowTables({}, None, decays)
 

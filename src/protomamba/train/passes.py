@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm
+from protomamba.train.comm_rows import RowSum
 from protomamba.train.comm_tree import share
 from protomamba.train.local import LocalSignals
 
@@ -32,7 +33,8 @@ class Passes:
     """One step's passes: over which model, ranks and micro-batches, with what.
 
     shards: how many groups of rows there are. seed, step: of all random numbers drawn where there are several shards.
-    local: whether the layers' local losses are wanted. backpropagate: whether gradients are.
+    local: whether the layers' local losses are wanted. backpropagate: whether gradients are. tables: the parameters
+    with row-sparse gradients.
     """
 
     model: SequenceModel
@@ -43,20 +45,24 @@ class Passes:
     step: int
     local: bool
     backpropagate: bool
+    tables: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     def run(self) -> tuple[float, int, LocalSignals]:
         """The mean loss over all targets, how many there are, and the local losses' sums, the same on every rank.
 
-        With `backpropagate` the gradients' sums are left at the ranks that own them: see `Comm.finish`.
+        With `backpropagate` the gradients' sums are left at the ranks that own them (see `Comm.finish`), those of
+        row-sparse tables at all of them.
         """
         counts = [int((targets_BL >= 0).sum()) for _, targets_BL, _ in self.batches]
         total = sum(self.model.head.weight_of(targets_BL) for _, targets_BL, _ in self.batches) or 1.0
         if self.backpropagate:
             self.comm.open(self.shards)
+        rows = RowSum(self.comm, self.shards, self.tables)
         with torch.set_grad_enabled(self.backpropagate):
-            found = [self._shard(shard, total) for shard in self._own_shards()]
+            found = [self._shard(shard, total, rows) for shard in self._own_shards()]
         if self.backpropagate:
             self.comm.finish()
+            rows.finish()
         signals = found[0][1]
         sums = self.comm.sums(torch.stack([torch.cat([loss, each.flat()]) for loss, each in found]))
         signals.load_flat(sums[1:])
@@ -72,7 +78,7 @@ class Passes:
                 buffer.copy_(value)
             yield shard
 
-    def _shard(self, shard: int, total: float) -> tuple[Tensor, LocalSignals]:
+    def _shard(self, shard: int, total: float, rows: RowSum) -> tuple[Tensor, LocalSignals]:
         """One shard's part of the mean loss, float64 (1,), and its sums for the local losses."""
         signals, mean = LocalSignals(), 0.0
         for number, batch in enumerate(self.batches):
@@ -86,6 +92,7 @@ class Passes:
                     (loss if weight == total else loss * (weight / total)).backward()
             mean += float(loss.detach()) * weight / total
         if self.backpropagate:
+            rows.take()
             self._hand_in(shard)
         return torch.tensor([mean], dtype=torch.float64), signals
 
@@ -98,7 +105,7 @@ class Passes:
                 partial(self._leave, shard, name)
             )
             for name, parameter in named
-            if parameter.requires_grad
+            if parameter.requires_grad and name not in self.tables
         ]
         try:
             yield
@@ -112,8 +119,7 @@ class Passes:
             self.comm.start(shard, {name: gradient})
 
     def _hand_in(self, shard: int) -> None:
-        # A row-sparse table keeps its gradient: there is one shard then, and nothing to add up.
-        named = {n: p for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
+        named = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
         gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
         for parameter in named.values():
             parameter.grad = None

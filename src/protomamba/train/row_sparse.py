@@ -41,12 +41,6 @@ class RowAdamW:
             "log_decay": torch.zeros((), dtype=torch.float64),
         }
 
-    @staticmethod
-    def bytes_of(table: Tensor, row_wise: bool) -> int:
-        """How large the slots of a table are."""
-        rows, width = table.shape
-        return rows * (width * table.element_size() + (1 if row_wise else width) * table.element_size() + 12) + 16
-
     @torch.no_grad()
     def update(self, lr: float, scale: float = 1.0) -> None:
         """One update at rate `lr`; the gradient is multiplied by `scale`. Without a gradient only time goes on."""
@@ -107,8 +101,12 @@ class RowTables:
         row_wise = bool(getattr(config, "row_wise_moment", False))
         self.tables = {name: RowAdamW(p, config, decays(name, p), row_wise) for name, p in tables.items()}
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The tables by name."""
+        return {name: each.table for name, each in self.tables.items()}
+
     def gradients(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rows and their gradients of each table that the last pass read."""
+        """Rows and their gradients of each table that the last step read, views of its `.grad`."""
         found = {name: each.table.grad for name, each in self.tables.items()}
         return {name: row_gradient(gradient) for name, gradient in found.items() if gradient is not None}
 

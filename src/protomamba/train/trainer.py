@@ -170,6 +170,7 @@ class Trainer:
             step=self.global_step,
             local=self.config.ff_lr > 0,
             backpropagate=backpropagate,
+            tables=self.rows.parameters(),
         )
 
     def _local_gradients(
@@ -367,10 +368,11 @@ class Trainer:
     def _wants_rows(self, table: Tensor) -> bool:
         """Whether a table that can be row-sparse is to be. ConfigError where the run asks for it and cannot have it."""
         asked = self.config.sparse_rows
-        possible = issubclass(optimizer_class(self.config), AdamW | Muon) and self.grad_shards == 1
+        possible = issubclass(optimizer_class(self.config), AdamW | Muon)
         if asked and not possible:
             raise ConfigError(
-                "--sparse-rows 1: row-sparse tables are for one gradient shard, with adamw or muon; leave it out"
+                f"--sparse-rows 1: row-sparse tables are for adamw and muon, not for {self.config.optimizer}; "
+                "leave it out"
             )
         return possible and (len(table) >= MANY_ROWS if asked is None else asked)
 
