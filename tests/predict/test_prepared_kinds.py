@@ -246,7 +246,94 @@ def test_series_of_ts_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 21
     labelled(tmp_path / "wide.csv", ["1"], "v1")
     assert run("predict", model, tmp_path / "wide.csv", "--out", tmp_path / "w.jsonl") == 1
-    assert "takes its series as .ts or .npz" in capsys.readouterr().err
+    assert "of a table name the columns: --values" in capsys.readouterr().err
+    rows = [f"g,{2 - i},{i},{i * i}" for i in range(3)] + ["h,1,4,"]
+    long = labelled(tmp_path / "long.csv", rows, "g,t,a,b")
+    named = ("--group", "g", "--order", "t", "--values", "a,b")
+    assert run("predict", model, long, "--out", tmp_path / "long.jsonl", *named) == 0
+    recipe = checkpoint.load(model).config["data"]["recipe"]
+    steps = [np.array([[2, 4], [1, 1], [0, 0]]), np.array([[4, np.nan]])]
+    arrays = [((each - recipe["mean"]) / recipe["std"]).astype(np.float32) for each in steps]
+    own = list(Predictor.from_checkpoint(model).class_probabilities(arrays))
+    for line, chances in zip(lines(tmp_path / "long.jsonl"), own, strict=True):
+        assert list(line["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-4)
     (tmp_path / "one.ts").write_text(head + "1,2:a\n")
     assert run("predict", model, tmp_path / "one.ts", "--out", tmp_path / "n.jsonl") == 1
     assert "expected 2 channels of values, found 1 channels" in capsys.readouterr().err
+
+
+def test_a_row_a_step_gives_a_line_a_group_scaled_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn, steps = random.Random(4), dict[str, list[tuple[float, float]]]()
+    for i in range(16):
+        steps[f"s{i}"] = [(drawn.gauss(50, 9), drawn.gauss(-3, 0.1)) for _ in range(2 + i % 4)]
+    rows = [
+        f"{g},{place},{a:.4f},{b:.4f},{'xy'[int(g[1:]) % 2]}"
+        for g, each in steps.items()
+        for place, (a, b) in enumerate(each)
+    ]
+    random.Random(5).shuffle(rows)
+    source = labelled(tmp_path / "in.csv", rows, "who,at,left,right,kind")
+    columns = ("--label", "kind", "--values", "left,right", "--group", "who", "--order", "at")
+    model = train_labels(tmp_path, source, *columns)
+    bare = [row.rpartition(",")[0].replace(",", "\t") for row in rows]  # without the label, as new data is
+    labelled(tmp_path / "new.tsv", bare, "name\tat\tleft\tright")
+    assert run("predict", model, tmp_path / "new.tsv", "--out", tmp_path / "o.jsonl", "--group", "name") == 0
+    recipe = checkpoint.load(model).config["data"]["recipe"]
+    found = {line["name"]: line["probabilities"] for line in lines(tmp_path / "o.jsonl")}
+    assert found.keys() == steps.keys()
+    predictor = Predictor.from_checkpoint(model)
+    for name, each in steps.items():
+        rounded = np.array([[float(f"{value:.4f}") for value in step] for step in each], dtype=np.float32)
+        (own,) = predictor.class_probabilities([((rounded - recipe["mean"]) / recipe["std"]).astype(np.float32)])
+        assert list(found[name].values()) == pytest.approx(own.tolist(), rel=1e-4)
+    labelled(tmp_path / "bad.csv", ["a,1,1,2", "a,2,x,2", "b,1,1,2", "c,,1,2"], "who,at,left,right")
+    assert run("predict", model, tmp_path / "bad.csv", "--out", tmp_path / "b.jsonl") == 1
+    assert "row 4, column 'at': expected a number as in the rows before, found nothing" in capsys.readouterr().err
+    assert run("predict", model, tmp_path / "bad.csv", "--out", tmp_path / "b.jsonl", "--on-bad-row", "skip") == 0
+    assert [line["who"] for line in lines(tmp_path / "b.jsonl")] == ["b"]
+    skipped = lines(tmp_path / "b.jsonl.skipped.jsonl")
+    assert [line["row"] for line in skipped] == [2, 4]
+    assert "all of 'a' is left out" in skipped[0]["reason"] and "2 rows skipped" in capsys.readouterr().err
+
+
+def test_a_row_a_token_gives_a_line_a_group(tmp_path: Path) -> None:
+    rows = [f"g{i % 16},{i},{'ab'[i % 16 % 2]}{i % 3},{'yn'[i % 16 % 2]}" for i in range(80)]
+    source = labelled(tmp_path / "in.csv", rows, "g,t,word,y")
+    model = train_labels(tmp_path, source, "--label", "y", "--tokens", "word", "--group", "g", "--order", "t")
+    assert run("predict", model, source, "--out", tmp_path / "o.jsonl") == 0
+    lists = [json.dumps({"g": f"g{g}", "word": [f"{'ab'[g % 2]}{i % 3}" for i in range(g, 80, 16)]}) for g in range(16)]
+    (tmp_path / "lists.jsonl").write_text("\n".join(lists) + "\n")
+    assert run("predict", model, tmp_path / "lists.jsonl", "--out", tmp_path / "l.jsonl") == 0
+    by_step = {line["g"]: line["probabilities"] for line in lines(tmp_path / "o.jsonl")}
+    assert len(by_step) == 16
+    for line in lines(tmp_path / "l.jsonl"):
+        assert line["probabilities"] == pytest.approx(by_step[line["g"]], rel=1e-4)
+
+
+BAD_EVENTS = {
+    "csv": "user,time,item\na,1,sku-1\n,2,sku-2\na,soon,sku-3\na,3\nb,4,sku-1\nb,5,\na,6,sku-2,9\na,7,sku-4\n",
+    "jsonl": '{"user":"a","time":1,"item":"sku-1"}\n{"user":null,"time":2,"item":"sku-2"}\n'
+    '{"user":"a","time":"soon","item":"sku-3"}\nno json\n{"user":"b","time":4,"item":"sku-1"}\n'
+    '{"user":"b","time":5,"item":""}\n[]\n{"user":"a","time":7,"item":"sku-4"}\n',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_EVENTS)
+def test_bad_events_are_left_out_and_listed(
+    events: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"in.{kind}").write_text(BAD_EVENTS[kind])
+    command = ("predict", events / "run" / "latest.safetensors", tmp_path / f"in.{kind}", "--out", tmp_path / "o.jsonl")
+    assert run(*command) == 1
+    assert "row " in capsys.readouterr().err
+    assert run(*command, "--on-bad-row", "skip", "--json") == 0
+    told = {each["row"]: each["reason"] for each in json.loads(capsys.readouterr().out)["skipped"]}
+    assert told.keys() == {2, 3, 4, 6, 7}
+    assert told == {each["row"]: each["reason"] for each in lines(tmp_path / "o.jsonl.skipped.jsonl")}
+    assert told[3].startswith("column 'time': expected a ") and "as in the rows before, found 'soon'" in told[3]
+    good = [("a", 1, "sku-1"), ("b", 4, "sku-1"), ("a", 7, "sku-4")]
+    (tmp_path / "good.csv").write_text("user,time,item\n" + "".join(f"{u},{t},{i}\n" for u, t, i in good))
+    assert run(*command[:2], tmp_path / "good.csv", "--out", tmp_path / "g.jsonl") == 0
+    assert lines(tmp_path / "o.jsonl") == lines(tmp_path / "g.jsonl")

@@ -111,7 +111,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str, row
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("x.xml", b"", "expected a name ending in .txt, .jsonl, .csv, .parquet, .npy"),
+        ("x.xml", b"", "expected a name ending in .txt, .jsonl, .ndjson, .csv, .tsv, .inter, .dat, .parquet, .npy"),
         ("x.txt.gz", b"\x1f\x8b\x08broken", "broken gzip"),
         ("x.jsonl.gz", gzip.compress(b"[1]\n" * 9, mtime=0)[:-12], "broken gzip"),
         ("x.fa", b"ACGT\n", "expected FASTA"),

@@ -20,7 +20,10 @@ def configure(parser: Parser) -> None:
 
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument(
-        "input", type=Path, metavar="INPUT", help="rows: .txt, .jsonl, .csv, .parquet, .npy, .fa; also .gz"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="rows: .txt, .jsonl, .csv, .tsv, .parquet, .npy, .npz, .ts, .fa; also .gz",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a name ending in .jsonl, .csv, .parquet"
@@ -35,7 +38,12 @@ def configure(parser: Parser) -> None:
     )
     key = "column that names a row [found, or the row's number]"
     parser.add_argument("--key-column", "--group", metavar="NAME", help=key)
-    parser.add_argument("--order", metavar="NAME", help="column that orders events, a row each [as trained]")
+    parser.add_argument("--order", metavar="NAME", help="column that orders events or steps, a row each [as trained]")
+    parser.add_argument(
+        "--values",
+        metavar="COLUMN,...",
+        help="real numbers: a row's steps, with --group a step's channels [as trained]",
+    )
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="[%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object about the job")
     add_fields(parser, ("layer", "head"), of_checkpoint="the checkpoint's")
@@ -56,7 +64,8 @@ def work(arguments: argparse.Namespace) -> int:
     load_named_code(machine)
     use_machine(machine.threads, machine.kernels)
     question = Question(arguments.what, arguments.top_k, arguments.exclude_seen == "1", arguments.per_token == "1")
-    columns = arguments.sequence_column, arguments.key_column, arguments.order
+    values = tuple(arguments.values.split(",")) if arguments.values else ()
+    columns = arguments.sequence_column, arguments.key_column, arguments.order, values
     skip, code = arguments.on_bad_row == "skip", {part: getattr(machine, part) for part in CODE & machine.given}
     job = Job(arguments.input, arguments.out, question, *columns, skip_bad=skip, code=code)
     done = predict_file(arguments.checkpoint, job)

@@ -50,7 +50,9 @@ def exploded(block: Block, column: str) -> tuple[Block, npt.NDArray[np.int64] | 
     lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
     if (empty := np.flatnonzero(lengths == 0)).size:
         block.refuse(int(empty[0]), column, "a list of at least one item", None)
-    return Block(block.path, block.first, {column: array.flatten()}), np.repeat(np.arange(len(array)), lengths)
+    rows_of = np.repeat(np.arange(len(array)), lengths)
+    numbers = rows_of + block.first if block.rows is None else block.rows[rows_of]
+    return Block(block.path, block.first, {column: array.flatten()}, numbers), rows_of
 
 
 class OrderKeys:

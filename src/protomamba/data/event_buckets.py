@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from protomamba.data.columns import OrderKeys, PromotedError, exploded, names_of
 from protomamba.data.compressed import import_pyarrow, is_compressed, plain_suffix
 from protomamba.data.files import check_regular_file
-from protomamba.data.tables import Block, read_blocks
+from protomamba.data.tables import BadRowError, Block, each_good, read_blocks
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
 
@@ -46,13 +47,17 @@ def spread_events(
     columns: EventColumns,
     vocabulary: Vocabulary | None = None,
     progress: Progress | None = None,
+    skip_bad: bool = False,
 ) -> Spread:
-    """Read the tables once and spread their rows over files in `scratch`. UserError naming what cannot be read."""
+    """Read the tables once and spread their rows over files in `scratch`. UserError naming what cannot be read.
+
+    skip_bad: leaves out rows that cannot be read, and names them in `bad`.
+    """
     keys = OrderKeys()
     try:
-        return _spread(paths, scratch, columns, vocabulary, keys, progress)
+        return _spread(paths, scratch, columns, vocabulary, keys, progress, skip_bad)
     except PromotedError:  # its kind is remembered: once more, from the start
-        return _spread(paths, scratch, columns, vocabulary, keys, progress)
+        return _spread(paths, scratch, columns, vocabulary, keys, progress, skip_bad)
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Spread:
     rows: int = 0
     integers: bool = True
     order_dtype: str = "<i8"
+    bad: list[BadRowError] = field(default_factory=list)
 
     def add(self, names: list[str], counts: Integers) -> Integers:
         """The numbers of some names, after counting them."""
@@ -84,29 +90,36 @@ def _spread(
     vocabulary: Vocabulary | None,
     keys: OrderKeys,
     progress: Progress | None,
+    skip_bad: bool,
 ) -> Spread:
     sizes = [check_regular_file(path).st_size for path in paths]
-    factors = [PACKED_FACTOR if is_compressed(p) or plain_suffix(p) == ".parquet" else 1 for p in paths]
-    bytes_to_come = sum(size * factor for size, factor in zip(sizes, factors, strict=True))
-    count = min(MAX_BUCKETS, 1 + bytes_to_come // BUCKET_BYTES)
-    spread = Spread([scratch / f"{number}.arrow" for number in range(count)], {})
+    spread = Spread(bucket_paths(paths, scratch), {})
+    on_bad = spread.bad.append if skip_bad else None
     if vocabulary is not None:
         spread.numbers = {name: token - RESERVED for name, token in vocabulary.tokens.items()}
         spread.known = len(spread.numbers)
     with ExitStack() as stack:
-        sinks = _Sinks(spread.buckets, stack)
+        sinks = Sinks(spread.buckets, stack)
+        work = partial(_spread_block, columns=columns, spread=spread, keys=keys, sinks=sinks)
         for number, path in enumerate(paths):
-            for block in read_blocks(path, columns.names):
-                _spread_block(block, columns, spread, keys, sinks)
+            for block in read_blocks(path, columns.names, on_bad):
+                each_good(block, work, on_bad)
             if progress:
                 progress(sum(sizes[: number + 1]), sum(sizes))
     spread.order_dtype = keys.dtype
     if not spread.rows:
-        raise UserError(f"{paths[0] if paths else 'no input'}: expected events, found no row")
+        raise UserError(f"{paths[0] if paths else 'no input'}: expected events, found no row that can be read")
     return spread
 
 
-class _Sinks:
+def bucket_paths(paths: Sequence[Path], scratch: Path) -> list[Path]:
+    """So many files that what each takes of the rows fits in memory."""
+    factors = [PACKED_FACTOR if is_compressed(p) or plain_suffix(p) == ".parquet" else 1 for p in paths]
+    to_come = sum(check_regular_file(p).st_size * factor for p, factor in zip(paths, factors, strict=True))
+    return [scratch / f"{number}.arrow" for number in range(min(MAX_BUCKETS, 1 + to_come // BUCKET_BYTES))]
+
+
+class Sinks:
     """One temporary file for each bucket, opened when its first rows come."""
 
     def __init__(self, paths: Sequence[Path], stack: ExitStack) -> None:
@@ -120,8 +133,25 @@ class _Sinks:
             self._writers[bucket] = self._stack.enter_context(pyarrow.ipc.new_stream(file, batch.schema))
         self._writers[bucket].write_batch(batch)
 
+    def write_all(self, buckets: Integers, batch: Any) -> None:
+        """Each row of a batch into its bucket, in order."""
+        import pyarrow as pa
 
-def _spread_block(block: Block, columns: EventColumns, spread: Spread, keys: OrderKeys, sinks: _Sinks) -> None:
+        by_bucket = np.argsort(buckets, kind="stable")
+        edges = np.searchsorted(buckets[by_bucket], np.arange(len(self._paths) + 1))
+        for bucket in np.flatnonzero(np.diff(edges)).tolist():
+            self.write(bucket, batch.take(pa.array(by_bucket[edges[bucket] : edges[bucket + 1]])))
+
+
+def buckets_of(groups: Any, count: int) -> Integers:
+    """The bucket of each name, by its checksum. groups: an array of text."""
+    encoded = groups.dictionary_encode()
+    checksums = np.array([zlib.crc32(name.encode()) for name in encoded.dictionary.to_pylist()], dtype=np.int64)
+    found: Integers = (checksums % count)[np.asarray(encoded.indices)]
+    return found
+
+
+def _spread_block(block: Block, columns: EventColumns, spread: Spread, keys: OrderKeys, sinks: Sinks) -> None:
     import pyarrow as pa
 
     users, _ = names_of(block, columns.group)
@@ -129,22 +159,17 @@ def _spread_block(block: Block, columns: EventColumns, spread: Spread, keys: Ord
     listed, rows_of = exploded(block, columns.item)
     items, integers = names_of(listed, columns.item)
     spread.integers &= integers or pa.types.is_string(items.type)
-    encoded_items, encoded_users = items.dictionary_encode(), users.dictionary_encode()
+    encoded_items = items.dictionary_encode()
     codes = np.asarray(encoded_items.indices)
     names = encoded_items.dictionary.to_pylist()
     numbers = spread.add(names, np.bincount(codes, minlength=len(names)))[codes]
-    checksums = np.array([zlib.crc32(name.encode()) for name in encoded_users.dictionary.to_pylist()], dtype=np.int64)
-    buckets = (checksums % len(spread.buckets))[np.asarray(encoded_users.indices)]
+    buckets = buckets_of(users, len(spread.buckets))
     if rows_of is not None:
         buckets, users = buckets[rows_of], users.take(pa.array(rows_of))
         order = None if order is None else order[rows_of]
     order = np.zeros(len(numbers), dtype="<i8") if order is None else order
-    by_bucket = np.argsort(buckets, kind="stable")
-    edges = np.searchsorted(buckets[by_bucket], np.arange(len(spread.buckets) + 1))
-    for bucket in np.flatnonzero(np.diff(edges)).tolist():
-        chosen = by_bucket[edges[bucket] : edges[bucket + 1]]
-        found = [users.take(pa.array(chosen)), pa.array(order[chosen]), pa.array(numbers[chosen].astype(np.uint32))]
-        sinks.write(bucket, pa.record_batch(found, names=["user", "order", "item"]))
+    found = [users, pa.array(order), pa.array(numbers.astype(np.uint32))]
+    sinks.write_all(buckets, pa.record_batch(found, names=["user", "order", "item"]))
     spread.rows += len(numbers)
 
 

@@ -104,7 +104,7 @@ def _by_row(path: Path, columns: LabelColumns, names: Names) -> Iterator[Example
     for block in read_blocks(path, list(dict.fromkeys(wanted))):
         labels = names_of(block, label)[0].to_pylist()
         for row, steps in enumerate(_steps_of_rows(block, columns, values, names)):
-            yield Example(path, block.first + row, labels[row], steps)
+            yield Example(path, block.number(row), labels[row], steps)
 
 
 def _steps_of_rows(

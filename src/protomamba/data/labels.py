@@ -147,9 +147,10 @@ class LabelledSequences:
         order = shuffled(len(self), derive_key(seed, _HELD_OUT))
         held_out = round(len(self) * val_ratio)
         if not 0 < held_out < len(self):
+            files = "prepare labels --valid FILE" if self.about else "--val-token-file and --val-label-file"
             raise UserError(
                 f"{self.source.file.path}: {len(self)} sequence(s) are too few to hold out {val_ratio:g} of them; give "
-                "more, another --val-ratio (0 holds out none), or --val-token-file and --val-label-file"
+                f"more, another --val-ratio (0 holds out none), or {files}"
             )
         training, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
         note = f"{held_out:,} of the {len(self):,} sequences, drawn by --seed, are held out"

@@ -18,13 +18,16 @@ from protomamba.predict.rows import Row
 Integers = npt.NDArray[np.int64]
 
 
-def event_rows(path: Path, columns: EventColumns, vocabulary: Vocabulary | None, scratch: Path) -> Iterator[Row]:
+def event_rows(
+    path: Path, columns: EventColumns, vocabulary: Vocabulary | None, scratch: Path, skip_bad: bool = False
+) -> Iterator[Row]:
     """{group: its name, item: tokens (L,)}, in memory of a part of the table; the parts lie in `scratch` meanwhile.
 
     The order of the groups is a function of the file. Without a vocabulary the items must be tokens. UserError naming
-    file, row and column of what cannot be read.
+    file, row and column of what cannot be read; skip_bad: events that cannot be read come first, with their errors.
     """
-    spread = spread_events([path], scratch, columns, vocabulary)
+    spread = spread_events([path], scratch, columns, vocabulary, skip_bad=skip_bad)
+    yield from (Row(error.row, error=error.reason) for error in spread.bad)
     tokens = _tokens(path, columns, spread, vocabulary)
     number = 0
     for bucket in filter(Path.exists, spread.buckets):

@@ -24,6 +24,7 @@ from protomamba.predict.output import Encode, Lines, csv_header, encode_csv, enc
 from protomamba.predict.predictor import Predictor
 from protomamba.predict.rows import LINE, Row, read_rows
 from protomamba.predict.series import is_series, series_rows, wide_rows
+from protomamba.predict.steps import StepFlags, step_columns, step_rows
 from protomamba.storage import commit
 
 
@@ -40,6 +41,7 @@ class Job:
     sequence_column: str | None = None
     key_column: str | None = None
     order_column: str | None = None
+    value_columns: Sequence[str] = ()
     skip_bad: bool = False
     code: Mapping[str, str] = field(default_factory=dict)
 
@@ -136,28 +138,38 @@ def _rows(job: Job, facts: Known, reader: ExampleReader, scratch: Path) -> Itera
     columns = event_columns(first, flags, facts.recipe)
     if columns is not None:
         reader.columns = Columns(columns.item, columns.group)
-        return event_rows(job.source, columns, facts.vocabulary, scratch)
+        return event_rows(job.source, columns, facts.vocabulary, scratch, job.skip_bad)
     if facts.recipe.get("kind") == "labels" and is_series(job.source):
         return series_rows(job.source, facts.recipe)
+    step_flags = StepFlags(job.key_column, job.order_column, job.sequence_column, job.value_columns)
+    steps = step_columns(first, step_flags, facts.recipe)
+    if steps is not None:
+        reader.columns = Columns(steps.tokens or LINE, steps.group)
+        return step_rows(job.source, steps, facts.recipe, scratch, job.skip_bad)
     if job.order_column is not None:
-        raise ConfigError(f"--order {job.order_column}: orders a table of events, a row each: needs --group and --item")
+        raise ConfigError(
+            f"--order {job.order_column}: orders a table of events or steps, a row each, and needs --group: here a row "
+            "is a whole sequence"
+        )
     trained_on = facts.recipe.get("text") or facts.recipe.get("tokens")
     if reader.sequence_column is None and first is not None and trained_on in first.fields:
         reader.sequence_column = trained_on
     rows = itertools.chain([first] if first else [], rows)
     if facts.recipe.get("kind") == "labels" and facts.recipe.get("mean"):
         reader.sequence_column = LINE
-        return wide_rows(rows, job.source, _step_columns(facts.recipe), facts.recipe)
+        return wide_rows(rows, job.source, _step_columns(job, facts.recipe), facts.recipe)
     return rows
 
 
-def _step_columns(recipe: Mapping[str, Any]) -> Sequence[str]:
-    """The columns that are a step each. UserError where a row of the training's tables was a step."""
-    if recipe.get("group") or not recipe.get("values"):
+def _step_columns(job: Job, recipe: Mapping[str, Any]) -> Sequence[str]:
+    """The columns that are a step each. UserError where nobody has named them."""
+    found = list(job.value_columns or recipe.get("values") or ())
+    if not found:
         raise UserError(
-            "the model was trained on tables with a row a step, or on series: predict takes its series as .ts or .npz"
+            f"{job.source}: the model was trained on .ts or .npz files; of a table name the columns: --values "
+            "COLUMN,... (a column a step), or with --group COLUMN too (a row a step, a column a channel)"
         )
-    return list(recipe["values"])
+    return found
 
 
 def _list_skipped(path: Path, skipped: Sequence[Skipped]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from protomamba.data.compressed import open_bytes, plain_suffix
 from protomamba.data.fasta import parts_of
+from protomamba.data.tables import delimiter_of
 from protomamba.errors import UserError
 
 # The one column of a format that has no names.
@@ -81,7 +82,10 @@ def _json_row(number: int, line: str) -> Row:
 
 def _csv(path: Path) -> Iterator[Row]:
     with _text(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        header = file.readline().removeprefix("\ufeff")
+        between = delimiter_of(header)
+        names = [name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=between), [])]
+        reader = csv.DictReader(file, names, strict=True, delimiter=between)
         number = 1
         while True:
             try:
@@ -143,8 +147,8 @@ def _array(path: Path) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _lines,
-    ".jsonl": _json_lines,
-    ".csv": _csv,
+    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
+    **dict.fromkeys((".csv", ".tsv", ".inter", ".dat"), _csv),
     ".parquet": _parquet,
     ".npy": _array,
     **dict.fromkeys((".fa", ".fasta", ".fna"), _fasta),
