@@ -77,9 +77,7 @@ class Run:
         if validation is not None and iter(validation) is validation:
             raise TypeError("validation: each validation reads it anew, but it can be iterated only once; give a list")
         if comm is not None and comm is not trainer.comm and not type(comm) is type(trainer.comm) is Local:
-            raise ValueError(
-                "comm: the trainer was made for other ranks; give them to it: Trainer(model, config, comm)"
-            )
+            raise ValueError("comm: the trainer was made for other ranks; give it these: Trainer(model, config, comm)")
         self.trainer, self.stream, self.validation = trainer, stream, validation
         self.comm, self._leads, self._keeps = trainer.comm, trainer.comm.rank == 0, folder is not None
         self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
