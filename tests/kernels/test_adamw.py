@@ -117,6 +117,6 @@ def test_a_graph_kept_over_an_update_fails_instead_of_going_wrong(level: str) ->
 
 def test_shapes_that_do_not_fit(level: str) -> None:
     (u,) = tensors((3,))
-    with pytest.raises(ValueError, match=r"adamw: expected parameter, gradient and moments of one shape, got \[\(3,\)"):
+    with pytest.raises(ValueError, match=r"adamw: expected .* of one shape, and a step, got \[\(3,\)"):
         kernels.adamw([u._replace(gradient=torch.ones(4))], **SETTINGS)
     assert kernels.adamw([], **SETTINGS) == []

@@ -115,7 +115,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str, row
         ("x.txt.gz", b"\x1f\x8b\x08broken", "broken gzip"),
         ("x.jsonl.gz", gzip.compress(b"[1]\n" * 9, mtime=0)[:-12], "broken gzip"),
         ("x.fa", b"ACGT\n", "expected FASTA"),
-        ("x.npy", b"not numpy", "expected an array of numpy"),
+        ("x.npy", b"not numpy", "not a readable .npy file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -7,12 +7,14 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 from protomamba.data.files import CHUNK_BYTES, check_regular_file, os_message
 from protomamba.errors import UserError
 
 SUFFIXES = (".gz", ".zst")
+# A line is in memory at once, and a few kilobytes of gzip may unpack to one of any length.
+LONGEST_LINE = 1 << 30
 
 
 def plain_suffix(path: Path) -> str:
@@ -36,6 +38,24 @@ def blocks_of(path: Path) -> Iterator[bytes]:
     with open_bytes(path) as file:
         while block := file.read(CHUNK_BYTES):
             yield block
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line, its end included. UserError for one longer than LONGEST_LINE."""
+    with open_bytes(path) as file:
+        number = 1
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                refuse_long_line(f"{path}, line {number:,}")
+            yield number, line
+            number += 1
+
+
+def refuse_long_line(where: str) -> NoReturn:
+    """UserError: what has to be in memory at once would not be, of a file that unpacks to one endless line."""
+    raise UserError(
+        f"{where}: expected at most {LONGEST_LINE:,} bytes in a line, found more; is the file what it says?"
+    )
 
 
 class _Contents(io.RawIOBase):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.compressed import blocks_of, import_pyarrow, plain_suffix
+from protomamba.data.compressed import blocks_of, import_pyarrow, lines_of, plain_suffix
 from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message, read_json
 from protomamba.errors import ConfigError, UserError
 
@@ -169,21 +169,10 @@ def _checked(path: Path, offset: int, data: bytes, is_text: bool) -> bytes:
     return data
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, end in the file and bytes of each line, without a limit on its length."""
-    number, done, pending = 0, 0, b""
-    for block in blocks_of(path):
-        *whole, pending = (pending + block).split(b"\n")
-        for line in whole:
-            number, done = number + 1, done + len(line) + 1
-            yield number, done, line
-    if pending:
-        yield number + 1, done + len(pending), pending
-
-
 def _jsonl(path: Path, field: str) -> Iterator[Piece]:
-    size = path.stat().st_size
-    for number, done, line in lines_of(path):
+    size, done = path.stat().st_size, 0
+    for number, line in lines_of(path):
+        done += len(line)
         if line.strip():
             yield Piece(_json_text(f"{path}, line {number:,}", line, field), True, min(done, size))
 

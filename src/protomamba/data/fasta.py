@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.compressed import blocks_of
+from protomamba.data.compressed import LONGEST_LINE, blocks_of, refuse_long_line
 from protomamba.data.dna import INVALID, SPACE, DnaTokenizer
 from protomamba.data.files import check_regular_file, sha256_of
 from protomamba.data.filling import Filling, filling
@@ -170,24 +170,29 @@ def parts_of(path: Path) -> Iterator[Part]:
     record, name, line, pending, in_header = -1, "", 1, b"", False
     for block in _ended(path):
         pending += block
+        at = 0  # what of `pending` is done
         while True:
             if in_header:
-                header, found, rest = pending.partition(b"\n")
-                if not found:
+                end = pending.find(b"\n", at)
+                if end < 0:
                     break
-                name = header[1:].decode("utf-8", "replace").split(None, 1)[0] if header[1:].strip() else ""
-                line, pending, in_header = line + 1, rest, False
+                title = pending[at + 1 : end].decode("utf-8", "replace").split(None, 1)
+                name, line, at, in_header = title[0] if title else "", line + 1, end + 1, False
                 yield Part(record, name, line, b"")
-            cut = 0 if pending.startswith(b">") else pending.find(b"\n>") + 1
-            if cut == 0 and not pending.startswith(b">"):
-                keep = 1 if pending.endswith(b"\n") else 0  # a record may follow it
-                data, pending = pending[: len(pending) - keep], pending[len(pending) - keep :]
-                yield from _sequence(path, record, name, line, data)
-                line += data.count(b"\n")
+            cut = at if pending.startswith(b">", at) else pending.find(b"\n>", at) + 1 or _kept(pending, at)
+            yield from _sequence(path, record, name, line, pending[at:cut])
+            line, at = line + pending.count(b"\n", at, cut), cut
+            if not pending.startswith(b">", at):
                 break
-            yield from _sequence(path, record, name, line, pending[:cut])
-            line, pending = line + pending.count(b"\n", 0, cut), pending[cut:]
             record, in_header = record + 1, True
+        pending = pending[at:]
+        if len(pending) > LONGEST_LINE:
+            refuse_long_line(f"{path}, line {line:,}")
+
+
+def _kept(pending: bytes, at: int) -> int:
+    """Where bytes without the start of a record end, but for a line end that one may follow."""
+    return len(pending) - pending.endswith(b"\n", at)
 
 
 def _ended(path: Path) -> Iterator[bytes]:

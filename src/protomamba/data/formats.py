@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.arrays import read_npy_header
 from protomamba.data.files import CHUNK_BYTES, FileRef, check_regular_file, chunks_of, os_message, read_json
 from protomamba.data.text import MAX_TOKEN
 from protomamba.errors import UserError
@@ -147,19 +147,7 @@ def _sidecar_dtype(path: Path) -> str | None:
 
 
 def _npy_layout(path: Path, file: IO[bytes]) -> Layout:
-    try:
-        version = np.lib.format.read_magic(file)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"version {version} of the format is for structured arrays")
-        shape, _, dtype = readers[version](file)
-    # numpy reads the header as Python's literals, with Python's own parser and tokenizer; the parser's word for too
-    # many brackets is MemoryError.
-    except (
-        *(ValueError, SyntaxError, EOFError, TypeError, RecursionError, MemoryError, OverflowError),
-        *(tokenize.TokenError, Warning),
-    ) as error:
-        raise UserError(f"{path}: not a readable .npy file: {' '.join(str(error).split())[:200]}") from error
+    shape, dtype = read_npy_header(path, file)
     if dtype.kind not in "iu" or len(shape) != 1:
         raise UserError(
             f"{path}: expected a one-dimensional array of integers, found {len(shape)} dimension(s) of {dtype}; "

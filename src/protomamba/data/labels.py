@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.arrays import load_npy
 from protomamba.data.files import FileRef, os_message, reference
 from protomamba.data.labelled_stream import LabelledStream, labelled_eval_batches
 from protomamba.data.order import derive_key, shuffled
@@ -273,10 +274,7 @@ def _read(
 
 
 def _array_rows(path: Path, dimensions: tuple[int, ...]) -> tuple[npt.NDArray[Any], Integers]:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file: {' '.join(str(error).split())[:200]}") from error
+    array = load_npy(path)
     if array.dtype.kind not in "iu" or array.ndim not in dimensions or not array.size:
         shape = " x ".join(map(str, array.shape)) or "none"
         raise UserError(

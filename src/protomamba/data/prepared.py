@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from protomamba.data.dna import DnaTokenizer
 from protomamba.data.labels import from_arrays
 from protomamba.data.manifest import MANIFEST
-from protomamba.data.prepared_manifest import PARTS, TOKENS, PreparedManifest, read_prepared_manifest
+from protomamba.data.prepared_manifest import PARTS, TOKENS, PreparedManifest, damaged, read_prepared_manifest
 from protomamba.data.sequences import SequenceSet
 from protomamba.data.shards import ShardSet, open_token_dir, open_token_file
 from protomamba.data.source import DataInfo, Source
@@ -53,7 +55,10 @@ def open_prepared(folder: Path) -> Prepared:
         return Prepared(open_token_dir(folder, "bin"))
     if manifest.kind not in _OPENERS:
         raise UserError(f"{manifest.path}: damaged: unknown kind {manifest.kind!r}; make the folder again")
-    return _OPENERS[manifest.kind](manifest)
+    try:
+        return _OPENERS[manifest.kind](manifest)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, ArithmeticError) as error:
+        raise damaged(manifest.path, error) from error
 
 
 def read_vocabulary(manifest: PreparedManifest) -> Vocabulary:
@@ -79,7 +84,7 @@ def _open_events(manifest: PreparedManifest) -> Prepared:
         split_by=str(manifest.about["split"]),
         notes=manifest.notes,
     )
-    spans = {name: manifest.array(f"spans-{name}.npy") for name in PARTS}
+    spans = {name: _spans(manifest, name, whole.store) for name in PARTS}
     parts = {name: whole.part(each, name) for name, each in spans.items() if len(each)}
     return Prepared(parts.pop("train"), parts, vocabulary)
 
@@ -97,8 +102,9 @@ def _open_fasta(manifest: PreparedManifest) -> Prepared:
         recipe=manifest.recipe,
     )
     complement = tokenizer.complement() if manifest.about["both_strands"] else None
-    spans = manifest.array("spans-train.npy")
-    return Prepared(SequenceSet(_checked_tokens(manifest), spans, about, complement=complement, notes=manifest.notes))
+    tokens = _checked_tokens(manifest)
+    spans = _spans(manifest, "train", tokens)
+    return Prepared(SequenceSet(tokens, spans, about, complement=complement, notes=manifest.notes))
 
 
 def _open_labels(manifest: PreparedManifest) -> Prepared:
@@ -114,11 +120,32 @@ def _open_labels(manifest: PreparedManifest) -> Prepared:
         preset=manifest.preset,
         recipe=recipe,
     )
+    _check_about(known)
     parts = {}
     for name in known["parts"]:
         values, lengths, labels = (manifest.array(f"{name}-{what}.npy") for what in ("values", "lengths", "labels"))
+        if not (lengths.shape == labels.shape and lengths.sum() == len(values) and (lengths > 0).all()):
+            raise ValueError(f"{name}: the lengths of its sequences do not fit its values")
         parts[name] = from_arrays(manifest.folder, name, (values, lengths, labels), about, manifest.notes)
     return Prepared(parts.pop("train"), parts, vocabulary)
+
+
+def _check_about(known: Mapping[str, Any]) -> None:
+    """ValueError unless what a model is made by is what `prepare` writes."""
+    classes = known["classes"]
+    sound = isinstance(classes, list) and classes and all(isinstance(each, str) for each in classes)
+    if not sound or known["input"] not in ("tokens", "vector") or not isinstance(known["parts"], dict):
+        raise ValueError("expected parts, names of classes, and an input of tokens or vector")
+
+
+def _spans(manifest: PreparedManifest, part: str, store: ShardSet) -> npt.NDArray[np.int64]:
+    """First token, first target and end of each sequence of a part. ValueError for what lies outside of the tokens."""
+    spans, tokens = manifest.array(f"spans-{part}.npy"), store.shards[0].tokens
+    if spans.ndim != 2 or spans.shape[1] != 3 or spans.dtype.kind not in "iu":
+        raise ValueError(f"spans-{part}.npy: expected integers N x 3, found {spans.dtype} of shape {spans.shape}")
+    if spans.size and (spans.min() < 0 or spans.max() > tokens or (np.diff(spans, axis=1) < 0).any()):
+        raise ValueError(f"spans-{part}.npy: expected rising places from 0 to {tokens:,}")
+    return spans.astype(np.int64, copy=False)
 
 
 def _checked_tokens(manifest: PreparedManifest) -> ShardSet:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.arrays import load_npy
 from protomamba.data.files import read_json, sha256_of
 from protomamba.data.manifest import MANIFEST
 from protomamba.errors import UserError
@@ -56,7 +57,7 @@ class PreparedManifest:
         """One of the folder's .npy files, checked. UserError if it is not the one that was written."""
         path = self.folder / name
         self.check(path, sha256_of(path))
-        return np.asarray(np.load(path, allow_pickle=False))
+        return load_npy(path)
 
     def check(self, path: Path, sha256: str) -> None:
         """UserError unless a file has the listed checksum."""
@@ -79,9 +80,31 @@ def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
     if body.pop("version", None) != VERSION:
         raise UserError(f"{path}: written by a newer protomamba; this one reads version {VERSION}")
     try:
-        return PreparedManifest(folder, **body)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged: {error}; make the folder again") from error
+        manifest = PreparedManifest(folder, **body)
+        _check_kinds(manifest)
+    except (TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+    return manifest
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """What to say of a manifest that is not as `prepare` writes it."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{path}: damaged: {reason}; make the folder again")
+
+
+def _check_kinds(manifest: PreparedManifest) -> None:
+    """ValueError naming the first key whose value is of another kind than `prepare` writes."""
+    expected = dict.fromkeys(("kind", "preset", "plan"), str) | dict.fromkeys(("recipe", "about", "source"), dict)
+    for key, kind in {**expected, "files": dict}.items():
+        if not isinstance(value := getattr(manifest, key), kind):
+            raise ValueError(f"{key}: expected {'text' if kind is str else 'an object'}, found {str(value)[:40]!r}")
+    for name, sha256 in manifest.files.items():
+        if Path(name).name != name or not isinstance(sha256, str):
+            raise ValueError(f"files: expected names in the folder and checksums, found {name[:40]!r}")
+    notes = manifest.about.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"notes: expected a list of text, found {str(notes)[:40]!r}")
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:

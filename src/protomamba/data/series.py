@@ -6,7 +6,6 @@ a series in which nothing is known are not part of it.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +13,13 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.compressed import open_bytes
+from protomamba.data.arrays import load_npz
+from protomamba.data.compressed import lines_of
 from protomamba.errors import UserError
 
 Floats = npt.NDArray[np.float32]
 Series = tuple[int, str, Floats]
+LARGEST = float(np.finfo(np.float32).max)
 VALUES, LABELS, LENGTHS = "X", "y", "lengths"
 
 
@@ -34,24 +35,23 @@ def read_ts(path: Path) -> Iterator[Series]:
     `?` and NaN are missing values; channels of one case may differ in length and are filled up with NaN.
     """
     in_data, labelled = False, True
-    with open_bytes(path) as file:
-        for number, raw in enumerate(file, 1):
-            line = raw.decode("utf-8", "replace").strip()
-            if not line or line.startswith("#"):
-                continue
-            if in_data:
-                yield _ts_case(path, number, line)
-                continue
-            word, *rest = line.lower().split()
-            labelled = labelled and not (word == "@classlabel" and rest[:1] == ["false"])
-            if word == "@timestamps" and rest[:1] == ["true"]:
-                _refuse(path, number, "values without time stamps (@timeStamps false)", "time stamps")
-            if not word.startswith("@"):
-                _refuse(path, number, "a line of the header, @data before the first case", line)
-            if word == "@data":
-                in_data = True
-                if not labelled:
-                    _refuse(path, number, "a label with each case (@classLabel true ...)", "@classLabel false")
+    for number, raw in lines_of(path):
+        line = raw.decode("utf-8", "replace").strip()
+        if not line or line.startswith("#"):
+            continue
+        if in_data:
+            yield _ts_case(path, number, line)
+            continue
+        word, *rest = line.lower().split()
+        labelled = labelled and not (word == "@classlabel" and rest[:1] == ["false"])
+        if word == "@timestamps" and rest[:1] == ["true"]:
+            _refuse(path, number, "values without time stamps (@timeStamps false)", "time stamps")
+        if not word.startswith("@"):
+            _refuse(path, number, "a line of the header, @data before the first case", line)
+        if word == "@data":
+            in_data = True
+            if not labelled:
+                _refuse(path, number, "a label with each case (@classLabel true ...)", "@classLabel false")
     if not in_data:
         raise UserError(f"{path}: expected a .ts file, found no line @data")
 
@@ -74,7 +74,7 @@ def _ts_channel(path: Path, number: int, place: int, text: str) -> list[float]:
             value = float("nan") if word.strip() in ("?", "") else float(word)
         except ValueError:
             value = float("inf")
-        if np.isinf(value):
+        if abs(value) > LARGEST:
             _refuse(path, number, f"finite numbers in channel {place}", word.strip())
         found.append(value)
     return found
@@ -86,12 +86,7 @@ def _refuse(path: Path, number: int, expected: str, found: str) -> NoReturn:
 
 def read_npz(path: Path, values_name: str | None, label_name: str | None) -> Iterator[Series]:
     """A `.npz` of an array N x steps or N x steps x channels and one of N labels, and, if there, `lengths` (N)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        message = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: not a readable .npz file of plain arrays: {message}") from error
+    arrays = load_npz(path)
     values = _array(path, arrays, values_name or VALUES, "--values")
     labels = _array(path, arrays, label_name or LABELS, "--label")
     values = values[:, :, None] if values.ndim == 2 else values
@@ -100,11 +95,24 @@ def read_npz(path: Path, values_name: str | None, label_name: str | None) -> Ite
             f"{path}: expected numbers N x steps (x channels) and N labels, found {values.dtype} of shape "
             f"{values.shape} and labels of shape {labels.shape}"
         )
-    lengths = arrays.get(LENGTHS, np.full(len(values), values.shape[1]))
+    lengths = _lengths(path, arrays, values.shape[:2])
     for row, (series, label, length) in enumerate(zip(values, labels.tolist(), lengths.tolist(), strict=True), 1):
-        if np.isinf(series).any() if series.dtype.kind == "f" else False:
-            raise UserError(f"{path}, row {row:,}: expected finite numbers, found an infinite one")
-        yield row, str(label), trimmed(series[: int(length)].astype(np.float32))
+        with np.errstate(over="ignore"):
+            known = series[: int(length)].astype(np.float32)
+        if np.isinf(known).any():
+            raise UserError(f"{path}, row {row:,}: expected finite numbers of float32, found one beyond")
+        yield row, str(label), trimmed(known)
+
+
+def _lengths(path: Path, arrays: dict[str, npt.NDArray[np.generic]], shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
+    lengths = arrays.get(LENGTHS, np.full(shape[0], shape[1]))
+    sound = lengths.shape == shape[:1] and lengths.dtype.kind in "iu"
+    if not sound or (lengths.size and not 0 <= int(lengths.min()) <= int(lengths.max()) <= shape[1]):
+        raise UserError(
+            f"{path}, array {LENGTHS!r}: expected a length of 0 to {shape[1]} steps for each of {shape[0]} series, "
+            f"found {lengths.dtype} of shape {lengths.shape}, values {str(lengths.ravel()[:4].tolist())[:60]}"
+        )
+    return lengths
 
 
 def _array(path: Path, arrays: dict[str, npt.NDArray[np.generic]], name: str, flag: str) -> npt.NDArray[np.generic]:

@@ -18,7 +18,14 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.compressed import import_pyarrow, open_bytes, plain_suffix
+from protomamba.data.compressed import (
+    LONGEST_LINE,
+    import_pyarrow,
+    lines_of,
+    open_bytes,
+    plain_suffix,
+    refuse_long_line,
+)
 from protomamba.errors import UserError
 from protomamba.schema import nearest
 
@@ -146,7 +153,7 @@ def _csv_blocks(path: Path, columns: Sequence[str], on_bad: OnBad) -> Iterator[B
             include_columns=list(columns), column_types={name: pyarrow.string() for name in names}
         )
         row = 1
-        for lines in _whole_lines(file):
+        for lines in _whole_lines(path, file):
             left_out: list[int] = []
             skip = _left_out(path, row, left_out, on_bad) if on_bad else None
             parse = arrow_csv.ParseOptions(
@@ -178,7 +185,7 @@ def _left_out(path: Path, first: int, places: list[int], on_bad: Callable[[BadRo
 def _csv_header(path: Path, file: Any) -> tuple[list[str], str]:
     """Column names and the delimiter, from the first line."""
     try:
-        line = file.readline().decode("utf-8-sig")
+        line = file.readline(LONGEST_LINE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line 1: expected a header of UTF-8 text, found byte {error.start} is not") from None
     delimiter = delimiter_of(line)
@@ -196,19 +203,29 @@ def delimiter_of(header: str) -> str:
     return max(",;\t|", key=header.count)
 
 
-def _whole_lines(file: Any) -> Iterator[bytes]:
+def _whole_lines(path: Path, file: Any) -> Iterator[bytes]:
     """The rest of a file in blocks that end behind a line, and not inside a quoted value."""
     pending = b""
     while block := file.read(BLOCK_BYTES):
         pending += block
-        cut = pending.rfind(b"\n") + 1
-        while cut and pending.count(b'"', 0, cut) % 2:
-            cut = pending.rfind(b"\n", 0, cut - 1) + 1
-        if cut:
+        if cut := _last_end(pending):
             yield pending[:cut]
             pending = pending[cut:]
+        if len(pending) > LONGEST_LINE:
+            refuse_long_line(str(path))
     if pending.strip():
         yield pending
+
+
+def _last_end(text: bytes) -> int:
+    """How much of `text` is whole lines: up to the last line end with an even number of quotes before it, or 0."""
+    cut = text.rfind(b"\n") + 1
+    odd = text.count(b'"', 0, cut) % 2
+    while odd:
+        earlier = text.rfind(b"\n", 0, text.rfind(b'"', 0, cut)) + 1
+        odd = (odd - text.count(b'"', earlier, cut)) % 2
+        cut = earlier
+    return cut
 
 
 def _refuse_csv(path: Path, row: int, message: str) -> NoReturn:
@@ -223,10 +240,7 @@ def _refuse_csv(path: Path, row: int, message: str) -> NoReturn:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
+    return ((number, line) for number, line in lines_of(path) if line.strip())
 
 
 def _json_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -290,7 +304,7 @@ def _check_kind(path: Path, number: int, column: str, value: Any, kinds: dict[st
 def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any]) -> Array:
     try:
         return pyarrow.array(values)
-    except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+    except (pyarrow.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise UserError(f"{path}, column {column!r}: {' '.join(str(error).split())[:120]}") from error
 
 

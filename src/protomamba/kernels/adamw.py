@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ def adamw(
     ValueError for shapes that do not fit.
     """
     for u in updates:
-        if not u.parameter.shape == u.gradient.shape == u.exp_avg.shape == u.exp_avg_sq.shape:
-            shapes = [tuple(x.shape) for x in (u.parameter, u.gradient, u.exp_avg, u.exp_avg_sq)]
-            raise ValueError(f"adamw: expected parameter, gradient and moments of one shape, got {shapes}")
+        if not u.parameter.shape == u.gradient.shape == u.exp_avg.shape == u.exp_avg_sq.shape or u.step.numel() != 1:
+            shapes = [tuple(x.shape) for x in _tensors(u)]
+            raise ValueError(f"adamw: expected parameter, gradient and moments of one shape, and a step, got {shapes}")
     simple = all(_simple(x) for u in updates for x in _tensors(u))
+    if simple and updates:
+        _check_places(updates)
     library = native.select("adamw", updates[0].parameter, (torch.float32,)) if updates and simple else None
     if library is None:
         return reference.adamw(updates, lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps)
@@ -38,7 +42,24 @@ def _tensors(u: AdamWTensors) -> tuple[Tensor, ...]:
 
 
 def _simple(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+
+
+def _check_places(updates: Sequence[AdamWTensors]) -> None:
+    """ValueError where what is written lies in one memory with another tensor: the result would depend on chance."""
+    sizes = [u.parameter.numel() for u in updates]
+    parameters, gradients, *moments, steps = (
+        [x.data_ptr() for x in each] for each in zip(*map(_tensors, updates), strict=True)
+    )
+    pairs = [(row, size) for rows in (parameters, *moments) for row, size in zip(rows, sizes, strict=True)]
+    written = sorted((start, start + 4 * size) for start, size in [*pairs, *((step, 1) for step in steps)])
+    apart = all(before[1] <= after[0] for before, after in pairwise(written))
+    starts = [start for start, _ in written]
+    for start, size in zip(gradients, sizes, strict=True):
+        at = bisect_left(starts, start + 4 * size)
+        apart = apart and (at == 0 or written[at - 1][1] <= start)
+    if not apart:
+        raise ValueError("adamw: expected parameters, moments and steps that share no memory, with a gradient neither")
 
 
 def _native(

@@ -29,7 +29,7 @@ def causal_conv(
     sizes = check_shapes("causal_conv", u_BLE=u_BLE, weight_E1K=weight_E1K, bias_E=bias_E, reset_BL=reset_BL)
     if sizes["K"] > 1:
         history = {"B": sizes["B"], "H": sizes["K"] - 1, "E": sizes["E"]}
-        check_shapes("causal_conv", sizes=history, initial_state_BHE=initial_state_BKE)
+        check_shapes("causal_conv", sizes=history, like=u_BLE, initial_state_BHE=initial_state_BKE)
     library = native.select("causal_conv", u_BLE)
     if library is None:
         return reference.causal_conv(u_BLE, weight_E1K, bias_E, initial_state_BKE, return_last_state, reset_BL)

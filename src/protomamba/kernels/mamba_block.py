@@ -114,11 +114,11 @@ def check_block_shapes(op: str, w: BlockWeights, state: BlockState | None, **x: 
         dt_proj_ER=w.dt_proj_ER, dt_bias_E=w.dt_bias_E, D_E=w.D_E, out_proj_DE=w.out_proj_DE,
     )  # fmt: skip
     sizes |= {"W": 2 * sizes["E"], "S": sizes["R"] + 2 * sizes["N"], "H": sizes["K"] - 1}
-    check_shapes(op, sizes=sizes, in_proj_WD=w.in_proj_WD, x_proj_SE=w.x_proj_SE)
+    check_shapes(op, sizes=sizes, like=w.norm_D, in_proj_WD=w.in_proj_WD, x_proj_SE=w.x_proj_SE)
     if w.in_proj_WD is None and sizes["E"] != sizes["D"]:
         raise ValueError(f"{op}: without in_proj expected E = D, got E={sizes['E']} D={sizes['D']}")
     if state is not None:
-        sizes = check_shapes(op, sizes=sizes, state_ssm_BEN=state.ssm_BEN)
+        sizes = check_shapes(op, sizes=sizes, like=w.norm_D, state_ssm_BEN=state.ssm_BEN)
         if sizes["H"] > 0:
-            check_shapes(op, sizes=sizes, state_conv_BHE=state.conv_BKE)
+            check_shapes(op, sizes=sizes, like=w.norm_D, state_conv_BHE=state.conv_BKE)
     return sizes

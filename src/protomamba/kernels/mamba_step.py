@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import native, reference
-from protomamba.kernels.checks import check_shapes
+from protomamba.kernels.checks import Span, check_elements, check_shapes, overlap, span
 from protomamba.kernels.mamba_block import check_block_shapes, mamba_block
 from protomamba.kernels.native import Library
 from protomamba.kernels.packed import WEIGHTS, pack, unpack
@@ -50,6 +50,8 @@ class MambaStepper:
         tensors = (*weights, *state)
         simple = all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in tensors)
         self._fits = self._library is not None and simple
+        self._written = [span(x) for x in state if x.is_contiguous() and x.is_cpu]
+        _check_apart(self._written, [span(w) for w in weights if w is not None and w.is_contiguous() and w.is_cpu])
         taps_KE = weights.conv_weight_E1K.detach()[:, 0].t().contiguous()
         A_EN = -torch.exp(weights.A_log_EN.detach())
         w = weights
@@ -80,6 +82,11 @@ class MambaStepper:
     def __call__(self, x_BD: Tensor) -> Tensor:
         if x_BD.shape != (self.batch, self._width):
             raise ValueError(f"mamba_step: x_BD: expected shape {(self.batch, self._width)}, got {tuple(x_BD.shape)}")
+        check_elements("mamba_step", "x_BD", x_BD)
+        if x_BD.is_cpu != self._weights.norm_D.is_cpu:
+            raise ValueError(f"mamba_step: x_BD: is on {x_BD.device}, and not all others are")
+        if x_BD.is_cpu and x_BD.is_contiguous() and any(overlap(span(x_BD), state) for state in self._written):
+            raise ValueError("mamba_step: x_BD: lies in the memory of the state, which is written")
         if self._library is None:
             return reference.mamba_step(x_BD, self._weights, self._state, eps=self._eps)
         if not self.native or x_BD.dtype != torch.float32:
@@ -95,6 +102,12 @@ class MambaStepper:
         for held, new in zip(self._state, out.state, strict=True):
             held.copy_(new)
         return out.x_BLD[:, 0]
+
+
+def _check_apart(states: Sequence[Span], weights: Sequence[Span]) -> None:
+    """ValueError for a state, which is written, in one memory with the other state or a weight."""
+    if any(overlap(a, b) for at, a in enumerate(states) for b in (*states[:at], *weights)):
+        raise ValueError("mamba_step: state: expected memory of its own, found it in that of a weight or another state")
 
 
 class DecodeStepper:
@@ -146,6 +159,7 @@ class DecodeStepper:
         }  # fmt: skip
 
     def __call__(self, tokens_B: Tensor) -> Tensor:
+        check_elements("decode_step", "tokens_B", tokens_B)
         tokens, values = tokens_B.long().contiguous(), tokens_B.tolist()
         if len(values) != self._batch or not all(0 <= token < self._tokens for token in values):
             raise ValueError(f"decode_step: expected {self._batch} tokens from 0 to {self._tokens - 1}, got {values}")

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
-from protomamba.kernels.checks import check_shapes
+from protomamba.kernels.checks import check_shapes, rows_of
 from protomamba.kernels.native import Library
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last of any number of dimensions; native for float32."""
-    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    x_TD = rows_of("rms_norm", "x_BLD", x_BLD)
     check_shapes("rms_norm", x_TD=x_TD, weight_D=weight_D)
     library = native.select("rms_norm", x_BLD, (torch.float32,))
     if library is None:
@@ -27,7 +27,9 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float = 1e-5) -> Tensor:
 
 def add_rms_norm(x_BLD: Tensor, residual_BLD: Tensor, weight_D: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual) in one pass; native for float32."""
-    x_TD, residual_TD = (x.reshape(-1, x.shape[-1]) for x in (x_BLD, residual_BLD))
+    x_TD, residual_TD = (
+        rows_of("add_rms_norm", name, x) for name, x in (("x_BLD", x_BLD), ("residual_BLD", residual_BLD))
+    )
     check_shapes("add_rms_norm", x_TD=x_TD, residual_TD=residual_TD, weight_D=weight_D)
     library = native.select("add_rms_norm", x_BLD, (torch.float32,))
     if library is None or residual_BLD.dtype != torch.float32:

@@ -58,6 +58,7 @@ def separated_prototype_loss(
         z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, sample_S=sample_S, log_chance_S=log_chance_S,
         weight_T=weight_T,
     )  # fmt: skip
+    _check_scale(log_scale, z_TD)
     check_targets("separated_prototype_loss", targets_T, sizes["V"])
     check_sample("separated_prototype_loss", sample_S, sizes["V"])
     library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
@@ -66,10 +67,20 @@ def separated_prototype_loss(
             z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T
         )
     z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
-    sample = Sample(sample_S, None if log_chance_S is None else log_chance_S.float().contiguous())
+    sample = Sample(
+        None if sample_S is None else sample_S.long().contiguous(),
+        None if log_chance_S is None else log_chance_S.float().contiguous(),
+    )
     prototypes = prototypes_VD.float().contiguous()
     loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, log_scale, targets, weight)
     return loss
+
+
+def _check_scale(log_scale: Tensor, z_TD: Tensor) -> None:
+    """ValueError unless it is one number, where the features are."""
+    if log_scale.numel() != 1 or not log_scale.is_floating_point() or log_scale.is_cpu != z_TD.is_cpu:
+        found = f"{log_scale.dtype} of shape {tuple(log_scale.shape)} on {log_scale.device}"
+        raise ValueError(f"separated_prototype_loss: log_scale: expected a floating-point number, got {found}")
 
 
 class _SeparatedLoss(torch.autograd.Function):

@@ -17,7 +17,7 @@ def square_sums(tensors: Sequence[Tensor]) -> list[float]:
     where all tensors are contiguous float32.
     """
     library = native.select("square_sums", tensors[0], (torch.float32,)) if tensors else None
-    if library is None or not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+    if library is None or not all(x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() for x in tensors):
         return reference.square_sums(tensors)
     sizes = torch.tensor([x.numel() for x in tensors])
     addresses = torch.tensor([x.data_ptr() for x in tensors])

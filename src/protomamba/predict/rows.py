@@ -9,14 +9,14 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from protomamba.data.compressed import open_bytes, plain_suffix
+from protomamba.data.arrays import load_npy
+from protomamba.data.compressed import lines_of, plain_suffix
 from protomamba.data.fasta import parts_of
 from protomamba.data.tables import delimiter_of
 from protomamba.errors import UserError
@@ -48,24 +48,25 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-@contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    """The file as text; bytes that are not UTF-8 become surrogates, which byte models give back as they were."""
-    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
-        yield file
+def _text(path: Path) -> Iterator[str]:
+    """The lines; bytes that are not UTF-8 become surrogates, which byte models give back as they were."""
+    for _, raw in lines_of(path):
+        line = raw.decode("utf-8", "surrogateescape")
+        if "\r" in line:  # alone it ends a line too
+            yield from io.StringIO(line, newline="")
+        else:
+            yield line
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    with _text(path) as file:
-        for number, line in enumerate(file, 1):
-            yield Row(number, {LINE: line.rstrip("\r\n")})
+    for number, line in enumerate(_text(path), 1):
+        yield Row(number, {LINE: line.rstrip("\r\n")})
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_row(number, line)
+    for number, line in enumerate(_text(path), 1):
+        if line.strip():
+            yield _json_row(number, line)
 
 
 def _json_row(number: int, line: str) -> Row:
@@ -81,23 +82,23 @@ def _json_row(number: int, line: str) -> Row:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    with _text(path) as file:
-        header = file.readline().removeprefix("\ufeff")
-        between = delimiter_of(header)
-        names = [name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=between), [])]
-        reader = csv.DictReader(file, names, strict=True, delimiter=between)
-        number = 1
-        while True:
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                yield Row(number, error=f"no row of CSV: {error}")
-                number += 1
-                continue
-            if fields is None:
-                return
-            yield _csv_row(number, fields, len(reader.fieldnames or ()))
+    lines = _text(path)
+    header = next(lines, "").removeprefix("\ufeff")
+    between = delimiter_of(header)
+    names = [name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=between), [])]
+    reader = csv.DictReader(lines, names, strict=True, delimiter=between)
+    number = 1
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield Row(number, error=f"no row of CSV: {error}")
             number += 1
+            continue
+        if fields is None:
+            return
+        yield _csv_row(number, fields, len(reader.fieldnames or ()))
+        number += 1
 
 
 def _csv_row(number: int, fields: dict[Any, Any], columns: int) -> Row:
@@ -135,10 +136,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _array(path: Path) -> Iterator[Row]:
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{path}: expected an array of numpy: {error}") from error
+    rows = load_npy(path, mmap=True)
     if rows.ndim < 2:
         raise UserError(f"{path}: expected a row for each sequence (2 or 3 dimensions), found {rows.ndim}")
     for number in range(len(rows)):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import random
 import re
 import struct
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 Mutator = Callable[[bytes, random.Random], bytes]
 
@@ -169,6 +173,13 @@ def json_lines(data: bytes, rng: random.Random) -> bytes:
     lines = data.split(b"\n")
     place = rng.randrange(len(lines))
     return b"\n".join([*lines[:place], any_json(lines[place], rng), *lines[place + 1 :]])
+
+
+def npy(shape: tuple[int, ...]) -> bytes:
+    """A good .npy file of small tokens."""
+    file = io.BytesIO()
+    np.save(file, (np.arange(math.prod(shape)) % 11).reshape(shape).astype(np.int32))
+    return file.getvalue()
 
 
 def npy_header(data: bytes, rng: random.Random) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,8 @@ from protomamba.config import ModelConfig, TrainConfig
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.trainer import Trainer
 from tests.reliability.fuzz import mutate
-from tests.reliability.fuzz.mutate import Mutator
-
-
-@dataclass(frozen=True)
-class Reader:
-    """`foreign`: the bytes are parsed by another project's native code, which may take the process with it."""
-
-    make: Callable[[Path], Path]
-    read: Callable[[Path], Any]
-    mutate: Mutator
-    foreign: bool = False
-
-
-def _file(name: str, content: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(content)
-        return folder / name
-
-    return make
+from tests.reliability.fuzz.inputs import INPUTS
+from tests.reliability.fuzz.reader import Reader, file_of
 
 
 def _model() -> SequenceModel:
@@ -119,14 +101,6 @@ def _report(path: Path) -> None:
 # Token files
 
 
-def _tokens(dtype: str, version: str = "") -> bytes:
-    from io import BytesIO
-
-    file = BytesIO()
-    np.save(file, (np.arange(90) % 11).astype(dtype))
-    return file.getvalue()
-
-
 def _read_tokens(path: Path) -> None:
     from protomamba.data import open_token_file
 
@@ -179,26 +153,7 @@ def _read_labels(path: Path) -> None:
     open_labelled(path.parent / "seq.txt", path.parent / "labels.txt")
 
 
-# Inputs of prepare
-
-
-def _prepare_it(path: Path, **options: Any) -> None:
-    import shutil
-
-    from protomamba.data.prepare import prepare
-
-    out = path.parent / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    prepare([path], out, **options)
-
-
-def _parquet(folder: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"text": [f"line {n}" for n in range(50)], "n": list(range(50))})
-    pyarrow.parquet.write_table(table, folder / "t.parquet")
-    return folder / "t.parquet"
+# The rest
 
 
 def _tokenizer(folder: Path) -> Path:
@@ -236,7 +191,6 @@ _EVENTS = b"".join(
     for n in range(1, 6)
 )
 _TEXT = " ".join(str(n % 11) for n in range(90)).encode()
-_JSONL = b"".join(json.dumps({"text": f"entry {n} ☃", "label": n}).encode() + b"\n" for n in range(12))
 BYTES, JSON = mutate.any_bytes, mutate.any_json
 
 READERS: dict[str, Reader] = {
@@ -246,19 +200,17 @@ READERS: dict[str, Reader] = {
     "run_state": Reader(_run_folder("run_state.json"), _resume, mutate.either(BYTES, JSON, JSON)),
     "report of metrics": Reader(_run_folder("metrics.jsonl"), _report, mutate.either(BYTES, mutate.json_lines)),
     "report of config": Reader(_run_folder("config.json"), _report, mutate.either(BYTES, JSON, JSON)),
-    "metrics": Reader(_file("metrics.jsonl", _EVENTS), _metrics, mutate.either(BYTES, mutate.json_lines)),
-    "config json": Reader(_file("c.json", json.dumps(_SETTINGS).encode()), _config, mutate.either(BYTES, JSON, JSON)),
-    "config yaml": Reader(_file("c.yaml", _YAML), _config, BYTES),
-    "config toml": Reader(_file("c.toml", _TOML), _config, BYTES),
-    "npy": Reader(_file("t.npy", _tokens("int32")), _read_tokens, mutate.either(BYTES, mutate.npy_header)),
+    "metrics": Reader(file_of("metrics.jsonl", _EVENTS), _metrics, mutate.either(BYTES, mutate.json_lines)),
+    "config json": Reader(file_of("c.json", json.dumps(_SETTINGS).encode()), _config, mutate.either(BYTES, JSON, JSON)),
+    "config yaml": Reader(file_of("c.yaml", _YAML), _config, BYTES),
+    "config toml": Reader(file_of("c.toml", _TOML), _config, BYTES),
+    "npy": Reader(file_of("t.npy", mutate.npy((90,))), _read_tokens, mutate.either(BYTES, mutate.npy_header)),
     "bin": Reader(_bin, _read_tokens, BYTES),
-    "txt": Reader(_file("t.txt", _TEXT), _read_tokens, BYTES),
+    "txt": Reader(file_of("t.txt", _TEXT), _read_tokens, BYTES),
     "manifest": Reader(_prepared("manifest.json"), _read_prepared, mutate.either(BYTES, JSON, JSON)),
     "shard": Reader(_prepared("shard-00000.bin"), _read_prepared, BYTES),
     "sequences": Reader(_labels("seq.txt"), _read_labels, BYTES),
     "labels": Reader(_labels("labels.txt"), _read_labels, BYTES),
-    "text": Reader(_file("t.txt", "text é ☃\n".encode() * 30), _prepare_it, BYTES),
-    "jsonl": Reader(_file("t.jsonl", _JSONL), _prepare_it, mutate.either(BYTES, mutate.json_lines)),
-    "parquet": Reader(_parquet, _prepare_it, BYTES, True),
     "tokenizer": Reader(_tokenizer, _read_tokenizer, mutate.either(BYTES, JSON, JSON, JSON), True),
+    **INPUTS,
 }
