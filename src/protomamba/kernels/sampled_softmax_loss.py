@@ -47,7 +47,8 @@ def sampled_softmax_loss(
     z, targets, weight = valid_tokens(z_TD.to(dtype), targets_T, weight_T)
     keep = native.needs_backward(z_TD, weight_VD)
     loss: Tensor = native.apply(
-        _SampledSoftmax, keep, z, weight_VD.to(dtype).contiguous(), targets, sample_S, log_chance_S, weight
+        _SampledSoftmax,
+        *(keep, z, weight_VD.to(dtype).contiguous(), targets, sample_S.long().contiguous(), log_chance_S, weight),
     )
     return loss
 
