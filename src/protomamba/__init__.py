@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from protomamba.train.callbacks.base import Callback
     from protomamba.train.callbacks.collapse import CollapseWatch
     from protomamba.train.callbacks.progress import Progress
+    from protomamba.train.optim import OptimizerBase
     from protomamba.train.run import Run
     from protomamba.train.trainer import StepStats, Trainer
     from protomamba.train.validation import Validation
@@ -43,6 +44,7 @@ _HOMES = {
     "protomamba.train.callbacks.base": ("Callback",),
     "protomamba.train.callbacks.collapse": ("CollapseWatch",),
     "protomamba.train.callbacks.progress": ("Progress",),
+    "protomamba.train.optim": ("OptimizerBase",),
     "protomamba.train.run": ("Run",),
     "protomamba.predict.predictor": ("Predictor",),
     "protomamba.train.trainer": ("StepStats", "Trainer"),
@@ -62,6 +64,7 @@ __all__ = [
     "Mixer",
     "MixerOutput",
     "ModelConfig",
+    "OptimizerBase",
     "Predictor",
     "Progress",
     "Run",

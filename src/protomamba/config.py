@@ -6,6 +6,7 @@ one field a flag. The three share their fields through the groups below, so that
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -399,6 +400,12 @@ def stack_kinds(pattern: str, n_layer: int) -> list[str]:
     """The kind of each of `n_layer` layers: the pattern from layer 0 on, repeated, and cut to the depth."""
     unit = pattern_kinds(pattern)
     return [unit[index % len(unit)] for index in range(n_layer)]
+
+
+def compact_pattern(pattern: str) -> str:
+    """The same pattern with repeated kinds written as KIND*N."""
+    runs = [(kind, len(list(same))) for kind, same in itertools.groupby(pattern_kinds(pattern))]
+    return ",".join(kind if count == 1 else f"{kind}*{count}" for kind, count in runs)
 
 
 def parse_options(words: Iterable[str]) -> Options:

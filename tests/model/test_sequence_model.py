@@ -196,7 +196,7 @@ def test_a_decoder_of_a_changed_model_is_that_model(what: str) -> None:
 def test_what_is_frozen_stays_so_where_growing_puts_it(placement: str, frozen: set[int], tmp_path: Path) -> None:
     trainer = Trainer(make(), TrainConfig(bp_cadence_steps=1))
     trainer.freeze("first:1")
-    trainer.expand(3, placement)
+    trainer.grow(3, placement)
     trainer.save_checkpoint(tmp_path / "grown.safetensors")
     for model in (trainer.model, Trainer.load_checkpoint(tmp_path / "grown.safetensors").model):
         still = {i for i, layer in enumerate(model.layers) if not any(p.requires_grad for p in layer.parameters())}

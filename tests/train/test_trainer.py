@@ -155,7 +155,7 @@ def test_growing_keeps_the_moments_of_the_old_layers_under_their_new_names() -> 
     trainer = make()
     trainer.train_step(*batch())
     old = {n: {k: v.clone() for k, v in m.items()} for n, m in trainer.optimizer.state().items()}
-    trainer.expand(4, "specific:0,2")
+    trainer.grow(4, "specific:0,2")
     moments = trainer.optimizer.state()
     for name, slots in renamed_layers(old, [None, 0, None, 1]).items():
         assert all(torch.equal(slots[k], moments[name][k]) for k in slots), name
@@ -164,6 +164,14 @@ def test_growing_keeps_the_moments_of_the_old_layers_under_their_new_names() -> 
     trainer.train_step(*batch(2))
     steps = {n: int(m["step"]) for n, m in trainer.optimizer.state().items()}
     assert steps["layers.0.mixer.out_proj.weight"] == 2 and steps["layers.1.mixer.out_proj.weight"] == 3
+
+
+def test_a_model_grown_behind_its_trainer_is_refused_with_what_to_do() -> None:
+    trainer = make()
+    trainer.model.grow(4)
+    told = r"layers\.\d.* is trainable, but was not when this Trainer was made: grow and freeze with Trainer.grow"
+    with pytest.raises(UserError, match=told):
+        trainer.train_step(*batch())
 
 
 def test_the_library_example_of_the_readme() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from protomamba.config import ModelConfig, RunConfig
-from protomamba.errors import ConfigError
 
 if TYPE_CHECKING:
     from protomamba.checkpoint.file import Checkpoint
@@ -18,10 +17,9 @@ THE_CHECKPOINTS = "the checkpoint's"
 
 def refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
     """Import the parts that the user named; ConfigError unless they are the checkpoint's own."""
+    from protomamba.model.registry import refuse_other_parts
     from protomamba.train.build import load_named_code
 
     load_named_code(config)
-    for what in set(CODE_FLAGS) & config.given:
-        own = getattr(ModelConfig(**loaded.config["model"]), what)
-        if getattr(config, what) != own:
-            raise ConfigError(f"--{what} {getattr(config, what)}: the checkpoint's {what} is {own}")
+    named = {what: getattr(config, what) for what in CODE_FLAGS if what in config.given}
+    refuse_other_parts(ModelConfig(**loaded.config["model"]), named)

@@ -8,11 +8,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS
 from protomamba.cli.flags import Parser, add_fields, given_fields
 from protomamba.config import RunConfig
 
 LISTED = 20
-CODE = frozenset({"layer", "head"})
 
 
 def configure(parser: Parser) -> None:
@@ -46,8 +46,8 @@ def configure(parser: Parser) -> None:
     )
     parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="[%(default)s]")
     parser.add_argument("--json", action="store_true", help="one JSON object about the job")
-    add_fields(parser, ("layer", "head"), of_checkpoint="the checkpoint's")
-    add_fields(parser, ("threads", "kernels"))
+    add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
+    add_fields(parser, MACHINE_FLAGS)
 
 
 def _add_switch(parser: Parser, flag: str, about: str) -> None:
@@ -66,8 +66,8 @@ def work(arguments: argparse.Namespace) -> int:
     question = Question(arguments.what, arguments.top_k, arguments.exclude_seen == "1", arguments.per_token == "1")
     values = tuple(arguments.values.split(",")) if arguments.values else ()
     columns = arguments.sequence_column, arguments.key_column, arguments.order, values
-    skip, code = arguments.on_bad_row == "skip", {part: getattr(machine, part) for part in CODE & machine.given}
-    job = Job(arguments.input, arguments.out, question, *columns, skip_bad=skip, code=code)
+    code = {part: getattr(machine, part) for part in CODE_FLAGS if part in machine.given}
+    job = Job(arguments.input, arguments.out, question, *columns, skip_bad=arguments.on_bad_row == "skip", code=code)
     done = predict_file(arguments.checkpoint, job)
     if arguments.json:
         print(json.dumps({"out": str(job.out), **asdict(done)}))

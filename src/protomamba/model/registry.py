@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import nn
 
-from protomamba.config import ModelConfig, Options, PartFields
+from protomamba.config import ModelConfig, Options, PartFields, compact_pattern, stack_kinds
 from protomamba.errors import ConfigError, UserError
 from protomamba.schema import Schema, flag, nearest
 
@@ -212,21 +212,40 @@ def load_named(name: str, what: str) -> None:
         _imported(module_name, name, what)
 
 
-def refuse_unnamed(name: str, what: str) -> None:
+def refuse_unnamed(name: str, what: str, flags: str | None = None) -> None:
     """For a name that a file gave: UserError where it would import code that nobody has named or imported yet.
 
-    An import runs the module. Which modules run is for the user to say, not for a checkpoint.
+    An import runs the module. Which modules run is for the user to say, not for a checkpoint. flags: what to add to the
+    command line to name it, `--what name` if not given.
     """
     module_name, colon, _ = name.partition(":")
     if colon and module_name not in sys.modules:
         raise UserError(
-            f"the checkpoint's {what} is {name}, code that is not ours: if you trust it, name it with --{what} {name} "
-            f"(in a program: import {module_name} first)"
+            f"the checkpoint's {what} is {name}, which is not part of protomamba: if you trust that code, add "
+            f"{flags or f'--{what} {name}'} (in a program: import {module_name} first)"
         )
 
 
 def refuse_unnamed_parts(config: ModelConfig) -> None:
     """`refuse_unnamed` for every part of a configuration that came from a file."""
+    flags = f"--layers {compact_pattern(config.layers)}" if config.layers else None
     for field, names in chosen_parts(config).items():
+        what = field.removesuffix("_options")
         for name in names:
-            refuse_unnamed(name, field.removesuffix("_options"))
+            refuse_unnamed(name, what, flags if what == "layer" else None)
+
+
+def refuse_other_parts(config: ModelConfig, named: Mapping[str, str | None]) -> None:
+    """ConfigError where a part that the user named (by layer, layers, head or input) is not the one of this model.
+
+    Two patterns of layers are the same if they give each layer the same kind.
+    """
+    for what, name in named.items():
+        own = (config.layers or config.layer) if what in ("layer", "layers") else getattr(config, what)
+        if what in ("layer", "layers") and name and stack_kinds(name, config.n_layer) == config.kinds(config.n_layer):
+            continue
+        if name != own:
+            shown = (
+                f"layers are {compact_pattern(own)}" if what[:5] == "layer" and config.layers else f"{what} is {own}"
+            )
+            raise ConfigError(f"--{what} {name}: the checkpoint's {shown}")

@@ -12,10 +12,12 @@ from typing import Any
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint
+from protomamba.config import ModelConfig
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
 from protomamba.data.vocabulary import BOUNDARY, Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import build_model
+from protomamba.model.registry import refuse_other_parts
 from protomamba.predict.answers import Names, Question, answers, check_question, default_question
 from protomamba.predict.batching import windows
 from protomamba.predict.events import EventFlags, event_columns, event_rows
@@ -32,7 +34,7 @@ from protomamba.storage import commit
 class Job:
     """What is to be predicted. question.what "auto": by the checkpoint; columns None: found in the first row.
 
-    code: the layer and head that the user named, which must be the checkpoint's.
+    code: the layer, head and input that the user named, which must be the checkpoint's.
     """
 
     source: Path
@@ -102,9 +104,7 @@ def predict_file(path: Path, job: Job) -> Summary:
     """Answer every row of job.source in job.out. Raises UserError and ConfigError."""
     gathered = lines_path(job.out)
     loaded = checkpoint.load(path)
-    for part, name in job.code.items():
-        if (own := loaded.config["model"][part]) != name:
-            raise ConfigError(f"--{part} {name}: the checkpoint's {part} is {own}")
+    refuse_other_parts(ModelConfig(**loaded.config["model"]), job.code)
     facts = known(loaded)
     predictor = Predictor(build_model(loaded), facts.reserved)
     del loaded  # the optimizer's moments are twice the model

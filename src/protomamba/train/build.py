@@ -138,7 +138,7 @@ def build_run(
     parts = build_parts(config, resumed, comm)
     config, trainer = parts.config, parts.trainer
     resumed_from = str(resumed.found.path) if resumed else None
-    lines = header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from)
+    lines = header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from, parts.further_steps)
     shown = Progress(console, {**lines, **ranks_line(trainer, config.batch_size)}, parts.notes)
     return Run(
         trainer,

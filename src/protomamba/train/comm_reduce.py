@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from protomamba.errors import UserError
 from protomamba.train.comm_layout import Layout, Piece
 from protomamba.train.comm_mesh import FREE, Mesh, Work, wait_for
 from protomamba.train.comm_tree import Node, Partials, fold, nodes
@@ -96,6 +97,11 @@ class GradientSum:
 
     def start(self, leaf: int, named: Mapping[str, Tensor]) -> None:
         """The gradients of shard `leaf` that are ready, each parameter once; they are taken over and changed."""
+        if unknown := named.keys() - self._partials.keys():
+            raise UserError(
+                f"{min(unknown)} is trainable, but was not when this Trainer was made: grow and freeze with "
+                "Trainer.grow and Trainer.freeze, or make a new Trainer"
+            )
         self._reached |= named.keys()
         for name, gradient in named.items():
             self._fill(name, leaf)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.checkpoint.file import Checkpoint
-from protomamba.config import DataFields, ModelConfig, RunConfig, TrainConfig
+from protomamba.config import DataFields, ModelConfig, RunConfig
 from protomamba.data.prepared import open_prepared
 from protomamba.data.source import Source
 from protomamba.errors import ConfigError, UserError
+from protomamba.model.pretrained import build_model
 from protomamba.train.build import use_machine
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.judging import Judgement, bits_per_byte, judge
-from protomamba.train.outer import trainer_class
-from protomamba.train.trainer import Trainer
-from protomamba.train.validation import Validation
+from protomamba.train.validation import Validation, evaluate
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,22 @@ def evaluate_checkpoint(
 
     split: the part of a prepared folder. batches: so many, spread evenly over the data; None for all.
     """
-    trainer = trainer_class(TrainConfig.recorded(loaded.config["train"])).from_checkpoint(loaded)
-    config = _data_config(path, loaded, given, trainer.model.config)
+    model = build_model(loaded)  # without a trainer: an optimizer of the user's own need not be imported
+    model.precision = loaded.config["train"]["precision"]
+    config = _data_config(path, loaded, given, model.config)
     use_machine(config.threads, config.kernels)
     data = config.project(DataFields)
     inputs = open_inputs(data, seed=config.seed, corpus=config.out_dir / "corpus")
     source, called = _part(inputs, data, split, all_given=bool(given.keys() & {"token_file", "token_dir"}))
     held = Held(source, stream_spec(data, config.seed), batches)
-    found = trainer.evaluate(held)
+    found = evaluate(model, held, calibrate=False, exact=True)
     if not found.targets:
         raise UserError("the batches to evaluate hold no target")
-    judged = judge(trainer.model, held, source.info, inputs.training)
-    return Evaluation(_figures(trainer, found, source, called), judged)
+    judged = judge(model, held, source.info, inputs.training)
+    return Evaluation({**_figures(found, source, called), "step": loaded.parts["trainer"]["step"]}, judged)
 
 
-def _figures(trainer: Trainer, found: Validation, source: Source, called: str) -> dict[str, Any]:
+def _figures(found: Validation, source: Source, called: str) -> dict[str, Any]:
     return {
         "data": called,
         "loss": found.loss,
@@ -59,7 +59,6 @@ def _figures(trainer: Trainer, found: Validation, source: Source, called: str) -
         "perplexity": found.perplexity,
         "bits_per_byte": bits_per_byte(found.nll, source.info.bytes_per_token),
         "targets": found.targets,
-        "step": trainer.global_step,
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import Resumable, find_resumable
-from protomamba.config import MAY_CHANGE, RunConfig
+from protomamba.config import MAY_CHANGE, ModelConfig, RunConfig, stack_kinds
 from protomamba.errors import ConfigError, UserError
 from protomamba.schema import flag
 
@@ -51,10 +51,11 @@ def resume_from(config: RunConfig, found: Resumable) -> Resumed:
             f"{path}: holds no run to resume (the library saved it); start from its weights with --init-from {path}"
         )
     saved = RunConfig.recorded(loaded.config["run"])
+    n_layer = ModelConfig(**loaded.config["model"]).n_layer
     contradictions = [
         f"{flag(name)}: the checkpoint has {getattr(saved, name)}, given {getattr(config, name)}"
         for name in RunConfig.model_fields
-        if name in config.given and name not in MAY_CHANGE and getattr(config, name) != getattr(saved, name)
+        if name in config.given and name not in MAY_CHANGE and not _agree(name, config, saved, n_layer)
     ]
     if contradictions:
         raise ConfigError(
@@ -69,3 +70,11 @@ def resume_from(config: RunConfig, found: Resumable) -> Resumed:
     lengths = [name for name in ("epochs", "time_budget") if name in config.given]
     again = config.resume == "auto" and all(getattr(config, name) == getattr(saved, name) for name in lengths)
     return Resumed(found, saved.replace(**changes), further, bool(lengths) and not again)
+
+
+def _agree(name: str, given: RunConfig, saved: RunConfig, n_layer: int) -> bool:
+    """Whether a field is the same; two patterns of layers are, if they give each layer the same kind."""
+    mine, theirs = getattr(given, name), getattr(saved, name)
+    if name == "layers" and mine and theirs:
+        return stack_kinds(mine, n_layer) == stack_kinds(theirs, n_layer)
+    return bool(mine == theirs)

@@ -206,6 +206,8 @@ class Run:
         return bool(told[0][1])
 
     def _continue_command(self) -> str:
+        if "run" not in self.record:
+            return "Run(..., further_steps=N)"
         path = self.folder.latest if self.folder else "CHECKPOINT"
         return f"protomamba train --resume {path} --steps N (N further steps)"
 

@@ -13,8 +13,12 @@ from protomamba.schema import flag
 from protomamba.train.trainer import Trainer
 
 
-def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None) -> dict[str, str]:
-    """The lines at the start, by name: with what, of what shape, on what data, from where to where."""
+def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None, further: int | None) -> dict[str, str]:
+    """The lines at the start, by name: with what, of what shape, on what data, from where to where.
+
+    further: steps to train after a resume, instead of those left to the trainer's target.
+    """
+    target = trainer.target_step if further is None else trainer.global_step + further
     environment, model, config = describe_environment(), trainer.model, trainer.config
     shape = model.config
     parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
@@ -29,7 +33,7 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None) -
         f"{parameters:,} parameters, {moving:,} trainable",
         **({"unfused": f"module by module, which is slower: {'; '.join(unfused)}"} if unfused else {}),
         "data": data,
-        "run": f"steps {trainer.global_step:,} to {trainer.target_step:,}, seed {config.seed}, "
+        "run": f"steps {trainer.global_step:,} to {target:,}, seed {config.seed}, "
         f"in {folder}" + (f", resumed from {resumed_from}" if resumed_from else ""),
     }
 

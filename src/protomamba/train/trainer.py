@@ -268,15 +268,18 @@ class Trainer:
         """
         return evaluate(self.model, batches, calibrate, exact)
 
-    def expand(self, target: int, placement: str = "append", seed: int | None = None) -> None:
-        """Grow the model; old layers keep their moments, new ones start with none and count their own steps."""
+    def grow(self, target: int, placement: str = "append", seed: int | None = None) -> None:
+        """Grow the model to `target` layers (see SequenceModel.grow). Old layers keep their optimizer state; new ones
+        start without any and count their own steps."""
         slots = {**self.comm.collect(self.optimizer.state(), everywhere=True), **self.rows.state()}
         origins = self.model.grow(target, placement, seed)
         self.optimizer, self.rows = self._new_optimizer()
         self.load_slots(renamed_layers(slots, origins))
 
+    expand = grow  # its name in 0.1
+
     def freeze(self, policy: str = "none", embedding: bool = False) -> None:
-        """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its moments."""
+        """Freeze by policy (see SequenceModel.freeze); what stays trainable keeps its optimizer state."""
         slots = {**self.comm.collect(self.optimizer.state(), everywhere=True), **self.rows.state()}
         self.model.freeze(policy, embedding)
         self.optimizer, self.rows = self._new_optimizer()
