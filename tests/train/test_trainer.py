@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
+from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer, UserError
 from protomamba.train.trainer import MAX_SKIPPED_IN_A_ROW, NonFiniteError, renamed_layers
 
 PLAIN = {"bp_cadence_steps": 1, "ff_lr": 0.0, "lr": 1e-2}
