@@ -49,8 +49,8 @@ def write(path: Path) -> None:
         recorder.close()
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{cwd / 'src'}:{cwd}"}
+def run(*command: str | Path, cwd: Path = ROOT, **more: str) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{cwd / 'src'}:{cwd}", **more}
     done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -59,9 +59,9 @@ def run(*command: str | Path, cwd: Path = ROOT) -> None:
 def build(checkout: Path, folder: Path) -> None:
     """The AVX2 library, the runner and the cases of one checkout."""
     run("cmake", "-S", checkout, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", "-DPROTOMAMBA_RUNNER=ON")
-    run("cmake", "--build", folder, "--parallel", "2")
-    os.environ["PROTOMAMBA_LIBRARY_DIR"] = str(folder)
-    run(sys.executable, "-m", "tests.native.instructions", "--write", folder / "ops.bin", cwd=checkout)
+    run("cmake", "--build", folder, "--parallel", "2", "--target", f"protomamba_{LEVEL}", "runner")
+    write_it = (sys.executable, "-m", "tests.native.instructions", "--write", folder / "ops.bin")
+    run(*write_it, cwd=checkout, PROTOMAMBA_LIBRARY_DIR=str(folder))
 
 
 def count(folder: Path, op: str) -> int:
