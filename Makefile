@@ -29,7 +29,7 @@ export CXX
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
 	test-instructions test-reliability test-ranks fuzz test-slow lint types check bench bench-compare parity decoding \
-	levels digits study docs hooks wheel wheels sdist clean
+	levels speedrun digits study docs hooks wheel wheels sdist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -161,6 +161,9 @@ decoding: $(READY_PARITY) ## time decoding beside transformers with the same wei
 
 levels: $(READY) ## time single ops at every CPU level beside the level below (half a minute)
 	@$(BIN)/python studies/levels.py $(ARGS)
+
+speedrun: $(READY) ## seconds of one core to 1.90 and 1.80 bits a byte, beside a transformer and an LSTM (an hour)
+	@$(BIN)/python studies/speedrun.py --docs-dir docs $(ARGS)
 
 digits: $(READY_STUDIES) ## classify handwritten digits read as 64 steps, five-fold (a minute or two)
 	@$(BIN)/python examples/digits.py $(ARGS)

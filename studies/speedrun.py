@@ -83,7 +83,8 @@ def theirs(kind: str, folder: Path, changes: dict[str, str], seed: int) -> Run:
         at(settings["lr"] * ((index + 1) / warm if index < warm else down))(tokens_BL, targets_BL)
 
     def bits() -> float:
-        return statistics.fmean(speedrun_models.nats(model, x, y) for x, y, _ in held_out) / math.log(2)
+        windows = int(settings["length"]) if kind == "transformer" else demo_config("hpn", folder).seq_len
+        return statistics.fmean(speedrun_models.nats(model, x, y, windows) for x, y, _ in held_out) / math.log(2)
 
     return Run(step, bits, sizes["batch_size"] * sizes["seq_len"])
 

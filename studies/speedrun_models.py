@@ -98,6 +98,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens_BL: Tensor, 
 
 
 @torch.no_grad()
-def nats(model: nn.Module, tokens_BL: Tensor, targets_BL: Tensor) -> float:
-    """The mean cross entropy of a batch."""
-    return float(F.cross_entropy(model(tokens_BL).flatten(0, 1), targets_BL.flatten()))
+def nats(model: nn.Module, tokens_BL: Tensor, targets_BL: Tensor, length: int) -> float:
+    """The mean cross entropy of a batch, in windows of the length the model was trained on."""
+    pairs = zip(tokens_BL.split(length, 1), targets_BL.split(length, 1), strict=True)
+    losses = [F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in pairs]
+    return float(sum(losses)) / targets_BL.numel()
