@@ -225,7 +225,7 @@ def test_learned_prototypes_move_and_keep_their_length() -> None:
     before = head.prototypes.detach().clone()
     train(head, 5)
     assert not torch.allclose(before, head.prototypes)
-    assert (head.prototypes.detach().norm(dim=1) - 1).abs().max() < 1e-6
+    assert (head.prototypes.detach().norm(dim=1) - head.length()).abs().max() < 1e-6
 
 
 def test_health_tells_a_collapse_from_a_placement() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.bits import same
+from protomamba.model.heads.hypersphere import LEAST_SHARPNESS
 
 CLASSES = 1_200  # more than a sample holds
 
@@ -60,8 +62,31 @@ def test_one_step_moves_the_sharpness_and_only_the_prototypes_it_saw() -> None:
     fresh.train_step(ids_BL, targets_BL)
     after = fresh.model.state_dict()
     assert not same(after["head.log_scale"], before["head.log_scale"])
-    turned = ((after["head.prototypes"] - before["head.prototypes"]).norm(dim=-1) > 1e-5).sum()
+    directions = [F.normalize(state["head.prototypes"], dim=-1) for state in (before, after)]
+    turned = ((directions[1] - directions[0]).norm(dim=-1) > 1e-5).sum()
     assert 400 < int(turned) <= 1_024
+
+
+def test_prototypes_turn_less_where_the_sharpness_has_fallen() -> None:
+    turns = []
+    for fallen in (1.0, 4.0):
+        made, step = trainer(), batch(torch.Generator().manual_seed(0))
+        head = made.model.head
+        with torch.no_grad():
+            head.get_parameter("log_scale").sub_(math.log(fallen))
+        head.post_step()
+        before = F.normalize(head.get_parameter("prototypes").detach().clone(), dim=-1)
+        made.train_step(*step)
+        turns.append(float((F.normalize(head.get_parameter("prototypes").detach(), dim=-1) - before).norm()))
+    assert turns[1] == pytest.approx(turns[0] / 4, rel=0.1)
+
+
+def test_the_sharpness_stays_above_the_least() -> None:
+    made = trainer(16)
+    with torch.no_grad():
+        made.model.head.get_parameter("log_scale").fill_(-3.0)
+    made.train_step(*batch(torch.Generator().manual_seed(0), 16))
+    assert float(made.model.head.get_parameter("log_scale").exp()) == pytest.approx(LEAST_SHARPNESS)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ B batch, L length, D width, E inner width, N state, R rank of dt, K taps, V clas
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ import numpy as np
 
 Params = dict[str, jax.Array]
 NORM_EPS = 1e-5
+LEAST_SHARPNESS = 0.5
 
 
 class Hyper(NamedTuple):
     """Of the update. Clipping to `clip` is off at 0. By name: which parameters decay, factors on their learning rate,
-    and whether their rows return to unit length after each update."""
+    and whether their rows return to the sphere after each update."""
 
     lr: float
     beta1: float
@@ -165,10 +167,21 @@ def adamw(params: Params, grads: Params, moments: Moments, step: int, hyper: Hyp
         unbiased_second = second[name] / (1 - hyper.beta2**step)
         decay = hyper.weight_decay * params[name] if hyper.decay[name] else 0.0
         change = unbiased_first / (jnp.sqrt(unbiased_second) + hyper.eps) + decay
-        moved = params[name] - hyper.lr * hyper.rate[name] * change
-        return unit(moved) if hyper.sphere[name] else moved
+        return params[name] - hyper.lr * hyper.rate[name] * change
 
-    return {name: updated(name) for name in params}, Moments(first, second)
+    return on_the_sphere({name: updated(name) for name in params}, hyper), Moments(first, second)
+
+
+def on_the_sphere(params: Params, hyper: Hyper) -> Params:
+    """Prototypes back to their length: 1, and more where the sharpness is below that of a fresh head; it stays above
+    a least one."""
+    if "head.log_scale" in params:
+        params = {**params, "head.log_scale": jnp.maximum(params["head.log_scale"], jnp.log(LEAST_SHARPNESS))}
+    for name in (name for name in params if hyper.sphere[name]):
+        first = math.sqrt(2) * math.log(max(2, len(params[name]) - 1))
+        sharpness = jnp.exp(params.get("head.log_scale", jnp.inf))
+        params = {**params, name: unit(params[name]) * jnp.maximum(1.0, first / sharpness)}
+    return params
 
 
 def train_step(

@@ -20,6 +20,8 @@ from protomamba.model.heads.sampling_head import SamplingHead
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
+# The learnt sharpness never falls below: on a long plateau it would fall for ever, and have to come back all the way.
+LEAST_SHARPNESS = 0.5
 FIT_SCORES = 67_108_864  # and cosines that this may take
 SINCE_0_1 = (
     "since 0.2 learned prototypes follow cross entropy over s cos(z, p) with s learnt, "
@@ -59,7 +61,7 @@ class HyperspherePrototypes(SamplingHead):
         self.learned = self.options.prototypes == "learned"
         self.contrastive = self.learned and self.options.separation > 0 and self.classes > 1
         # Before anything is learnt or fitted: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
-        start = math.sqrt(2) * math.log(max(2, self.classes - 1))
+        self._first_sharpness = start = math.sqrt(2) * math.log(max(2, self.classes - 1))
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
             self.count_draws()
@@ -124,13 +126,25 @@ class HyperspherePrototypes(SamplingHead):
 
     @torch.no_grad()
     def post_step(self, rows_R: Tensor | None = None) -> None:
-        """Back to unit length: gradients are tangential, so each update makes a prototype longer and slower to turn."""
+        """Back to `length`: gradients are tangential, so each update makes a prototype longer and slower to turn."""
+        if self.contrastive and self.log_scale.requires_grad:
+            self.log_scale.clamp_(min=math.log(LEAST_SHARPNESS))
         if self.learned and self.prototypes.requires_grad and rows_R is not None:
-            self.prototypes.index_copy_(0, rows_R, F.normalize(self.prototypes.index_select(0, rows_R), dim=-1))
+            rows_RD = F.normalize(self.prototypes.index_select(0, rows_R), dim=-1)
+            self.prototypes.index_copy_(0, rows_R, rows_RD.mul_(self.length()))
         elif self.learned and self.prototypes.requires_grad and not self.row_sparse:
-            self.prototypes.div_(torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min(1e-12))
+            length_V1 = torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min_(1e-12)
+            self.prototypes.div_(length_V1.div_(self.length()))
         if self.contrastive and not self.fitted:
             self.scale.copy_(self.log_scale.exp())
+
+    def length(self) -> float:
+        """1, and more where the sharpness has fallen below the one it began with.
+
+        Adam's steps are as long for noise as for a signal. Where there is nothing to learn yet the sharpness falls, and
+        with it what a prototype's gradient says; a longer prototype turns less in a step, in the same proportion.
+        """
+        return max(1.0, self._first_sharpness / float(self.log_scale.detach().exp())) if self.contrastive else 1.0
 
     def diagnostics(self) -> dict[str, float]:
         """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 (fewer where there
