@@ -122,11 +122,29 @@ def test_kills_of_random_ranks_lose_nothing(tmp_path: Path) -> None:
     same_run(tmp_path / "run", tmp_path / "straight")
 
 
+@pytest.mark.slow
+def test_a_restart_goes_on_from_the_newest_where_the_checkpoint_named_is_pruned(
+    straight: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokens, alone = straight
+    out_dir = tmp_path / "run"
+    assert runs.train(out_dir, tokens, *FLAGS, "--callback", "tests.distributed.callbacks:StopAtThree") == 0
+    given = ("--resume", out_dir / "step-00000002.safetensors")
+    code, output = finished(torchrun(2, arguments(out_dir, tokens, *given), "--max-restarts", "1", FAULT="kill:1:19"))
+    assert code == 0, output
+    assert [Path(line["resumed_from"] or "").name for line in runs.metrics(out_dir, "run")] == [
+        "",
+        "step-00000002.safetensors",
+        "latest.safetensors",
+    ]
+    same_run(out_dir, alone)
+
+
 def test_without_restarts_all_ranks_say_why_and_end(straight: tuple[Path, Path], tmp_path: Path) -> None:
-    code, output = finished(torchrun(3, arguments(tmp_path / "run", straight[0]), FAULT="raise:2:5"))
+    code, output = finished(torchrun(2, arguments(tmp_path / "run", straight[0]), FAULT="raise:1:5"))
     assert code == 1
     assert "protomamba: Faulty: the test's own error" in output
-    assert runs.metrics(tmp_path / "run", "end")[-1]["error"] == "rank 2: Faulty: the test's own error"
+    assert runs.metrics(tmp_path / "run", "end")[-1]["error"] == "rank 1: Faulty: the test's own error"
 
 
 @pytest.mark.slow

@@ -1,51 +1,68 @@
-"""Ranks as threads of one process: what they compute is tested without a socket."""
+"""Ranks as threads of one process: what they compute, and how they see one another fail, is tested without a socket."""
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from protomamba.train.comm import Comm
 from protomamba.train.comm_mesh import exchange
+from protomamba.train.comm_watch import RankFailed, Watch
 
 T = TypeVar("T")
-WAIT_S = 60.0
+WAIT_S, POLL_S = 60.0, 0.2
+Box = queue.SimpleQueue[Tensor]
 
 
 class Arrival:
     """A message under way: the copy at its arrival, or nothing to wait for at its sender."""
 
-    def __init__(self, into: Tensor | None = None, source: queue.SimpleQueue[Tensor] | None = None) -> None:
-        self.into, self.source = into, source
+    def __init__(self, watch: Watch, into: Tensor | None = None, source: Box | None = None) -> None:
+        self.watch, self.into, self.source = watch, into, source
 
     def wait(self, timeout: timedelta = timedelta(seconds=WAIT_S)) -> None:
         if self.into is not None and self.source is not None:
-            tensor = self.source.get(timeout=min(WAIT_S, timeout.total_seconds()))
+            tensor = self._taken(self.source, time.monotonic() + min(WAIT_S, timeout.total_seconds()))
             assert tensor.numel() == self.into.numel() and tensor.dtype == self.into.dtype
             self.into.view(-1).copy_(tensor.view(-1))
 
+    def _taken(self, source: Box, deadline: float) -> Tensor:
+        """The message; RankFailed where another rank has given up."""
+        while time.monotonic() < deadline:
+            try:
+                return source.get(timeout=POLL_S)
+            except queue.Empty:
+                self.watch.check()
+        raise queue.Empty
+
 
 class ThreadMesh:
-    """One of `world` threads' ends; `mail` is theirs together."""
+    """One of `world` threads' ends; `mail` and `store` are theirs together."""
 
-    def __init__(self, rank: int, world: int, mail: dict[Any, queue.SimpleQueue[Tensor]]) -> None:
+    def __init__(self, rank: int, world: int, mail: dict[Any, Box], store: Any) -> None:
         self.rank, self.world, self.mail, self.sent_bytes = rank, world, mail, 0
+        self.watch, self.launch = Watch(store, rank, world), "threads"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ThreadMesh:
+        return self
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Arrival:
         assert tensor.is_contiguous() and peer != self.rank
         self.sent_bytes += tensor.numel() * tensor.element_size()
         self.mail[self.rank, peer, tag].put(tensor.clone())
-        return Arrival()
+        return Arrival(self.watch)
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Arrival:
         assert tensor.is_contiguous() and peer != self.rank
-        return Arrival(tensor, self.mail[peer, self.rank, tag])
+        return Arrival(self.watch, tensor, self.mail[peer, self.rank, tag])
 
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
@@ -54,26 +71,35 @@ class ThreadMesh:
         return exchange(self, tensor)
 
     def close(self, error: BaseException | None = None) -> None:
-        pass
+        if error is not None:
+            self.watch.last_words(error)
 
 
-def ranks(world: int, work: Callable[[Comm], T]) -> list[T]:
-    """What `work` returns on each of `world` ranks; the first exception of any."""
-    mail: dict[Any, queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
-    found: dict[int, T] = {}
-    errors: list[BaseException] = []
+def outcomes(world: int, work: Callable[[Comm], T]) -> list[T | BaseException]:
+    """What `work` returns on each of `world` ranks, or what it raises there."""
+    mail: dict[Any, Box] = defaultdict(queue.SimpleQueue)
+    store = torch.distributed.HashStore()
+    found: dict[int, T | BaseException] = {}
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(Comm(ThreadMesh(rank, world, mail)))
+            with Comm(ThreadMesh(rank, world, mail, store)) as comm:
+                found[rank] = work(comm)
         except BaseException as error:
-            errors.append(error)
+            found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise next((e for e in errors if not isinstance(e, queue.Empty)), errors[0])
     return [found[rank] for rank in range(world)]
+
+
+def ranks(world: int, work: Callable[[Comm], T]) -> list[T]:
+    """What `work` returns on each of `world` ranks; the first exception of any that is not about another rank."""
+    found = outcomes(world, work)
+    errors = [each for each in found if isinstance(each, BaseException)]
+    if errors:
+        raise next((each for each in errors if not isinstance(each, RankFailed)), errors[0])
+    return [each for each in found if not isinstance(each, BaseException)]

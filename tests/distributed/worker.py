@@ -18,22 +18,29 @@ from tests.distributed.test_sums import SHAPES, parameters, summed
 SILENCE_S, START_S = 7.0, 5.0
 
 
-def sums(comm: Comm, folder: Path) -> None:
-    torch.save(summed(comm), folder / f"rank-{comm.rank}.pt")
+def sums_and_weights(comm: Comm, folder: Path) -> None:
+    torch.save((summed(comm), weights(comm)), folder / f"rank-{comm.rank}.pt")
 
 
-def weights(comm: Comm, folder: Path) -> None:
+def weights(comm: Comm) -> dict[str, torch.Tensor]:
+    """What each rank has after each has set its own to its number, from 1."""
     named = parameters()
     comm.lay(named)
     for piece in comm.pieces():
         piece.of(named[piece.name].detach()).fill_(1 + comm.rank)
     comm.spread()
-    torch.save({name: named[name].detach() for name in SHAPES}, folder / f"rank-{comm.rank}.pt")
+    return {name: named[name].detach() for name in SHAPES}
 
 
 def raises(comm: Comm, folder: Path) -> None:
     if comm.rank == 1:
         raise UserError("no-such-file.bin: cannot be read")
+    comm.gather(torch.zeros(1))
+
+
+def without_memory(comm: Comm, folder: Path) -> None:
+    if comm.rank == 1:
+        comm.mesh.run(lambda: torch.empty(1 << 50))
     comm.gather(torch.zeros(1))
 
 
@@ -49,7 +56,9 @@ def stopped(comm: Comm, folder: Path) -> None:
     comm.gather(torch.zeros(1))
 
 
-TASKS: dict[str, Callable[[Comm, Path], None]] = {f.__name__: f for f in (sums, weights, raises, killed, stopped)}
+TASKS: dict[str, Callable[[Comm, Path], None]] = {
+    f.__name__: f for f in (sums_and_weights, raises, without_memory, killed, stopped)
+}
 
 
 def main() -> int:

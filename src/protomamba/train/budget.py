@@ -1,4 +1,7 @@
-"""How many steps fit into a wall time: measured on a copy of the trainer before the run begins."""
+"""How many steps fit into a wall time: measured on a copy of the trainer before the run begins.
+
+Several ranks take the measured steps together; what rank 0's clock says of them goes for all.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +49,33 @@ def measure(
     """Time a copy of the trainer on the run's own batches; neither the trainer nor the random numbers change."""
     with torch.random.fork_rng(devices=[]):
         twin = copy.deepcopy(trainer)
-        taken: list[float] = []
-        count = max(WARM_UP + MEASURED, 2 * trainer.config.bp_cadence_steps)
-        while len(taken) < count or sum(taken) < AT_LEAST_S:
-            first = stream.position + len(taken) * grad_accum
-            started = time.perf_counter()
-            twin.train_step(*(stream.batch(first + part) for part in range(grad_accum)))
-            taken.append(time.perf_counter() - started)
-        measured = taken[WARM_UP:]
-        # With a cadence most steps are cheap: their mean counts, not their median.
-        step = statistics.median(measured) if trainer.config.bp_cadence_steps == 1 else statistics.fmean(measured)
-        validated = _validation_seconds(twin, validation)
+        found = Costs(
+            _step_seconds(twin, stream, grad_accum), _validation_seconds(twin, validation), _save_seconds(twin, folder)
+        )
+        return Costs(*trainer.comm.tell(astuple(found))[0])
+
+
+def _step_seconds(trainer: Trainer, stream: BatchSource, grad_accum: int) -> float:
+    cadence, taken = trainer.config.bp_cadence_steps, list[float]()
+    count = max(WARM_UP + MEASURED, 2 * cadence)
+    while trainer.comm.tell(len(taken) < count or sum(taken) < AT_LEAST_S)[0]:
+        first = stream.position + len(taken) * grad_accum
         started = time.perf_counter()
+        trainer.train_step(*(stream.batch(first + part) for part in range(grad_accum)))
+        taken.append(time.perf_counter() - started)
+    # With a cadence most steps are cheap: their mean counts, not their median.
+    return statistics.median(taken[WARM_UP:]) if cadence == 1 else statistics.fmean(taken[WARM_UP:])
+
+
+def _save_seconds(trainer: Trainer, folder: Path) -> float:
+    """Of a checkpoint in the run's folder, which rank 0 writes with what the others bring."""
+    started = time.perf_counter()
+    if trainer.comm.rank > 0:
+        trainer.parts()
+    else:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".measure-") as place:
-            twin.save_checkpoint(Path(place) / "c.safetensors")
-        return Costs(step, validated, time.perf_counter() - started)
+            trainer.save_checkpoint(Path(place) / "c.safetensors")
+    return time.perf_counter() - started
 
 
 def _validation_seconds(trainer: Trainer, validation: Iterable[Any] | None) -> float:

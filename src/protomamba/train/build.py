@@ -32,8 +32,8 @@ from protomamba.train.callbacks.console import Console
 from protomamba.train.callbacks.progress import Progress
 from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
-from protomamba.train.comm import Comm, Local, join
-from protomamba.train.comm_start import after_restart, check_ranks, find_together, ranks_line, refuse_unshareable
+from protomamba.train.comm import Comm, Local, join, restarted
+from protomamba.train.comm_start import check_ranks, find_together, ranks_line, refuse_unshareable
 from protomamba.train.comm_workers import outer_workers
 from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.initial_weights import (
@@ -64,13 +64,14 @@ def train(config: RunConfig, console: Console | None = None) -> int:
     if len(lengths) > 1:
         raise ConfigError(f"{' and '.join(lengths)} exclude each other: give one of them")
     folder = run_folder(config)
-    if config.resume not in (None, "auto") and not Path(config.resume).exists():
+    # What is started again may go on from a newer one, and that one may be pruned by then.
+    if config.resume not in (None, "auto") and not restarted() and not Path(config.resume).exists():
         raise UserError(f"--resume {config.resume}: there is no such checkpoint")
     for name in config.track:
         require_tracker(name)
     load_named_code(config)
     with StopRequest() as stop, join() as comm, lead(comm, folder):
-        resumed = find_together(after_restart(config), comm)
+        resumed = find_together(config, comm)
         config = resumed.config if resumed else config
         with console or Console(progress=config.progress) as shown:
             run = build_run(config, resumed, stop, shown, comm=comm)
@@ -155,7 +156,12 @@ def build_run(
         prefetch=(config.prefetch_workers, config.prefetch_buffer),
         resume=resumed.found if resumed else None,
         further_steps=parts.further_steps,
-        record={"run": config.to_json(), "tokenizer": parts.inputs.tokenizer, "data": parts.inputs.record},
+        record={
+            "run": config.to_json(),
+            "tokenizer": parts.inputs.tokenizer,
+            "data": parts.inputs.record,
+            **({"launch": trainer.comm.launch} if trainer.comm.launch else {}),
+        },
         tensors=parts.inputs.tensors,
         stop=stop,
     )
@@ -272,7 +278,8 @@ def _budgeted(
 ) -> tuple[RunConfig, list[str]]:
     """The configuration with the steps that fit into --time-budget from `started` on, and their prediction."""
     costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir)
-    left = budget.seconds_of(str(config.time_budget)) - (time.perf_counter() - started)
+    spent = trainer.comm.tell(time.perf_counter() - started)[0]
+    left = budget.seconds_of(str(config.time_budget)) - spent
     events = budget.events_within(left, costs, presets.EVENTS)
     # What the preset chose, and nobody gave, is spread over the steps there will be.
     spread = [n for n in ("val_every", "save_every") if config.preset in DATA_PRESETS and n not in config.given]

@@ -63,6 +63,11 @@ class Comm:
     def world(self) -> int:
         return self.mesh.world
 
+    @property
+    def launch(self) -> str | None:
+        """A name that torch's launcher and its restarts have in common, with no other launch; None without it."""
+        return self.mesh.launch
+
     def shards(self, count: int) -> range:
         """The shards of `count` that this rank computes. ConfigError where there are more ranks than shards."""
         if self.world > count:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ T = TypeVar("T")
 # One message at most takes this long: a rank that is alive may be writing a checkpoint meanwhile.
 MESSAGE_S = 1_800.0
 POLL_S = 1.0
+# Torch's words where there is no memory, which raise the same RuntimeError as a broken link.
+OUT_OF_MEMORY = "DefaultCPUAllocator"
 # Tags of messages: sizes and contents of `swap`; everything from FREE on is the caller's.
 SIZES, CONTENTS, FREE = 1, 2, 16
 
@@ -40,6 +43,8 @@ class Mesh(Protocol):
 
     @property
     def sent_bytes(self) -> int: ...
+    @property
+    def launch(self) -> str | None: ...
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def run(self, blocking: Callable[[], T]) -> T: ...
@@ -50,7 +55,7 @@ class Mesh(Protocol):
 class Alone:
     """One process: nothing is sent."""
 
-    rank, world, sent_bytes = 0, 1, 0
+    rank, world, sent_bytes, launch = 0, 1, 0, None
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
         raise RuntimeError("one process alone has nobody to send to")
@@ -70,6 +75,7 @@ class Alone:
 class Gloo:
     """The ranks of torch's launcher. Everything that waits does so in a thread of its own, so that a failure is seen.
 
+    launch: a name that the launcher's ranks have in common, before and after its restarts, with no other launch.
     RankFailed, with the other rank's reason, from whatever waits for one that has failed.
     """
 
@@ -84,6 +90,7 @@ class Gloo:
             store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
         except dist.DistError as error:
             raise RankFailed(f"the ranks did not meet: {error}; start them with torchrun") from error
+        self.launch = store.compare_set("protomamba/launch", "", secrets.token_hex(8)).decode()
         # The launcher's store outlives a restart, and holds the addresses of the processes before it.
         store = PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.sent_bytes = 0
@@ -94,6 +101,10 @@ class Gloo:
         self.watch.start()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="communication", daemon=True).start()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gloo:
+        """A copy of a trainer talks to the same ranks."""
+        return self
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
         """Begin to send a contiguous tensor, which must stay as it is until the work has been waited for."""
@@ -126,7 +137,7 @@ class Gloo:
         while not done.wait(POLL_S):
             self.watch.check()
         result, error = outcome
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY not in str(error):
             raise self.watch.explain(error) from error
         if error is not None:
             raise error
@@ -147,8 +158,7 @@ class Gloo:
             self.watch.stop()
             self._dist.destroy_process_group()
             return
-        if not isinstance(error, RankFailed):
-            self.watch.give_up(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        self.watch.last_words(error)
         # A thread may still wait in gloo for a rank that is gone, and would hold up the end of the process.
         atexit.register(_leave_at_once, error.exit_code if isinstance(error, UserError) else 1)
 

@@ -11,28 +11,21 @@ import torch
 
 from protomamba import __version__, kernels
 from protomamba.checkpoint import file as checkpoint
-from protomamba.checkpoint.folder import Resumable
+from protomamba.checkpoint.folder import Resumable, find_resumable
 from protomamba.config import RunConfig
 from protomamba.data.source import Source
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm import Comm, restarted
 from protomamba.train.comm_workers import gradient_shards, outer_workers
-from protomamba.train.resume import Resumed, find_resume, resume_from
+from protomamba.train.resume import Resumed, find_resume, resume_from, run_folder
 from protomamba.train.trainer import Trainer
 
 # Where a rank finds things, and what it shows, may differ.
 OF_THE_MACHINE = {"out_dir", "progress", "prefetch_workers", "prefetch_buffer", "allow_mixed_ranks"}
 
 
-def after_restart(config: RunConfig) -> RunConfig:
-    """What torch's launcher has started again after a failure goes on from the newest checkpoint, if there is one."""
-    return config.replace(resume="auto") if restarted() else config
-
-
 def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
     """ConfigError for what cannot be shared out to these ranks."""
-    if comm.world > 1 and config.time_budget is not None:
-        raise ConfigError("--time-budget is measured in one process: give --steps or --epochs to several ranks")
     shards = gradient_shards(config, comm.world)
     comm.shards(shards)
     outer_workers(config, shards)
@@ -45,11 +38,23 @@ def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
 
 def find_together(config: RunConfig, comm: Comm) -> Resumed | None:
     """The checkpoint that rank 0 finds, on every rank. UserError on a rank that cannot read it."""
-    resumed = find_resume(config) if comm.rank == 0 else None
+    resumed = _find(config, comm.launch) if comm.rank == 0 else None
     path = comm.tell(str(resumed.found.path) if resumed else None)[0]
     if comm.rank == 0 or path is None:
         return resumed
     return resume_from(config, Resumable(Path(path), checkpoint.load(path)))
+
+
+def _find(config: RunConfig, launch: str | None) -> Resumed | None:
+    """After a restart the newest checkpoint that this launch has written, whatever --resume says; else as it says.
+
+    Another run's checkpoints in the folder stay as they are: the restart of a run that was refused is refused again.
+    """
+    if restarted():
+        found = find_resumable(folder := run_folder(config))
+        if found is not None and found.checkpoint.config.get("launch") == launch:
+            return resume_from(config.replace(resume="auto", out_dir=folder), found)
+    return find_resume(config)
 
 
 def check_ranks(comm: Comm, config: RunConfig, training: Source, resumed: Resumed | None) -> list[str]:

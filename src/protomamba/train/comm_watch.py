@@ -67,6 +67,11 @@ class Watch:
                 count += 1
                 self._stop.wait(BEAT_S)
 
+    def last_words(self, error: BaseException) -> None:
+        """Tell the others what ends this rank, if it is not they that do."""
+        if not isinstance(error, RankFailed):
+            self.give_up(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+
     def give_up(self, reason: str) -> None:
         """Tell the others why this rank ends. The first reason of all stands."""
         self._accuse(f"rank {self.rank}: {reason}")

@@ -71,6 +71,10 @@ class Group:
     def sent_bytes(self) -> int:
         return self.mesh.sent_bytes
 
+    @property
+    def launch(self) -> str | None:
+        return self.mesh.launch
+
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
         return self.mesh.send(tensor, self.ranks[peer], tag)
 
