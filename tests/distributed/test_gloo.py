@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -43,17 +42,17 @@ def test_sums_and_weights_over_gloo_are_those_of_one_process(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("killed", "rank 1 gone without a word: killed (out of memory?), or its machine or link is down"),
-        slow("raises", "rank 1: no-such-file.bin: cannot be read"),
-        slow("stopped", "rank 1 gave no sign of life for 7 s"),
-        slow("without_memory", "rank 1: RuntimeError: .*DefaultCPUAllocator: .*allocate.*"),
+        ("killed", "rank 1 gone without a word: killed (out of memory?), or its machine or link is down\n"),
+        slow("raises", "rank 1: no-such-file.bin: cannot be read\n"),
+        slow("stopped", "rank 1 gave no sign of life for 7 s\n"),
+        slow("without_memory", "rank 1: RuntimeError: [enforce fail at alloc_cpu.cpp"),
     ],
 )
 def test_the_others_say_why_a_rank_failed(task: str, reason: str, tmp_path: Path) -> None:
     with started(3, [*WORKER, task, str(tmp_path), "--impatient"]) as processes:
         for survivor in (processes[0], processes[2]):
             code, errors = outcome(survivor)
-            assert code == 1 and re.fullmatch(rf"error: {reason.replace('(', '[(]').replace(')', '[)]')}\n", errors)
+            assert code == 1 and errors.startswith(f"error: {reason}"), errors
 
 
 @pytest.mark.slow
