@@ -118,6 +118,17 @@ def test_motifs_that_only_a_long_memory_connects() -> None:
         assert place < 0 or record[place + 8 + motifs.GAP :].startswith(closing)
 
 
+def test_a_catalogue_is_learnt_beyond_its_popularity() -> None:
+    catalogue = importlib.import_module("examples.catalogue")
+    drawn = catalogue.sessions(2_000, 400, seed=3) - catalogue.RESERVED
+    assert drawn.min() >= 0 and drawn.max() < 2_000 and (drawn == 0).mean() > 0.03, "the commonest by Zipf's law"
+    stays = (drawn[:, 1:] % 44 == drawn[:, :-1] % 44).mean()
+    assert 0.88 < stays < 0.96, "a session changes its theme one time in ten, now and then for the same one"
+    found = catalogue.compare(items=2_000, steps=60, width=16, judged=200)
+    assert set(found) == {"popularity", "bigram table", *catalogue.HEADS}
+    assert all(found[name]["mrr"] > found["popularity"]["mrr"] for name in catalogue.HEADS)
+
+
 def test_a_set_of_series_as_aeon_ships_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vowels = importlib.import_module("examples.japanese_vowels")
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from pathlib import Path
 
@@ -110,3 +111,13 @@ def test_nothing_to_learn_leaves_prototypes_apart_and_then_a_source_is_learnt() 
     for _ in range(300):
         plateau.train_step(*told(8))
     assert plateau.evaluate([told(64)]).accuracy > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_the_recall_task_is_learnt(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 never learnt it: one target a row, and nothing to go by for thousands of steps."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "studies"))
+    plateaus = importlib.import_module("plateaus")
+    found = plateaus.run_recall("learned", seed, plateaus.RECALL_LIMIT)
+    assert found["reached"] is not None and found["reached"] <= 16_000, found

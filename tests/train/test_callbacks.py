@@ -21,6 +21,7 @@ from tests.runs import losses, metrics, same_state, token_file, train
 from protomamba import Callback, CollapseWatch, DatasetStream, ModelConfig, Run, SequenceModel, TrainConfig, Trainer
 from protomamba.checkpoint import file as checkpoint
 from protomamba.errors import UserError
+from protomamba.train.callbacks.save_advice import rare_enough
 from protomamba.train.comm import Comm, Local
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,6 +113,31 @@ def test_without_a_folder_nothing_is_kept_and_all_else_works() -> None:
     diary = Diary()
     assert Run(trainer, stream, callbacks=[diary]).fit() == "done"
     assert diary.lines == ["start 0", "step 1", "step 2", "step 3", "end done"]
+
+
+def test_a_run_with_large_checkpoints_is_told_what_saving_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, bool]] = []
+
+    class Listener(Callback):
+        def on_message(self, run: Run, text: str, warning: bool) -> None:
+            told.append((text, warning))
+
+    Run(*make(), callbacks=[Listener()], folder=tmp_path / "small", save_every=2).fit()
+    assert not told
+    monkeypatch.setattr("protomamba.train.callbacks.save_advice.LARGE", 1)
+    Run(*make(), callbacks=[Listener()], folder=tmp_path / "large", save_every=2).fit()
+    assert [text.split()[:3] for text, _ in told] == [["a", "checkpoint", "takes"], ["a", "save", "took"]]
+    assert "--save-every" in told[1][0] and "(at 2 they take" in told[1][0]
+
+
+def test_saves_that_are_rare_enough_take_less_than_a_twentieth_of_the_time() -> None:
+    for save_s, step_s in ((9.5, 0.1), (0.004, 0.01), (120.0, 0.47), (1e-6, 1.0)):
+        steps = rare_enough(save_s, step_s)
+        assert save_s / (save_s + steps * step_s) <= 0.05
+        assert steps == 1 or save_s / (save_s + steps / 1.2 * step_s) > 0.05, "and not much rarer than that"
+    assert rare_enough(9.5, 0.1) == 1_900
 
 
 def test_a_state_enters_the_checkpoint_and_comes_back(tmp_path: Path) -> None:

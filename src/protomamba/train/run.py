@@ -24,6 +24,7 @@ from protomamba.storage import SaveError
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.best import Best
 from protomamba.train.callbacks.recorder import MetricsRecorder
+from protomamba.train.callbacks.save_advice import SaveAdvice
 from protomamba.train.comm import Comm, Local
 from protomamba.train.passes import AnyBatch
 from protomamba.train.run_header import describe_environment
@@ -297,6 +298,7 @@ class Run:
         if self.folder is not None:
             size = estimate_bytes(parts, config=self.configs()) + to_come
             self.folder.require_space(size)
+            self.callbacks.append(SaveAdvice(size))
             self.folder.write_config(self.record.get("run") or self.trainer.configs())
 
     # How it begins.
