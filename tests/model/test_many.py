@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from protomamba import ModelConfig
+from protomamba import ModelConfig, SequenceModel, Trainer
 from protomamba.model.heads import HyperspherePrototypes, SoftmaxHead, many
 from protomamba.model.heads.base import Head
 from protomamba.model.heads.prototypes import nearest_cosines
@@ -71,13 +71,35 @@ def test_the_loss_of_a_softmax_over_many_classes_is_that_of_the_judged_part(monk
 
 def test_a_part_is_judged_where_not_all_need_be(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     assert many.judged_part(7, 1_000).tolist() == list(range(7))
-    assert len(many.judged_part(2_048, 1_000_000)) == 16
+    assert len(many.judged_part(2_048, 1_000_000)) == 134
     monkeypatch.setattr(many, "MANY", 10)
     monkeypatch.setattr(many, "JUDGED_SCORES", 37 * 3)
     z_TD, targets_T = torch.randn(12, 6), torch.arange(12)
     found = head.evaluate(z_TD, targets_T, exact=False)
     assert (found.count, found.judgements) == (12, 3)
     assert found.loss_sum == head.evaluate(z_TD, targets_T).loss_sum
+
+
+def test_a_validation_judges_a_part_of_all_its_batches_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SequenceModel(ModelConfig(vocab_size=37, d_model=6, n_layer=1), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randint(37, (2, 9), generator=generator) for _ in range(2)) for _ in range(3)]
+    batches[1][1][0] = -100
+    trainer = Trainer(model)
+    whole = trainer.evaluate(batches)
+    for module in ("heads.base", "heads.many", "heads.hypersphere", "heads.softmax"):
+        monkeypatch.setattr(f"protomamba.model.{module}.MANY", 10)
+    monkeypatch.setattr("protomamba.train.validation.MANY", 10)
+    passes: list[int] = []
+    judge = model.head._judge
+    monkeypatch.setattr(model.head, "_judge", lambda z, y: passes.append(len(y)) or judge(z, y))
+    all_of_them = trainer.evaluate(batches, exact=False)
+    assert passes == [45] and all_of_them.targets == whole.targets == 45
+    for name in ("loss", "nll", "accuracy", "majority"):
+        assert getattr(all_of_them, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+    monkeypatch.setattr(many, "JUDGED_SCORES", 37 * 7)
+    part = trainer.evaluate(batches, calibrate=True, exact=False)
+    assert passes[1:] == [7] and part.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
 def test_the_nearest_of_a_few_among_very_many_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protomamba.model.heads.base import valid_positions
+from protomamba.model.heads.many import MANY
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.passes import AnyBatch, micro_batch
 
@@ -70,7 +72,10 @@ class TargetCounts:
 
 @torch.no_grad()
 def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool, exact: bool) -> Validation:
-    """`Trainer.evaluate` of a model: in evaluation mode, which is put back afterwards."""
+    """`Trainer.evaluate` of a model: in evaluation mode, which is put back afterwards.
+
+    Where a part of the targets is judged, it is a part of all batches' together: the table is read once for them.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -81,6 +86,8 @@ def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool,
             held = list(features)
             model.head.calibrate(held)
             features = (pair for pair in held)
+        if not exact and model.head.classes >= MANY:
+            features = (pair for pair in [_together(features)])
         seen = TargetCounts()
         parts = [model.head.evaluate(z_BLD, seen.add(targets_BL), exact) for z_BLD, targets_BL in features]
     finally:
@@ -96,3 +103,9 @@ def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool,
         targets=sum(part.count for part in parts),
         majority=seen.majority / count,
     )
+
+
+def _together(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """z (T, D) and targets (T,) of what counts in all of them."""
+    parts = [valid_positions(z_BLD, targets_BL) for z_BLD, targets_BL in pairs]
+    return torch.cat([z_TD for z_TD, _ in parts]), torch.cat([targets_T for _, targets_T in parts])

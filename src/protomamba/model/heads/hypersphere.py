@@ -15,7 +15,7 @@ from protomamba.config import ModelConfig, PrototypeFields
 from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
 from protomamba.model.heads import prototypes
 from protomamba.model.heads.base import head, inner_products, valid_positions
-from protomamba.model.heads.many import MANY
+from protomamba.model.heads.many import MANY, class_blocks
 from protomamba.model.heads.sampling_head import SamplingHead
 
 # Targets that the scale is fitted on at most: one number needs no more.
@@ -101,7 +101,9 @@ class HyperspherePrototypes(SamplingHead):
 
     def class_scores(self, z_TD: Tensor, start: int, stop: int) -> Tensor:
         rows_CD = self.prototypes[start:stop]
-        return inner_products(F.normalize(z_TD, dim=-1), F.normalize(rows_CD, dim=-1) if self.learned else rows_CD)
+        cosine_TC = inner_products(F.normalize(z_TD, dim=-1), rows_CD)
+        # The lengths divide the scores, which are fewer than what a copy of the rows would have.
+        return cosine_TC / torch.linalg.vector_norm(rows_CD, dim=-1).clamp_min(1e-12) if self.learned else cosine_TC
 
     def own_logits(self, z_TD: Tensor, targets_T: Tensor) -> Tensor | None:
         if type(self) is not HyperspherePrototypes:
@@ -162,7 +164,7 @@ class HyperspherePrototypes(SamplingHead):
         z_TD, targets_T = _first_targets(batches, limit)
         if not len(targets_T) or not bool(torch.isfinite(z_TD).all()):
             return
-        cosine_TV = self.scores(z_TD) if self.classes >= MANY else None
+        cosine_TV = self._all_by_blocks(z_TD) if self.classes >= MANY else None
         low, high, s = 1e-3, 1e5, float(self.scale)
         for _ in range(60):
             slope, curvature = self._slope(z_TD, targets_T, s, cosine_TV)
@@ -175,6 +177,11 @@ class HyperspherePrototypes(SamplingHead):
         self.scale.fill_(s)
         if self.contrastive:
             self.fitted.fill_(True)
+
+    def _all_by_blocks(self, z_TD: Tensor) -> Tensor:
+        """(T, V): `scores`, without a copy of the table."""
+        blocks = class_blocks(len(z_TD), self.classes)
+        return torch.cat([self.class_scores(z_TD, start, stop) for start, stop in blocks], 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Weights without a learnt sharpness (of 0.1, or of other prototypes) start it at their fitted scale."""

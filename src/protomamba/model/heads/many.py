@@ -15,8 +15,10 @@ from torch import Tensor
 BLOCK_SCORES = 4_194_304
 # From this number of classes on, what need not be exact is judged on a part of the targets.
 MANY = 65_536
-# Scores that judging a part may take, a batch.
-JUDGED_SCORES = 16_777_216
+# Classes of a block at most: their rows are read from memory once and stay in the cache for what is done with them.
+BLOCK_CLASSES = 8_192
+# Scores that judging a part may take, a validation.
+JUDGED_SCORES = 134_217_728
 
 ClassScores = Callable[[int, int], Tensor]  # (T, stop - start) scores of the classes from start to stop
 
@@ -51,7 +53,7 @@ def judge(scores: ClassScores, targets: int, classes: int, k: int = 1, factor: f
 
 def class_blocks(targets: int, classes: int) -> Iterator[tuple[int, int]]:
     """Start and stop of the blocks of classes whose scores for all targets may be held at once."""
-    size = max(1, BLOCK_SCORES // max(1, targets))
+    size = max(1, min(BLOCK_CLASSES, BLOCK_SCORES // max(1, targets)))
     for start in range(0, classes, size):
         yield start, min(start + size, classes)
 
