@@ -25,7 +25,7 @@ from protomamba.data.baselines import Baselines
 from protomamba.data.vocabulary import RESERVED
 from protomamba.model.heads.ranking import ranking_figures, ranks_of_targets
 
-ROWS, LENGTH, JUDGED = 64, 32, 1_000
+ROWS, LENGTH, JUDGED = 64, 32, 500
 ANOTHER, PARTNER = 0.1, 0.25  # how often a session turns to another theme, or takes the partner of the last item
 HEADS = {"softmax, sampled": {"head": "softmax"}, "prototypes": {"head": "hpn"}}
 SHOWN = ("hit@1", "hit@10", "ndcg@10", "mrr")
@@ -65,7 +65,7 @@ def train(items: int, steps: int, width: int, **head: str) -> SequenceModel:
     trainer = Trainer(model, TrainConfig(steps=steps, lr=5e-3, bp_cadence_steps=1, **rows))
     for inputs_BL, targets_BL in batches(items, steps):
         stats = trainer.train_step(inputs_BL, targets_BL)
-        if stats.step % 500 == 0:
+        if stats.step % 100 == 0:
             print(f"  {head['head']}: step {stats.step:,}, loss {stats.loss:.3f}", flush=True)
     return model.eval()
 

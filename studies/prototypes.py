@@ -92,12 +92,12 @@ def pair_encoder(vocabulary: int, texts: Sequence[str]) -> Callable[[str], Seque
     return lambda text: tokenizer.encode(text).ids
 
 
-def session(vocabulary: int, variant: str, seed: int, out: Path) -> Session:
-    """A trainer of that head on its data."""
+def session(vocabulary: int, variant: str, seed: int, out: Path, **more: Any) -> Session:
+    """A trainer of that head on its data; `more`: other settings of the run."""
     train, held_out = token_files(vocabulary, out / "tokens")
     fields = {**SHAPE, **UPDATES, **PLAIN, **VARIANTS[variant], "packed_sequences": False, "vocab_size": vocabulary}
     files = {"token_file": train, "val_token_file": held_out, "out_dir": out}
-    return Session.start(RunConfig(**{**fields, **files, "seed": seed}))
+    return Session.start(RunConfig(**{**fields, **files, "seed": seed, **more}))
 
 
 def step_costs(vocabulary: int, out: Path) -> dict[str, float]:
