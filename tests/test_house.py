@@ -27,10 +27,10 @@ ROWS = (
     ("train",),
     ("model", "data", "report"),
     ("checkpoint",),
-    ("kernels", "config_file", "metrics_file", "storage", "folder_lock", "output", "bits"),
+    ("kernels", "config_file", "metrics_file", "storage", "folder_lock", "output", "bits", "memory"),
     ("config",),
     ("schema",),
-    ("errors",),
+    ("errors", "machine"),
 )
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 

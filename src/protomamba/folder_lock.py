@@ -79,6 +79,15 @@ class FolderLock:
         self.release()
 
 
+def left_behind(folder: Path) -> str | None:
+    """Of a folder that this process has locked: who held it before and died without a word; None for nobody."""
+    for lock in _held:
+        if lock.path.parent == folder and lock.took_over is not None:
+            who = {key: lock.took_over.get(key, "unknown") for key in ("pid", "host", "started")}
+            return f"pid {who['pid']} on host {who['host']}, since {who['started']}"
+    return None
+
+
 def _read(fd: int) -> dict[str, Any] | None:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))

@@ -14,8 +14,8 @@ from protomamba.bench.timing import Samples
 from protomamba.cli.main import main
 from protomamba.doctor import checks
 from protomamba.doctor.checks import Finding, findings, measured, memory_finding, missing_extras, threads_finding
-from protomamba.doctor.machine import Limits
 from protomamba.kernels import matmul, native
+from protomamba.machine import Limits
 
 FREE = Limits(None, None)
 GIB = 1 << 30

@@ -35,6 +35,7 @@ class Plan:
     "kill-before", "kill-after". stall: a file that is made when the first save after a stop request hangs, forever.
     disk_calls: a file that gets the names of all disk calls. audit: a file that gets what the process opened for
     writing, connected to, or ran. memory: a file that gets "step resident-bytes open-files" lines.
+    starve: "step", "save" or "worker", from whose third call on the process may have 64 MB more and asks for 1 GB.
     """
 
     at_batch: int | None = None
@@ -47,6 +48,7 @@ class Plan:
     stall: str | None = None
     audit: str | None = None
     memory: str | None = None
+    starve: str | None = None
 
 
 @dataclass(frozen=True)

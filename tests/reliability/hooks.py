@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from protomamba import storage as durable
 from protomamba.data.prefetch import Prefetcher
@@ -32,6 +36,8 @@ def install(plan: Plan) -> None:
         _watch_memory(Path(plan.memory))
     if plan.audit:
         _watch_the_world(plan.audit)
+    if plan.starve:
+        _starve(plan.starve)
 
 
 def _watch_batches(plan: Plan) -> None:
@@ -123,6 +129,30 @@ def _watch_memory(file: Path) -> None:
                 out.write(f"{stats.step} {resident} {len(os.listdir('/proc/self/fd'))}\n")
 
     run.Run._report = watched  # type: ignore[method-assign]
+
+
+def _starve(where: str) -> None:
+    """Lower the limit of the address space and need more than it, of torch, Python or numpy."""
+    from protomamba.checkpoint import file as checkpoint
+    from protomamba.data.token_stream import TokenStream
+    from protomamba.train.trainer import Trainer
+
+    kind, name, need = {
+        "step": (Trainer, "train_step", lambda: torch.empty(1 << 28)),
+        "save": (checkpoint, "save", lambda: bytearray(1 << 30)),
+        "worker": (TokenStream, "batch", lambda: np.empty(1 << 27)),
+    }[where]
+    real, calls = getattr(kind, name), 0
+
+    def starved(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
+        return (need(), real(*arguments, **options))[1] if calls >= 3 else real(*arguments, **options)
+
+    setattr(kind, name, starved)
 
 
 CHANGING = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}

@@ -27,6 +27,7 @@ PROMISES = {
     11: "memory and open files stay flat",
     12: "output that breaks costs its text only",
     13: "hostile files of every kind are read or refused in one line",
+    14: "memory that runs out, and a run that was killed, are told",
 }
 ELSEWHERE = {
     "tests/checkpoint/test_checkpoint_faults.py": 2,

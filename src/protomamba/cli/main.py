@@ -24,6 +24,7 @@ from protomamba.cli import (
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
+from protomamba.memory import out_of_memory
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
 from protomamba.schema import nearest
 
@@ -172,6 +173,11 @@ def _run_and_explain(arguments: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if "--debug" in arguments or (told := out_of_memory(error)) is None:
+            raise
+        print(f"protomamba: {told}", file=sys.stderr)
+        return 1
 
 
 # Their work is files: it is done whoever listens.

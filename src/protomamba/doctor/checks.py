@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from protomamba import __version__
-from protomamba.doctor.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
 from protomamba.errors import ConfigError
 from protomamba.kernels import matmul, native
+from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
 
 # Installed by contributors, not needed to use anything.
 NOT_FOR_USERS = frozenset({"dev"})

@@ -27,6 +27,8 @@ ABI = 2
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _log = logging.getLogger("protomamba")
 _mode: str | None = None
+# OpenMP's threads do not follow into a forked process, and a child that waits for them waits for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 _level: str | None = None
 
 

@@ -29,6 +29,7 @@ from protomamba.train import budget, presets
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
 from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.memory import MemoryWatch
 from protomamba.train.callbacks.progress import Progress
 from protomamba.train.callbacks.report import ReportWriter
 from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
@@ -145,7 +146,7 @@ def build_run(
         trainer,
         parts.stream,
         parts.validation,
-        (shown, CollapseWatch(), *chosen_callbacks(config), *callbacks),
+        (shown, CollapseWatch(), MemoryWatch(), *chosen_callbacks(config), *callbacks),
         RunDir(config.out_dir, config.keep_last),
         log_every=config.log_every,
         val_every=config.val_every,

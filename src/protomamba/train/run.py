@@ -20,6 +20,7 @@ from protomamba.checkpoint.folder import Resumable, RunDir, find_resumable, make
 from protomamba.checkpoint.lock import RunLock
 from protomamba.data.prefetch import BatchSource, Prefetcher
 from protomamba.errors import UserError
+from protomamba.folder_lock import left_behind
 from protomamba.storage import SaveError
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.best import Best
@@ -168,6 +169,8 @@ class Run:
             self._tell("on_start")
             for note in notes:
                 self.note(note)
+            if self.folder is not None and (who := left_behind(self.folder.folder)):
+                self.warn(f"the last run here ({who}) ended without a word: killed (for memory?), or its machine was")
             with Prefetcher(self.stream, *self.prefetch) as self._batches:
                 self._reset_clock()
                 reason = self._loop()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.doctor.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
+from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
