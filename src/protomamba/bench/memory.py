@@ -52,10 +52,10 @@ def main(name: str, precision: str, threads: str) -> None:
     tokens_BL, targets_BL = shape.batches()
     for _ in range(STEPS):
         trainer.train_step(tokens_BL, targets_BL)
-    print(_high_water_mib())
+    print(high_water_mib())
 
 
-def _high_water_mib() -> float:
+def high_water_mib() -> float:
     """Linux: VmHWM, because ru_maxrss counts what the parent process held when it started this one."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -6,6 +6,7 @@ The parent starts this module under torch's launcher. Where one process alone is
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from protomamba.bench.memory import high_water_mib
 from protomamba.bench.shapes import NAMED, NEVER, Shape
 from protomamba.bench.timing import Ratio, spread
 from protomamba.config import TrainConfig
@@ -27,17 +29,51 @@ from protomamba.train.trainer import Trainer
 
 Times = tuple[float, float]  # seconds by the wall and of the processor
 WORLD, LIMIT_S = 2, 3_600
+MEMORY_WORLDS, MEMORY_STEPS = (1, 2, 4), 3
 ALONE, THREADS, SAME, MORE = "one process", f"{WORLD} threads", f"{WORLD} ranks", f"{WORLD} ranks, as many rows each"
 
 
 def ranks_table(names: list[str], rounds: int) -> list[dict[str, Any]]:
     """One row a shape. UserError where the launcher fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-    command += ["-m", "protomamba.bench.ranks", json.dumps([names, rounds])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    rows = launched(WORLD, ["times", names, rounds])
+    return [{k: Ratio(*v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+
+
+def memory_table(name: str) -> list[dict[str, Any]]:
+    """What a rank of 1, 2 and 4 holds and sends, with as many rows each: one row a number. UserError as above."""
+    return [row for world in MEMORY_WORLDS for row in launched(world, ["memory", name])]
+
+
+def launched(world: int, request: list[Any]) -> list[dict[str, Any]]:
+    """The rows that rank 0 of so many prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    command += ["-m", "protomamba.bench.ranks", json.dumps(request)]
+    # The launcher sets it where there are several, and says so on standard error.
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode:
-        raise UserError(f"bench: {WORLD} ranks failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    return [{k: Ratio(*v) if isinstance(v, list) else v for k, v in row.items()} for row in json.loads(done.stdout)]
+        raise UserError(f"bench: {world} ranks failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def memory(comm: Comm, shape: Shape) -> dict[str, Any]:
+    """The most of any rank, in a process that has done nothing but a few steps; the same call on every rank."""
+    trainer = trainer_of(shape, comm)
+    batch = replace(shape, batch=shape.batch * comm.world).batches()
+    for _ in range(MEMORY_STEPS):
+        before = comm.mesh.sent_bytes
+        trainer.train_step(*batch)
+    figures = comm.tell([high_water_mib(), moments_bytes(trainer) / 2**20, (comm.mesh.sent_bytes - before) / 2**20])
+    peak, moments, sent = (max(column) for column in zip(*figures, strict=True))
+    ranks = f"{comm.world} rank{'s' if comm.world > 1 else ''}"
+    return {
+        "shape": f"{shape.text}; {ranks}, as many rows each",
+        "peak_rss_mib a rank": peak,
+        "moments_mib a rank": moments,
+        "sent_mib a step and rank": sent,
+    }
 
 
 def measure(comm: Comm, shape: Shape, rounds: int) -> dict[str, Any]:
@@ -69,7 +105,6 @@ def described(comm: Comm, shape: Shape, times: dict[str, list[Times]], sent: int
         found = spread([work * b[clock] / a[clock] for a, b in zip(times[name], times[to], strict=True)])
         return [found.median, found.low, found.high]
 
-    kept = sum(x.numel() * x.element_size() for slots in shared.optimizer.state().values() for x in slots.values())
     return {
         "shape": shape.text,
         "weak scaling (x tokens/s)": gain(MORE, ALONE, comm.world),
@@ -80,8 +115,13 @@ def described(comm: Comm, shape: Shape, times: dict[str, list[Times]], sent: int
         "step_ms of one process": 1e3 * statistics.median(wall for wall, _ in times[ALONE]),
         "sent_mib a step and rank": sent / 2**20,
         "gradient_mib": sum(p.numel() * p.element_size() for p in shared.model.parameters()) / 2**20,
-        "moments_mib a rank": kept / 2**20,
+        "moments_mib a rank": moments_bytes(shared) / 2**20,
     }
+
+
+def moments_bytes(trainer: Trainer) -> int:
+    """What this rank keeps of the optimizer's state."""
+    return sum(x.numel() * x.element_size() for slots in trainer.optimizer.state().values() for x in slots.values())
 
 
 def trainer_of(shape: Shape, comm: Comm) -> Trainer:
@@ -109,10 +149,14 @@ def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: b
 
 def main() -> None:
     """One rank of the measurement."""
-    names, rounds = json.loads(sys.argv[1])
+    what, *request = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
     keep_freed_memory()
     with Ranks() as comm:
-        rows = [measure(comm, NAMED[name], rounds) for name in names]
+        if what == "memory":
+            rows = [memory(comm, NAMED[request[0]])]
+        else:
+            rows = [measure(comm, NAMED[name], request[1]) for name in request[0]]
         if comm.rank == 0:
             print(json.dumps(rows))
 

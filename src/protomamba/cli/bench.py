@@ -13,7 +13,7 @@ import torch
 
 from protomamba.bench import report
 from protomamba.bench.ops import measure_op
-from protomamba.bench.ranks import ranks_table
+from protomamba.bench.ranks import memory_table, ranks_table
 from protomamba.bench.report import Section
 from protomamba.bench.shapes import Shape, parse_shapes
 from protomamba.bench.step import measure_step
@@ -44,6 +44,7 @@ RANK_NOTES = (
     "Two ranks of torch's launcher on this machine beside one process with one thread, and with two, in rotation: with "
     "as many rows each (weak scaling), and sharing the same batch. docs/scale-out.md.",
 )
+MEMORY_NOTES = ("The most of any rank, torch itself included, with one thread; the moments are shared out.",)
 LENGTH_NOTES = ("Width 256, 4 layers, 65,536 tokens a step. Peak resident memory of a process that does nothing else.",)
 
 
@@ -105,6 +106,7 @@ def _sections(arguments: Namespace, shapes: list[Shape], precisions: list[str]) 
     if "ranks" in wanted:
         table = ranks_table(["M", "L"], rounds)
         sections.append(Section("Two ranks, one thread each", table, RANK_NOTES))
+        sections.append(Section("What a rank holds and sends", memory_table("M"), MEMORY_NOTES))
     if "lengths" in wanted:
         table = lengths_table(precisions[0], max(1, rounds // 3), arguments.clock)
         sections.append(Section("The same tokens in shorter and longer rows", table, LENGTH_NOTES))
