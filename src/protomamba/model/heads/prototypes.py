@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protomamba.kernels.reference import unit
+from protomamba.model.heads.many import BLOCK_CLASSES
 
 # Cosines held at once when all prototypes meet all others: 16 MiB of float32.
 BLOCK_COSINES = 4_194_304
@@ -163,9 +164,10 @@ def nearest_cosines(points_VD: Tensor, sample: int | None = None) -> Tensor:
 def _nearest_of_few(points_VD: Tensor, chosen_C: Tensor) -> Tensor:
     """`nearest_cosines` of a few among very many points: those are read once, and never copied whole."""
     few_CD, nearest_C = F.normalize(points_VD[chosen_C], dim=-1), points_VD.new_full((len(chosen_C),), -1.0)
-    rows = max(1, BLOCK_COSINES // len(chosen_C))
+    rows = max(1, min(BLOCK_CLASSES, BLOCK_COSINES // len(chosen_C)))
     for start in range(0, len(points_VD), rows):
-        cosine_CR = few_CD @ F.normalize(points_VD[start : start + rows], dim=-1).t()
+        block_RD = points_VD[start : start + rows]
+        cosine_CR = few_CD @ block_RD.t() / torch.linalg.vector_norm(block_RD, dim=-1).clamp_min(1e-12)
         own = (chosen_C >= start) & (chosen_C < start + rows)
         cosine_CR[own, chosen_C[own] - start] = -1.0
         nearest_C = torch.maximum(nearest_C, cosine_CR.amax(1))
