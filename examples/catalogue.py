@@ -61,7 +61,7 @@ def batches(items: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor
 def train(items: int, steps: int, width: int, **head: str) -> SequenceModel:
     shape = {"vocab_size": items + RESERVED, "d_model": width, "n_layer": 1}
     model = SequenceModel(ModelConfig(**shape, **head, head_options={"sample": 1_024}), seed=0)
-    rows = {"sparse_rows": True, "optimizer_option": ("row_wise_moment=1",)}
+    rows = {"sparse_rows": True, "optimizer_option": ("row_wise_moment=1", "momentum_by_touch=1")}
     trainer = Trainer(model, TrainConfig(steps=steps, lr=5e-3, bp_cadence_steps=1, **rows))
     for inputs_BL, targets_BL in batches(items, steps):
         stats = trainer.train_step(inputs_BL, targets_BL)

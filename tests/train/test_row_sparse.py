@@ -115,6 +115,23 @@ def test_a_row_wise_second_moment_is_the_mean_over_the_row() -> None:
     torch.testing.assert_close(rows.slots["exp_avg_sq"][1, 0], 0.01 * dense[1].square().mean())
 
 
+def test_a_first_moment_may_decay_by_touch() -> None:
+    """Rows read at updates 1 and 5: the second moment decays by all of them either way."""
+    for by_touch, share in ((False, 0.9**4), (True, 0.9)):
+        table, generator = nn.Parameter(torch.ones(3, 4).double()), torch.Generator().manual_seed(2)
+        rows = RowAdamW(table, SimpleNamespace(**vars(CONFIG), momentum_by_touch=by_touch), False, row_wise=False)
+        first = touch(table, [1], generator)
+        rows.update(0.1)
+        for _ in range(3):
+            table.grad = None
+            rows.update(0.1)
+        second = touch(table, [1], generator)
+        rows.update(0.1)
+        torch.testing.assert_close(rows.slots["exp_avg"][1], (share * 0.1 * first + 0.1 * second)[1])
+        squares = 0.99**4 * 0.01 * first.square() + 0.01 * second.square()
+        torch.testing.assert_close(rows.slots["exp_avg_sq"][1], squares[1])
+
+
 def test_the_slots_come_back_to_the_bit_and_others_are_refused() -> None:
     generator = torch.Generator().manual_seed(3)
     table = nn.Parameter(torch.randn(5, 3, generator=generator))

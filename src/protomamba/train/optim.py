@@ -112,6 +112,9 @@ class AdamW(OptimizerBase):
         row_wise_moment: bool = Field(
             False, description="row-sparse tables: one second moment a row, the mean over it, instead of one a number"
         )
+        momentum_by_touch: bool = Field(
+            False, description="row-sparse tables: a row's first moment decays when it is read, not at every update"
+        )
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:
         super().__init__(named, config)

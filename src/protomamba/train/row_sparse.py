@@ -5,7 +5,9 @@
     then one AdamW update of the row at update t.
 
 So moments and decay of the updates between are caught up in closed form, never by replay. It is not AdamW: there,
-moments that are not yet 0 keep moving a row without a gradient. What that is worth: docs/many-classes.md.
+moments that are not yet 0 keep moving a row without a gradient. A row that is rarely touched has forgotten its first
+moment by then, and of each gradient gets the share 1 - beta1 only. With `momentum_by_touch` the first moment decays by
+beta1 at each touch instead, whatever lies between. What both are worth: docs/many-classes.md.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class RowAdamW:
         rows, width = table.shape
         self.table, self.config = table, config
         self.weight_decay = config.weight_decay if decay else 0.0
+        self.by_touch = bool(getattr(config, "momentum_by_touch", False))
         self.slots = {
             "exp_avg": torch.zeros_like(table),
             "exp_avg_sq": table.new_zeros(rows, 1 if row_wise else width),
@@ -69,7 +72,7 @@ class RowAdamW:
         slots, beta1, beta2 = self.slots, self.config.beta1, self.config.beta2
         elapsed_R1 = (slots["step"] - slots["touched"].index_select(0, rows_R))[:, None]
         first_RD, second_RX = (slots[slot].index_select(0, rows_R) for slot in ("exp_avg", "exp_avg_sq"))
-        first_RD *= torch.pow(beta1, elapsed_R1).to(first_RD.dtype)
+        first_RD *= beta1 if self.by_touch else torch.pow(beta1, elapsed_R1).to(first_RD.dtype)
         second_RX *= torch.pow(beta2, elapsed_R1).to(second_RX.dtype)
         square_RX = gradient_RD.square()
         if second_RX.shape[1] != square_RX.shape[1]:
