@@ -208,7 +208,7 @@ def test_a_run_folder_is_not_a_checkpoint_but_holds_one(tmp_path: Path, capsys: 
     ("text", "says"),
     [
         ("d-model = true", r"--d-model True: expected an integer >= 1"),
-        ("d-model = 8\nd_model = 9", r"d-model stands there twice"),
+        ("d-model = 8\nd_model = 9", r"d-modelis given twice"),
         ('threads = "auto"\nsteps = 0', r"--steps 0: expected an integer >= 1"),
     ],
 )
@@ -229,7 +229,7 @@ def test_prompts_are_named_by_flag_and_line(tmp_path: Path, capsys: pytest.Captu
             "1,2\n\n3\n",
             ["--prompt-file", str(prompts)],
             1,
-            r"prompts.txt: expected a prompt a line, found none in line 2",
+            r"prompts.txt: expected one prompt per line, found none in line 2",
         ),
         ("", ["--prompt-tokens", "1,x"], 2, r"--prompt-tokens: expected tokens as N,N"),
         ("", ["--prompt-tokens", "1", "--head", "softmax"], 2, r"--head softmax: the checkpoint's head is hpn"),

@@ -107,7 +107,7 @@ def test_what_rounded_weights_cost_is_told(weights: str) -> None:
     loss = weights_loss(model, [3, 1, 4], weights, tokens=20)
     assert loss.tokens == 20 and 0 < loss.largest < 0.5
     assert abs(loss.bits - loss.bits_fp32) <= loss.largest / 0.69
-    assert str(loss).startswith(f"weights {weights}: {loss.bits:.3f} bits a token instead of")
+    assert str(loss).startswith(f"weights {weights}: {loss.bits:.3f} bits per token instead of")
 
 
 def test_unknown_weights_are_an_error(model: SequenceModel) -> None:

@@ -45,7 +45,7 @@ class PrototypeFields(Schema):
     TITLE: ClassVar[str] = "model"
 
     prototypes: Literal["learned", "fixed"] = Field(
-        "learned", description="hpn head: prototypes trained, or placed once and kept"
+        "learned", description="hpn head: prototypes that are learned, or placed once and fixed"
     )
     separation: float = Field(
         20.0,
@@ -70,7 +70,7 @@ class HeadFields(PrototypeFields, TieFields):
     TITLE: ClassVar[str] = "model"
 
     head: str = Field("hpn", description="hpn, softmax or package.module:Class")
-    head_options: Options = Field({}, description="setting of the head, repeatable; in files a table")
+    head_options: Options = Field({}, description="setting of the head; repeatable; a table in config files")
 
 
 class LayerFields(StateSpaceFields, InnerFields):
@@ -78,10 +78,11 @@ class LayerFields(StateSpaceFields, InnerFields):
 
     layer: str = Field("mamba", description="mamba, compact, attention or package.module:Class")
     layers: str | None = Field(
-        None, description="kinds by final index, KIND[*N],..., repeated and cut to the depth; instead of --layer"
+        None,
+        description="layers by final index, KIND[*N],...; the pattern repeats up to the depth; replaces --layer",
     )
     layer_options: Options = Field(
-        {}, description="setting of the layers, or of one kind, repeatable; in files a table"
+        {}, description="setting of all layers or of one kind; repeatable; a table in config files"
     )
 
 
@@ -89,7 +90,7 @@ class InputFields(Schema):
     TITLE: ClassVar[str] = "model"
 
     input: str = Field("tokens", description="tokens, vector or package.module:Class")
-    input_options: Options = Field({}, description="setting of the input, repeatable; in files a table")
+    input_options: Options = Field({}, description="setting of the input; repeatable; a table in config files")
 
 
 class ArchitectureFields(LayerFields, HeadFields, InputFields):
@@ -124,11 +125,11 @@ class ModelConfig(ArchitectureFields):
     """The shape of a SequenceModel: `vocab_size` tokens go in, `classes` scores come out."""
 
     vocab_size: int = Field(
-        ge=1, le=16_777_216, description="tokens the embedding knows, and classes the head tells apart"
+        ge=1, le=16_777_216, description="vocabulary size: rows of the embedding, and classes of the head"
     )
     n_layer: int = Field(2, ge=0, le=10_000, description="layers")
     n_class: int | None = Field(
-        None, ge=1, description="classes of the head where they are not the tokens; auto = vocab_size"
+        None, ge=1, description="classes of the head, if they are not the tokens; auto = vocab_size"
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,17 +145,17 @@ class TrainFields(Schema):
     TITLE: ClassVar[str] = "training"
 
     steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
-    seed: int = Field(42, ge=0, le=2**63 - 1, description="seed of initialisation and data order")
+    seed: int = Field(42, ge=0, le=2**63 - 1, description="seed for initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="labelled sequences: balanced lets each class count alike, however rare it is"
+        "none", description="labelled sequences: balanced gives every class the same total weight in the loss"
     )
     sparse_rows: bool | None = Field(
         None,
         description="update only the touched rows of embedding and prototypes; auto = from 65,536 rows on",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="how the rate goes down; wsd: at full rate, then down in the last fifth"
+        "cosine", description="learning rate decay; wsd: constant, then decay over the last fifth"
     )
     lr_warmup_steps: int | None = Field(
         None, ge=0, description="linear warm-up before the decay; auto = 2 % of the steps"
@@ -193,12 +194,14 @@ class TrainFields(Schema):
     fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
     ff_lr: float = Field(0.0, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")
     bp_cadence_steps: int = Field(
-        1, ge=1, description="backpropagate on every N-th step; the local update runs on each"
+        1, ge=1, description="backpropagate on every Nth step; the local update runs on every step"
     )
     gradient_surgery_method: Literal["pcgrad", "gradnorm", "cagradstep"] = Field(
         "pcgrad", description="how the local gradient yields to a conflicting global one"
     )
-    gradient_surgery_epsilon: float = Field(1e-8, ge=0, le=1, description="epsilon of the surgery's divisions")
+    gradient_surgery_epsilon: float = Field(
+        1e-8, ge=0, le=1, description="epsilon in the divisions of gradient surgery"
+    )
     gradnorm_alpha: float = Field(0.2, ge=0, le=100, description="disagreement exponent of gradnorm")
     cagrad_lambda: float = Field(1.0, ge=0, le=100, description="conflict aversion of cagradstep")
     precision: Literal["fp32", "bf16"] = Field(
@@ -231,7 +234,7 @@ class GrowthFields(Schema):
     )
     placement: str = Field("append", description="append, prepend, insert:N or specific:i,j,... (final indices)")
     freeze: str = Field("none", description="none, first:N or indices:i,j,...")
-    freeze_embedding: bool = Field(False, description="keep the embedding table as it is")
+    freeze_embedding: bool = Field(False, description="freeze the embedding table")
 
 
 class DataFields(Schema):
@@ -251,25 +254,27 @@ class DataFields(Schema):
     n_class: int | None = Field(
         None, ge=1, le=16_777_216, description="classes of --label-file; auto = largest label + 1"
     )
-    shard_ext: str = Field("txt", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="extension of the shards in a folder")
+    shard_ext: str = Field(
+        "txt", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="file extension of the shards in a folder"
+    )
     vocab_size: int | None = Field(None, ge=1, le=16_777_216, description="vocabulary; auto = largest token + 1")
     val_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of the tokens (sequences) held out where no validation data is given"
+        0.05, ge=0, lt=1, description="share of the tokens (or sequences) to hold out, if no validation data is given"
     )
-    batch_size: int = Field(8, ge=1, le=1_000_000, description="rows of a batch")
+    batch_size: int = Field(8, ge=1, le=1_000_000, description="rows per batch")
     seq_len: int = Field(
-        64, ge=1, le=100_000_000, description="tokens of a row; with --label-file of the longest sequence allowed"
+        64, ge=1, le=100_000_000, description="tokens per row; with --label-file, the longest sequence allowed"
     )
     shuffle_shards: bool = Field(True, description="new shard order each epoch")
     packed_sequences: bool = Field(
-        False, description="rows are consecutive windows of one run; 0 = windows drawn in shuffled order"
+        False, description="each row continues where the one before it ended; 0 = windows in shuffled order"
     )
     eos_token: int | None = Field(
         None, ge=0, description="token that ends a document; without it the prepared folder's own"
     )
     reset_at_eos: bool = Field(False, description="the state does not cross a document's end")
-    prefetch_workers: int = Field(0, ge=0, le=256, description="threads that decode batches ahead (0 = in line)")
-    prefetch_buffer: int = Field(16, ge=1, le=100_000, description="batches decoded ahead at most")
+    prefetch_workers: int = Field(0, ge=0, le=256, description="threads that read batches ahead (0 = none)")
+    prefetch_buffer: int = Field(16, ge=1, le=100_000, description="maximum number of batches read ahead")
 
 
 PresetName = Literal["reference", "plain", "bytes", "text", "events", "dna", "classify"]
@@ -313,30 +318,28 @@ class RunFields(Schema):
     )
     out_dir: Path = Field(Path("runs/"), description="run folder: checkpoints, metrics, configuration")
     resume: str | None = Field(None, description="checkpoint to continue, or auto")
-    init_from: Path | None = Field(None, description="start weights: a checkpoint, or a transformers Mamba folder")
+    init_from: Path | None = Field(None, description="initial weights: a checkpoint, or a transformers Mamba folder")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints kept beside latest")
+    keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints to keep besides latest")
     on_save_error: Literal["stop", "continue"] = Field(
-        "stop", description="where a checkpoint cannot be written: stop the run, or continue"
+        "stop", description="if a checkpoint cannot be written: stop the run, or continue"
     )
     log_every: int = Field(20, ge=1, description="steps between metric lines")
     val_every: int = Field(200, ge=1, description="steps between validations")
-    eval_batches: int = Field(8, ge=1, description="batches of one validation, the same ones each time")
+    eval_batches: int = Field(8, ge=1, description="batches per validation, always the same ones")
     early_stopping_patience: int = Field(
         0, ge=0, description="validations without improvement before stopping (0 = off)"
     )
-    callback: tuple[str, ...] = Field(
-        (), description="package.module:Class of your own that watches the run; repeatable"
-    )
+    callback: tuple[str, ...] = Field((), description="a callback of your own, package.module:Class; repeatable")
     threads: int | None = Field(None, ge=1, le=1_024, description="torch's threads; auto = torch's choice")
     kernels: Literal["auto", "native", "reference"] = Field(
-        "auto", description="native kernels, the slow reference, or what works"
+        "auto", description="native kernels, the slow reference, or auto: native where they work"
     )
     allow_mixed_ranks: bool = Field(
-        False, description="go on where ranks differ in what decides the numbers (torchrun)"
+        False, description="torchrun: continue even if ranks differ in what determines the numbers"
     )
     progress: bool | None = Field(None, description="progress bar; auto = on a terminal")
-    track: tuple[str, ...] = Field((), description="show the run in tensorboard, trackio or wandb too; repeatable")
+    track: tuple[str, ...] = Field((), description="also log the run to tensorboard, trackio or wandb; repeatable")
     write_report: bool = Field(True, description="write report.html into the run's folder at the end")
 
 
@@ -368,11 +371,13 @@ class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFi
 class Sampling(Schema):
     """How the next token is drawn from the head's calibrated distribution."""
 
-    max_tokens: int = Field(200, ge=1, le=1_000_000_000, description="new tokens at most")
-    temperature: float = Field(0.8, ge=0, le=1_000, description="0 takes the likeliest token (greedy)")
-    top_k: int = Field(0, ge=0, description="only the N likeliest (0 = all)")
-    top_p: float = Field(0.95, gt=0, le=1, description="only the likeliest that together reach this share (1 = all)")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the drawing")
+    max_tokens: int = Field(200, ge=1, le=1_000_000_000, description="maximum number of new tokens")
+    temperature: float = Field(0.8, ge=0, le=1_000, description="0 = always the most likely token (greedy)")
+    top_k: int = Field(0, ge=0, description="sample from the N most likely tokens (0 = all)")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="sample from the most likely tokens that together have this probability (1 = all)"
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed for sampling")
 
 
 # Fields of a run that may differ between a checkpoint and the run that resumes it (command-line.md).

@@ -41,7 +41,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         name = _known_field(str(key), path)
         if name in fields:
-            raise ConfigError(f"--config {path}: {name.replace('_', '-')} stands there twice")
+            raise ConfigError(f"--config {path}: {name.replace('_', '-')}is given twice")
         fields[name] = _from_file(name, value)
     return fields
 

@@ -93,8 +93,8 @@ class WeightsLoss:
 
     def __str__(self) -> str:
         return (
-            f"weights {self.weights}: {self.bits:.3f} bits a token instead of {self.bits_fp32:.3f} "
-            f"on {self.tokens} tokens, log-probabilities off by {self.largest:.2g} at most"
+            f"weights {self.weights}: {self.bits:.3f} bits per token instead of {self.bits_fp32:.3f} "
+            f"on {self.tokens} tokens, log-probabilities off by at most {self.largest:.2g}"
         )
 
 

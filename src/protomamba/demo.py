@@ -69,7 +69,7 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
         title=f"Held-out next-byte prediction, {found.targets:,} bytes",
     )
     console.line(
-        f"The runs are in {folder}/; go on from one with: protomamba generate {folder / heads[0]}/latest.safetensors"
+        f"The runs are in {folder}/; continue a text with: protomamba generate {folder / heads[0]}/latest.safetensors"
     )
 
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.line("protomamba demo: learn to predict the next byte of Python's standard library on this machine's CPU.")
     default_corpus(options.out_dir / "corpus")
     for head in heads:
-        console.line(f"\nTraining with the {head} head; Ctrl-C stops and saves, the same command goes on.")
+        console.line(f"\nTraining with the {head} head; Ctrl-C stops and saves; the same command continues.")
         if code := train(demo_config(head, options.out_dir)):
             return code
     show(heads, options.out_dir, console)

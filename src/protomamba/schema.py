@@ -128,7 +128,7 @@ def describe_bounds(schema: type[Schema], name: str) -> str:
     field = schema.model_fields[name]
     kind = value_type(field.annotation)
     if is_repeatable(kind):
-        return "KEY=VALUE or KIND.KEY=VALUE, in a file a table" if get_origin(kind) is dict else "texts"
+        return "KEY=VALUE or KIND.KEY=VALUE (in a config file, a table)" if get_origin(kind) is dict else "texts"
     if choices := get_args(kind):
         return "one of " + ", ".join(str(c) for c in choices)
     words = {int: "an integer", float: "a finite number", bool: "1, 0, true or false", Path: "a path", str: "text"}[

@@ -236,7 +236,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
     except OSError:
         return  # nothing there, or what the write itself will say
     except ValueError as error:
-        raise NotCommittedError(f"{str(path)!r}: not saved: no name of a file: {error}") from error
+        raise NotCommittedError(f"{str(path)!r}: not saved: not a file name: {error}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         found = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise NotCommittedError(f"{path}: not saved: expected a file or nothing there, found {found}")

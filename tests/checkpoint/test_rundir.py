@@ -140,7 +140,7 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path: Path) ->
     save(run, 20)
     damage(run.latest)
     run.numbered(10).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*latest.*damaged.*step-00000010"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact: .*latest.*damaged.*step-00000010"):
         find_resumable(tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_other_spellings_and_precisions(tmp_path):
         ({"num_hidden_layers": 10**9}, "n-layer 1000000000"),
         ({"vocab_size": 12}, r"backbone.embeddings.weight: expected shape [12, 6] by config.json, found [11, 6]"),
         ({"num_hidden_layers": 3}, "tensor backbone.layers.2.norm.weight [6] is missing"),
-        ({"num_hidden_layers": 1}, "tensor backbone.layers.1.mixer.A_log is no part of"),
+        ({"num_hidden_layers": 1}, "tensor backbone.layers.1.mixer.A_log is not part of"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from backbone.embeddings.weight"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
@@ -159,7 +159,7 @@ def test_settings_that_are_refused_by_name(tmp_path, setting, message):
     [
         (lambda t: t.pop("backbone.norm_f.weight"), "tensor backbone.norm_f.weight [6] is missing"),
         (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight [11, 6] is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "tensor extra is no part of"),
+        (lambda t: t.update(extra=torch.zeros(1)), "tensor extra is not part of"),
         (lambda t: t["backbone.norm_f.weight"].fill_(float("nan")), "backbone.norm_f.weight holds NaN or infinite"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(11, 6, dtype=torch.int8)}), "expected floating point"),
     ],

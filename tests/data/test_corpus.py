@@ -75,7 +75,7 @@ def test_a_damaged_or_unfinished_corpus_is_noticed(tmp_path: Path, library: Path
 
 def test_a_python_without_sources_is_an_error(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="came without its library's sources; give tokens with --token-file"):
+    with pytest.raises(UserError, match="has no sources of its standard library; give tokens with --token-file"):
         default_corpus(tmp_path / "corpus")
 
 

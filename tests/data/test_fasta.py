@@ -99,7 +99,7 @@ def test_a_folder_of_dna_is_ready_to_train(tmp_path: Path) -> None:
     (tmp_path / "a.fa.gz").write_bytes(gzip.compress(b">one\nACGTNACGTA\nAC\n>two\nGG\n>three\nACGTACG\n"))
     manifest = prepare_fasta([tmp_path / "a.fa.gz"], tmp_path / "out", kmer=3)
     assert manifest.about["bases"] == 21 and manifest.about["parts"]["train"] == {"sequences": 2, "targets": 6}
-    assert any("3 bases behind the last whole 3-mer" in note for note in manifest.notes)
+    assert any("3 bases after the last whole 3-mer" in note for note in manifest.notes)
     assert any("1 of 21 bases are N" in note for note in manifest.notes)
     source = open_prepared(tmp_path / "out").training
     info = source.info

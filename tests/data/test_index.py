@@ -98,9 +98,9 @@ def test_where_nothing_can_be_written_the_other_folder_or_memory_is_used(tmp_pat
     assert len(counted) == 1
     shards = open_token_file(path)
     assert shards.read(0, 1, 3).tolist() == [2, 300000]
-    assert "held in memory and parsed again next time" in shards.notes[0]
+    assert "kept in memory and will be parsed again next time" in shards.notes[0]
     (place / "b.bin").write_bytes(bytes(range(20)))
-    assert "no index kept" in open_token_file(place / "b.bin").notes[0]
+    assert "no index could be saved" in open_token_file(place / "b.bin").notes[0]
 
 
 def stream_over(path: Path) -> TokenStream:
@@ -112,7 +112,7 @@ def stream_over(path: Path) -> TokenStream:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "changed while in use: expected 200 bytes"),
         (lambda path: path.write_bytes(bytes(200)), "changed while in use"),
-        (lambda path: path.unlink(), "cannot be read any more: No such file"),
+        (lambda path: path.unlink(), "can no longer be read: No such file"),
     ],
 )
 def test_a_file_that_shrinks_changes_or_disappears_during_training(tmp_path: Path, change, expected: str) -> None:

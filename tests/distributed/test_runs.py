@@ -68,7 +68,7 @@ def test_three_ranks_leave_what_one_process_leaves(straight: tuple[Path, Path], 
     tokens, alone = straight
     output = train(3, tmp_path / "run", tokens)
     same_run(tmp_path / "run", alone)
-    assert output.count("3 for 4 gradient shards; 5 rows a batch, of all together") == 1
+    assert output.count("3 for 4 gradient shards; 5 rows per batch in total") == 1
 
 
 @pytest.mark.slow

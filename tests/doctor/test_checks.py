@@ -90,7 +90,11 @@ def test_a_level_that_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     native.load.cache_clear()
     try:
         level = by_name()["CPU level"]
-        assert level.state == "slow" and "which is not built" in level.found and "pip install -e ." in level.advice
+        assert (
+            level.state == "slow"
+            and "for which no library was built" in level.found
+            and "pip install -e ." in level.advice
+        )
     finally:
         native.load.cache_clear()
 

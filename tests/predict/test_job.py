@@ -123,7 +123,8 @@ def test_rows_that_are_skipped_are_counted_and_listed(tmp_path: Path, capsys: py
     assert predict(checkpoint, source, "--out", out) == 1
     error = capsys.readouterr().err
     assert (
-        f"{source}, row 6: column items: token 77 at place 1: expected 0 to 39; mend it, or --on-bad-row skip" in error
+        f"{source}, row 6: column items: token 77 at place 1: expected 0 to 39; correct it, or use --on-bad-row skip"
+        in error
     )
     assert predict(checkpoint, source, "--out", out, "--on-bad-row", "skip") == 0
     assert "2 rows skipped" in capsys.readouterr().err
@@ -159,7 +160,7 @@ def test_parquet_is_gathered_and_written_at_once(tmp_path: Path, capsys: pytest.
     assert predict(checkpoint, source, "--out", out) == 0
     assert parquet.read_table(out).to_pylist() == lines(tmp_path / "o.jsonl") and not gathered.exists()
     assert predict(checkpoint, source, "--out", out) == 1
-    assert "is there and complete" in capsys.readouterr().err
+    assert "already exists and is complete" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,9 +168,9 @@ def test_parquet_is_gathered_and_written_at_once(tmp_path: Path, capsys: pytest.
     [
         (("--what", "class"), "the model predicts the next token"),
         (("--top-k", 0), "--top-k 0: expected an integer >= 1"),
-        (("--what", "embedding", "--top-k", 3), "--top-k: has nothing to say about --what embedding"),
-        (("--what", "likelihood", "--exclude-seen"), "--exclude-seen: has nothing to say about --what likelihood"),
-        (("--per-token",), "--per-token: has nothing to say about --what items"),
+        (("--what", "embedding", "--top-k", 3), "--top-k: does not apply to --what embedding"),
+        (("--what", "likelihood", "--exclude-seen"), "--exclude-seen: does not apply to --what likelihood"),
+        (("--per-token",), "--per-token: does not apply to --what items"),
         (("--out", "o.txt"), "expected a name ending in .jsonl, .csv or .parquet"),
         (("--key-column", "scores"), "--key-column scores: there is no such column"),
         (("--layer", "compact"), "--layer compact: the checkpoint's layer is mamba"),

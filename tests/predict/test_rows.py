@@ -92,7 +92,7 @@ BAD = [
     ("x.jsonl", '{"items": [1]}\n{"items": [99999999999999999999]}\n', 2, "expected tokens, found '9999"),
     ("x.csv", "id,items\na,1\nb\n", 2, "expected 2 fields, found 1"),
     ("x.csv", "id,items\na,1\nb,2,3\n", 2, "expected 2 fields, found 3"),
-    ("x.csv", 'id,items\na,1\n"b"x,2\n', 2, "no row of CSV"),
+    ("x.csv", 'id,items\na,1\n"b"x,2\n', 2, "not a row of CSV"),
     ("x.txt", "1\n\n", 2, "expected at least one step, found none"),
 ]
 

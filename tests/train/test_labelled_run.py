@@ -135,5 +135,5 @@ def test_series_of_real_values_train_from_their_folder(tmp_path: Path, capsys: p
     assert main([*run, "--val-ratio", "0.2"]) == 0
     shown = capsys.readouterr().out
     assert "classes     2: down, up" in shown and f"protomamba train {tmp_path / 'data'}" in shown
-    assert "values are missing: the model is told which" in shown and "of 3 to 6 steps" in shown
+    assert "values are missing; the model sees which" in shown and "of 3 to 6 steps" in shown
     assert float(re.findall(r"val_accuracy (\S+)", shown)[-1]) > 0.9

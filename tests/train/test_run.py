@@ -201,7 +201,7 @@ def test_another_head_over_given_weights_starts_fresh_and_says_so(
     base = tmp_path / "base"
     train(base, tokens, "--steps", 4, "--head", "softmax")
     assert train(tmp_path / "hpn", tokens, "--steps", 4, "--init-from", base / "latest.safetensors") == 0
-    assert "softmax head is left out: the hpn head starts fresh" in capsys.readouterr().out
+    assert "softmax head is left out: the hpn head starts from scratch" in capsys.readouterr().out
 
 
 def test_weights_with_two_matrices_are_not_silently_tied(
@@ -350,5 +350,5 @@ def test_flags_that_change_nothing_are_told(tmp_path: Path, tokens: Path, capsys
     more = ["--head", "softmax", "--separation", 3, "--layer", "compact", "--expand", 3]
     assert train(tmp_path / "run", tokens, "--steps", 1, *more) == 0
     shown = capsys.readouterr().out
-    assert "--separation changes nothing" in shown and "--expand changes nothing" in shown
+    assert "--separation has no effect" in shown and "--expand has no effect" in shown
     assert "--prototypes" not in shown

@@ -182,7 +182,7 @@ def _check_version(path: Path, version: int) -> None:
         raise CheckpointError(
             path,
             "version",
-            f"format {version}, and this protomamba reads up to {FORMAT_VERSION}: use a newer protomamba",
+            f"format {version}, and this protomamba reads versions up to {FORMAT_VERSION}: use a newer protomamba",
         )
     if missing := [v for v in range(version, FORMAT_VERSION) if v not in MIGRATIONS]:
         raise CheckpointError(path, "version", f"format {version}, and there is no migration from {missing[0]}")

@@ -230,7 +230,9 @@ def find_resumable(folder: str | os.PathLike[str]) -> Resumable | None:
         return Resumable(path, found, warnings)
     if warnings:
         raise CheckpointError(
-            folder, "run", "no checkpoint is whole: " + "; ".join(warnings) + "; to start afresh: another --out-dir"
+            folder,
+            "run",
+            "no checkpoint is intact: " + "; ".join(warnings) + "; to start over, choose another --out-dir",
         )
     return None
 

@@ -60,13 +60,13 @@ def read_transformers_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tens
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: expected a folder with config.json and {SINGLE}, and it is not a folder")
+        raise UserError(f"{path}: expected a folder with config.json and {SINGLE}, but it is not a folder")
     settings = _read_json(path / "config.json")
     values = _model_values(path / "config.json", settings)
     found = _completed(path, settings, _read_tensors(path))
     state = {ours: _take(path, found, theirs, shape) for ours, theirs, shape in _layout(values)}
     if found:
-        raise UserError(f"{path}: tensor {min(found)} is no part of a MambaForCausalLM of this config.json")
+        raise UserError(f"{path}: tensor {min(found)} is not part of a MambaForCausalLM of this config.json")
     if values["tie_embedding"]:
         state["head.weight"] = state["embedding.weight"]
     return values, state

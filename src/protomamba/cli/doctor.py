@@ -31,5 +31,5 @@ def work(arguments: argparse.Namespace) -> int:
         advice = f"  -> {finding.advice}" if finding.advice else ""
         console.line(f"{MARKS[finding.state]:<8}{finding.what:<{width}}  {finding.found}{advice}")
     slow = sum(finding.state == "slow" for finding in found)
-    console.line(f"\n{slow} of these cost time" if slow else "\nnothing here costs time")
+    console.line(f"\n{slow} of these make training slower" if slow else "\nnothing here makes training slower")
     return 0

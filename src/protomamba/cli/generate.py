@@ -27,14 +27,16 @@ def configure(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--prompt", metavar="TEXT", help="text to go on from (a run with a tokenizer) [end of document, or token 0]"
+        "--prompt", metavar="TEXT", help="text to continue, if the run has a tokenizer [end of document, or token 0]"
     )
-    source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to go on from")
-    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="a prompt a line: text, or tokens N,N,...")
-    about = "end in front of this text, which is not printed; may be given several times"
+    source.add_argument("--prompt-tokens", metavar="N,N,...", help="tokens to continue")
+    source.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="file with one prompt per line: text, or tokens N,N,..."
+    )
+    about = "stop before this text, which is not printed; repeatable"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=f"{about} [none]")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    about = "read the matrices in this: int8 is about four times as fast as fp32 and tells what it costs [%(default)s]"
+    about = "precision of the weights; int8 is about four times as fast as fp32, and its cost is printed [%(default)s]"
     parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=about)
     add_fields(parser, list(Sampling.model_fields), Sampling)
     add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
@@ -215,7 +217,7 @@ def _prompt_lines(path: Path) -> list[str]:
         raise UserError(f"--prompt-file {path}: expected UTF-8 text, found other bytes at {error.start}") from None
     empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
     if not lines or empty is not None:
-        raise UserError(f"--prompt-file {path}: expected a prompt a line, found none in line {empty or 1}")
+        raise UserError(f"--prompt-file {path}: expected one prompt per line, found none in line {empty or 1}")
     return lines
 
 

@@ -11,7 +11,7 @@ from protomamba.cli.flags import Parser
 
 def configure(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--verify", action="store_true", help="only check; the exit code tells")
+    parser.add_argument("--verify", action="store_true", help="only verify; the exit code is the result")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 

@@ -74,11 +74,11 @@ def _parity(arguments: argparse.Namespace) -> int:
 
 
 def _configure_bench(parser: Parser) -> None:
-    shapes = "S,M,L,one-row,compact or BATCHxLENGTHxWIDTHxLAYERS[:KIND], with commas between"
+    shapes = "comma-separated: S, M, L, one-row, compact or BATCHxLENGTHxWIDTHxLAYERS[:KIND]"
     parser.add_argument("--shapes", default="S,M,L,compact", metavar="NAME,...", help=f"{shapes} [%(default)s]")
     parser.add_argument("--precision", default="fp32", metavar="fp32,bf16", help="one or both [%(default)s]")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="turns that each takes [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="measurements of each [%(default)s]")
     parser.add_argument(
         "--sections",
         default="steps",
@@ -102,17 +102,21 @@ def _bench(arguments: argparse.Namespace) -> int:
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
-    "eval": ("loss and accuracy of a checkpoint on tokens", evaluate.configure, evaluate.work),
-    "generate": ("go on from a prompt", generate.configure, generate.work),
-    "predict": ("answers for every row of a file", predict.configure, predict.work),
+    "eval": ("evaluate a checkpoint: loss, accuracy and the measures of the task", evaluate.configure, evaluate.work),
+    "generate": ("continue a prompt", generate.configure, generate.work),
+    "predict": ("predictions for every row of a file", predict.configure, predict.work),
     "prepare": (
-        "make token shards of text, JSON lines or parquet",
+        "make token shards from text, JSON lines or parquet",
         prepare.configure_text,
         prepare.prepare_text,
     ),
-    "prepare events": ("make item sequences of tables", prepare.configure_events, prepare.prepare_events),
-    "prepare fasta": ("make sequences of bases of DNA", prepare.configure_fasta, prepare.prepare_fasta),
-    "prepare labels": ("make sequences with a label each", prepare.configure_labels, prepare.prepare_labels),
+    "prepare events": ("make item sequences from tables of events", prepare.configure_events, prepare.prepare_events),
+    "prepare fasta": ("make token sequences from DNA in FASTA files", prepare.configure_fasta, prepare.prepare_fasta),
+    "prepare labels": (
+        "make labelled sequences from tables, .ts or .npz",
+        prepare.configure_labels,
+        prepare.prepare_labels,
+    ),
     "inspect": ("show and verify a checkpoint", inspect.configure, inspect.work),
     "parity": (
         "check numerics against reference implementations",
@@ -120,11 +124,11 @@ COMMANDS = {
         _parity,
     ),
     "export": ("write a checkpoint for other programs", export.configure, export.work),
-    "report": ("runs as one page: curves, settings, tables", report.configure, report.work),
-    "compare": ("runs side by side: figures, and what differs", compare.configure, compare.work),
-    "doctor": ("what is slow or missing on this machine", doctor.configure, doctor.work),
-    "track": ("show a run that is over in a tracker", track.configure, track.work),
-    "completion": ("a script that completes command lines", completion.configure, completion.work),
+    "report": ("write a page about runs: curves, settings, tables", report.configure, report.work),
+    "compare": ("compare runs: figures, and the settings that differ", compare.configure, compare.work),
+    "doctor": ("show what is slow or missing on this machine", doctor.configure, doctor.work),
+    "track": ("log a finished run to a tracker", track.configure, track.work),
+    "completion": ("print a shell completion script", completion.configure, completion.work),
     "bench": ("time steps and ops against their matrix products", _configure_bench, _bench),
 }
 

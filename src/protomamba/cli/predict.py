@@ -26,25 +26,30 @@ def configure(parser: Parser) -> None:
         help="rows: .txt, .jsonl, .csv, .tsv, .parquet, .npy, .npz, .ts, .fa; also .gz",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="a name ending in .jsonl, .csv, .parquet"
+        "--out", type=Path, required=True, metavar="FILE", help="output; the name ends in .jsonl, .csv or .parquet"
     )
-    about = "items (likeliest next tokens), class, likelihood, embedding (vector after the last step)"
+    about = "items (most likely next tokens), class, likelihood, embedding (vector after the last step)"
     parser.add_argument("--what", choices=("auto", *WHATS), default="auto", help=f"{about} [auto = by the checkpoint]")
     parser.add_argument("--top-k", type=int, metavar="K", help="items, or classes with a probability [10 items, all]")
-    _add_switch(parser, "--exclude-seen", "items: none that the sequence already has")
-    _add_switch(parser, "--per-token", "likelihood: also each token's")
+    _add_switch(parser, "--exclude-seen", "items: leave out those already in the sequence")
+    _add_switch(parser, "--per-token", "likelihood: also for each token")
     parser.add_argument(
-        "--sequence-column", "--item", metavar="NAME", help="column of the sequence [found in the first row]"
+        "--sequence-column", "--item", metavar="NAME", help="column that holds the sequence [found in the first row]"
     )
-    key = "column that names a row [found, or the row's number]"
+    key = "column with the key of each row [found, or the row's number]"
     parser.add_argument("--key-column", "--group", metavar="NAME", help=key)
-    parser.add_argument("--order", metavar="NAME", help="column that orders events or steps, a row each [as trained]")
+    parser.add_argument("--order", metavar="NAME", help="column that orders events or steps, one per row [as trained]")
     parser.add_argument(
         "--values",
         metavar="COLUMN,...",
         help="real numbers: a row's steps, with --group a step's channels [as trained]",
     )
-    parser.add_argument("--on-bad-row", choices=("stop", "skip"), default="stop", help="[%(default)s]")
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about a row that cannot be read [%(default)s]",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object about the job")
     add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
     add_fields(parser, MACHINE_FLAGS)
@@ -77,7 +82,7 @@ def work(arguments: argparse.Namespace) -> int:
     if done.skipped:
         print(f"{len(done.skipped):,} rows skipped, listed in {job.skipped_path}", file=sys.stderr)
     if done.unknown:
-        print(f"{done.unknown:,} items are unknown to the model: read as unknown", file=sys.stderr)
+        print(f"{done.unknown:,} items are unknown to the model and were treated as unknown", file=sys.stderr)
     there = f", {done.found:,} of them were there" if done.found else ""
     rate = (done.rows - done.found) / done.seconds
     print(f"{done.rows:,} rows ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")

@@ -38,7 +38,7 @@ def configure_text(parser: Parser) -> None:
     parser.add_argument(
         "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
     )
-    jobs = "threads; the bytes do not depend on it [%(default)s]"
+    jobs = "number of threads; the output does not depend on it [%(default)s]"
     parser.add_argument("--threads", "--jobs", dest="jobs", type=int, default=1, metavar="N", help=jobs)
 
 
@@ -64,7 +64,7 @@ def prepare_text(arguments: argparse.Namespace) -> int:
     kind = manifest.tokenizer["kind"]
     if arguments.train_bpe and manifest.vocab_size < arguments.train_bpe:
         console.line(
-            f"note: the inputs hold no more pairs: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
+            f"note: the inputs have no more pairs to merge: {manifest.vocab_size:,} tokens, not {arguments.train_bpe:,}"
         )
     console.header(
         {
@@ -78,21 +78,30 @@ def prepare_text(arguments: argparse.Namespace) -> int:
 
 def configure_events(parser: Parser) -> None:
     _configure_common(parser, "tables: .csv, .tsv, .jsonl (also .gz, .zst) or .parquet")
-    parser.add_argument("--group", required=True, metavar="COLUMN", help="whose events they are: a sequence each")
-    parser.add_argument("--item", required=True, metavar="COLUMN", help="what is to be predicted; may hold lists")
-    parser.add_argument("--order", metavar="COLUMN", help="number or date that orders a sequence [order of the rows]")
     parser.add_argument(
-        "--min-count", type=int, default=1, metavar="N", help="rarer items are read as unknown [%(default)s]"
+        "--group", required=True, metavar="COLUMN", help="column that identifies the sequence, such as the user"
     )
-    splits = "the last event of each sequence for the test and the one before for validation; by time; by group"
+    parser.add_argument("--item", required=True, metavar="COLUMN", help="column to predict; may hold lists")
+    parser.add_argument(
+        "--order", metavar="COLUMN", help="column, a number or date, that orders a sequence [order of the rows]"
+    )
+    parser.add_argument(
+        "--min-count", type=int, default=1, metavar="N", help="items that occur less often become unknown [%(default)s]"
+    )
+    splits = (
+        "last: each sequence's last event is for the test, the one before it for validation; time: the latest events; "
+        "user: whole groups"
+    )
     parser.add_argument("--split", choices=("last", "time", "user"), default="last", help=f"{splits} [%(default)s]")
     for part in ("valid", "test"):
         parser.add_argument(
-            f"--{part}-share", type=float, default=0.1, metavar="F", help="of events or groups [%(default)s]"
+            f"--{part}-share", type=float, default=0.1, metavar="F", help="share of the events or groups [%(default)s]"
         )
-    earlier = "prepared folder or checkpoint whose items keep their tokens; new ones come behind"
+    earlier = "prepared folder or checkpoint whose items keep their tokens; new items are appended"
     parser.add_argument("--vocab-from", type=Path, metavar="PATH", help=f"{earlier} [none]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the groups held out [%(default)s]")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed for drawing the groups to hold out [%(default)s]"
+    )
 
 
 def prepare_events(arguments: argparse.Namespace) -> int:
@@ -121,9 +130,9 @@ def prepare_events(arguments: argparse.Namespace) -> int:
 def configure_fasta(parser: Parser) -> None:
     _configure_common(parser, "FASTA files, also .gz and .zst")
     parser.add_argument("--kmer", type=int, default=1, metavar="K", help="bases a token, not overlapping [%(default)s]")
-    cases = "fold: soft-masked bases are like others; keep: tokens of their own"
+    cases = "fold: soft-masked (lower-case) bases are treated as the others; keep: they get tokens of their own"
     parser.add_argument("--case", choices=("fold", "keep"), default="fold", help=f"{cases} [%(default)s]")
-    strands = "both: training reads half of the records reversed and complemented, drawn anew each epoch"
+    strands = "both: training reads a random half of the records reverse-complemented, a new half each epoch"
     parser.add_argument("--strands", choices=("both", "one"), default="both", help=f"{strands} [%(default)s]")
 
 
@@ -147,16 +156,24 @@ def prepare_fasta(arguments: argparse.Namespace) -> int:
 
 def configure_labels(parser: Parser) -> None:
     _configure_common(parser, "tables (.csv, .tsv, .jsonl, .parquet), .ts or .npz files; .gz and .zst too")
-    parser.add_argument("--label", metavar="COLUMN", help="the class; of a .npz the array [y]")
+    parser.add_argument("--label", metavar="COLUMN", help="column of the class; in a .npz file, the array [y]")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--text", metavar="COLUMN", help="a sequence of its bytes")
-    steps.add_argument("--tokens", metavar="COLUMN", help="a sequence of words; with --group one word a row")
-    values = "real numbers (* and ? allowed): a row's steps, with --group a step's channels; of a .npz the array"
+    steps.add_argument("--text", metavar="COLUMN", help="column of text, read as a sequence of bytes")
+    steps.add_argument(
+        "--tokens", metavar="COLUMN", help="column of words, read as a sequence; with --group, one word per row"
+    )
+    values = "real numbers (* and ? allowed): a row's steps, with --group a step's channels; in a .npz file, the array"
     steps.add_argument("--values", metavar="COLUMN,...", help=f"{values} [X]")
-    parser.add_argument("--group", metavar="COLUMN", help="whose step a row is, where a row is a step [none]")
-    parser.add_argument("--order", metavar="COLUMN", help="number or date that orders a group [order of the rows]")
+    parser.add_argument(
+        "--group", metavar="COLUMN", help="column that identifies the sequence, if each row is one step [none]"
+    )
+    parser.add_argument(
+        "--order", metavar="COLUMN", help="column, a number or date, that orders a group [order of the rows]"
+    )
     for part in ("valid", "test"):
-        parser.add_argument(f"--{part}", type=Path, action="append", default=[], metavar="FILE", help="of that part")
+        parser.add_argument(
+            f"--{part}", type=Path, action="append", default=[], metavar="FILE", help=f"inputs of the {part} part"
+        )
 
 
 def prepare_labels(arguments: argparse.Namespace) -> int:

@@ -12,8 +12,10 @@ def configure(parser: Parser) -> None:
     from protomamba.train.callbacks.trackers import TRACKERS
 
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run (--out-dir of train)")
-    parser.add_argument("--to", required=True, choices=tuple(TRACKERS), help="each an extra of its name")
-    parser.add_argument("--name", metavar="NAME", help="of the run in the tracker [the folder's]")
+    parser.add_argument(
+        "--to", required=True, choices=tuple(TRACKERS), help="tracker; each needs the optional extra of the same name"
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the run in the tracker [the folder's]")
 
 
 def work(arguments: argparse.Namespace) -> int:

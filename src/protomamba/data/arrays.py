@@ -79,7 +79,7 @@ def _check_expansion(unpacked: int, size: int) -> None:
     if unpacked > max(FREE_BYTES, MOST_FACTOR * size):
         raise ValueError(
             f"{size:,} bytes that would unpack to {unpacked:,}; expected at most {FREE_BYTES:,} or {MOST_FACTOR} times "
-            "the file; save it with numpy.savez, which does not pack"
+            "the file; save it with numpy.savez, which does not compress"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model of item sequences has to beat: the commonest items, and the commonest items after the last one.
+"""What a model of item sequences has to beat: the commonest items, and the most common items after the last one.
 
 Both are counted on the training part and rank all items, as the model is judged: rank 1 is the best, and of items that
 are equally common the right one gets the worst place.

@@ -54,7 +54,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
 def refuse_long_line(where: str) -> NoReturn:
     """UserError: what has to be in memory at once would not be, of a file that unpacks to one endless line."""
     raise UserError(
-        f"{where}: expected at most {LONGEST_LINE:,} bytes in a line, found more; is the file what it says?"
+        f"{where}: expected at most {LONGEST_LINE:,} bytes in a line, found more; is its format what its name says?"
     )
 
 

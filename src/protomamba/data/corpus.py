@@ -55,7 +55,7 @@ def _build(folder: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     sources = stdlib_sources(root)
     if not sources:
-        raise UserError(f"{root}: this Python came without its library's sources; give tokens with --token-file")
+        raise UserError(f"{root}: this Python has no sources of its standard library; give tokens with --token-file")
     make_folder(folder)
     with atomic_file(folder / SHARD) as file:
         writer = TokenWriter(file, "<u2")

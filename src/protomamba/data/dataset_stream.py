@@ -93,7 +93,9 @@ def pad(items: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     pairs = [(torch.as_tensor(item[0]), torch.as_tensor(item[1])) for item in items]
     for inputs, targets in pairs:
         if len(inputs) != len(targets):
-            raise UserError(f"the dataset's item has {len(inputs)} inputs and {len(targets)} targets: expected as many")
+            raise UserError(
+                f"the dataset's item has {len(inputs)} inputs and {len(targets)} targets: expected equal lengths"
+            )
     rows, labels = ([pair[side] for pair in pairs] for side in (0, 1))
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return padded, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED), None

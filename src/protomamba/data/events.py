@@ -203,10 +203,10 @@ class _Writer:
         if unknown:
             notes.append(
                 f"{unknown:,} of the {self.spread.rows:,} events are of items seen fewer than {self.options.min_count} "
-                "times: read as unknown, never a target"
+                "times: they are read as unknown and are never targets"
             )
         if self.options.split == "last" and alone:
-            notes.append(f"{alone:,} sequences of fewer than 3 events are trained whole, none of them held out")
+            notes.append(f"{alone:,} sequences have fewer than 3 events and are used for training only")
         return {
             "vocab_size": self.vocabulary.size,
             "split": self.options.split,

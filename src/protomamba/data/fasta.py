@@ -105,7 +105,7 @@ class _Records:
     tokenizer: DnaTokenizer
     bases: int = 0
     unknown: int = 0
-    dropped: int = 0  # bases behind the last whole word of a record
+    dropped: int = 0  # bases after the last whole word of a record
     _current: Part | None = None
     _path: Path | None = None
     _length: int = 0
@@ -149,9 +149,11 @@ class _Records:
     def notes(self) -> list[str]:
         found = []
         if self.unknown:
-            found.append(f"{self.unknown:,} of {self.bases:,} bases are N or another code for several: never a target")
+            found.append(
+                f"{self.unknown:,} of {self.bases:,} bases are N or another ambiguity code, and are never targets"
+            )
         if self.dropped:
-            found.append(f"{self.dropped:,} bases behind the last whole {self.tokenizer.k}-mer of records are left out")
+            found.append(f"{self.dropped:,} bases after the last whole {self.tokenizer.k}-mer of records are left out")
         return found
 
 

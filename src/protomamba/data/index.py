@@ -112,7 +112,7 @@ def _convert_in_memory(source: FileRef, examined_ns: int, reason: str) -> Indexe
     max_token = int(data.max())
     data = data.astype(np.uint16) if max_token < 2**16 else data
     layout = Layout("txt", data.dtype.str, 0, data.size)
-    note = f"{source.path.name}: its tokens are held in memory and parsed again next time ({reason})"
+    note = f"{source.path.name}: its tokens are kept in memory and will be parsed again next time ({reason})"
     return Indexed(source, source, layout, max_token, examined_ns, data, note)
 
 
@@ -131,7 +131,7 @@ def _save(folders: list[Path], indexed: Indexed) -> Indexed:
             return indexed
         except SaveError as error:
             reason = str(error)
-    note = f"{indexed.source.path.name}: no index kept, so it is read in full at each start ({reason})"
+    note = f"{indexed.source.path.name}: no index could be saved, so it is read in full at each start ({reason})"
     return replace(indexed, note=note)
 
 

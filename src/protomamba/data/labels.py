@@ -228,7 +228,7 @@ def from_arrays(
 def _check_tokens(tokens: _Rows) -> None:
     path = tokens.file.path
     if not tokens.counts.size:
-        raise UserError(f"{path}: holds no token; expected a sequence a line")
+        raise UserError(f"{path}: holds no token; expected one sequence per line")
     if (empty := np.flatnonzero(tokens.counts == 0)).size:
         raise UserError(f"{tokens.where(int(empty[0]))}: expected the tokens of a sequence, found an empty line")
     if (

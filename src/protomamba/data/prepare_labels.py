@@ -67,7 +67,7 @@ def _classes(examples: Sequence[Example]) -> list[str]:
         first = examples[0]
         raise UserError(
             f"{first.where}: expected labels that several sequences share, found {len(found):,} different ones for as "
-            f"many sequences, such as {first.label!r}: is it another column? Numbers to be estimated are no classes"
+            f"many sequences, such as {first.label!r}: is it another column? Numbers to be estimated are not classes"
         )
     if len(found) < 2:
         raise UserError(f"{examples[0].where}: expected at least two classes, found only {examples[0].label!r}")
@@ -170,11 +170,11 @@ def _notes(train: _Part, classes: Sequence[str]) -> list[str]:
     counts = np.bincount(train.labels, minlength=len(classes))
     notes = []
     if train.values.ndim == 2 and (missing := float(np.isnan(train.values).mean())):
-        notes.append(f"{missing:.1%} of the values are missing: the model is told which")
+        notes.append(f"{missing:.1%} of the values are missing; the model sees which")
     if counts.max() >= 3 * counts.min():
         rare = classes[int(counts.argmin())]
         notes.append(
-            f"class {rare!r} has {counts.min():,} sequences and the commonest {counts.max():,}: --class-weights "
-            "balanced makes each class count alike"
+            f"class {rare!r} has {counts.min():,} sequences and the most common {counts.max():,}: --class-weights "
+            "balanced gives every class the same total weight"
         )
     return notes

@@ -47,7 +47,7 @@ def open_prepared(folder: Path) -> Prepared:
         raise UserError(f"{folder}: there is no such folder; protomamba prepare makes one from your files")
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder}: has no {MANIFEST}, so it is no prepared folder: make one with protomamba prepare, or give "
+            f"{folder}: has no {MANIFEST}, so it is not a prepared folder: make one with protomamba prepare, or give "
             f"token files with --token-dir {folder}"
         )
     manifest = read_prepared_manifest(folder)

@@ -125,7 +125,7 @@ class ShardSet:
                 os.close(descriptor)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read any more: {os_message(error)}; bring it back and resume from the checkpoint"
+                f"{path}: can no longer be read: {os_message(error)}; restore it and resume from the checkpoint"
             ) from error
 
     def _check_unchanged(self, opened: FileRef, status: os.stat_result) -> None:

@@ -70,11 +70,11 @@ def _level() -> Finding:
     assert used is not None  # the kernels were found to be available
     highest = native.LEVELS[used.cpu_level]
     if used.level == highest:
-        return Finding("CPU level", "ok", f"{used.level}, the highest that this CPU has and we build for")
+        return Finding("CPU level", "ok", f"{used.level}, the highest level that this CPU has and protomamba supports")
     if highest in built:
         return Finding("CPU level", "slow", f"{used.level}, though {highest} is built", "unset PROTOMAMBA_CPU_LEVEL")
     advice = "pip install -e . with a compiler that knows it (GCC 11 or newer)"
-    return Finding("CPU level", "slow", f"{used.level}: this CPU has {highest}, which is not built", advice)
+    return Finding("CPU level", "slow", f"{used.level}: this CPU has {highest}, for which no library was built", advice)
 
 
 def _torch() -> Iterator[Finding]:
@@ -88,7 +88,7 @@ def _torch() -> Iterator[Finding]:
     else:
         yield Finding("torch", "ok", version)
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        yield Finding("oneDNN", "slow", "this torch is built without it", "install the official wheel of torch")
+        yield Finding("oneDNN", "slow", "this torch was built without it", "install the official wheel of torch")
     yield from _capability()
 
 
@@ -97,7 +97,7 @@ def _capability() -> Iterator[Finding]:
     held = os.environ.get("ATEN_CPU_CAPABILITY")
     if held:
         found = f"{torch.backends.cpu.get_cpu_capability()}, because of ATEN_CPU_CAPABILITY={held}"
-        yield Finding("torch's level", "note", found, "unset it for the highest")
+        yield Finding("torch's level", "note", found, "unset it to use the highest level")
 
 
 def _matmul() -> Iterator[Finding]:
@@ -115,7 +115,7 @@ def _threads() -> Iterator[Finding]:
     yield threads_finding(torch.get_num_threads(), len(allowed_cpus()), physical_cores(allowed_cpus()), group_limits())
     load = os.getloadavg()[0]
     if load > len(allowed_cpus()):
-        found = f"load {load:.1f} on {len(allowed_cpus())} processors: other programs take time"
+        found = f"load {load:.1f} on {len(allowed_cpus())} processors: other programs use the processors"
         yield Finding("load", "slow", found, "wait, or stop them; bench with --clock cpu")
 
 
@@ -127,7 +127,7 @@ def threads_finding(threads: int, cpus: int, cores: int, limits: Limits) -> Find
     usable = min(cpus, limits.cpus if limits.cpus is not None else cpus)
     best = max(1, int(min(cores, usable)))
     if threads > max(1, usable):
-        found = f"{facts}: they wait for each other when they are held back"
+        found = f"{facts}: threads wait for each other when the group is throttled"
         return Finding("threads", "slow", found, f"--threads {best}")
     if threads < best:
         return Finding("threads", "note", f"{facts}: {best - threads} not used", f"try --threads {best}")

@@ -27,7 +27,7 @@ FEW_ROWS = 8
 
 @functools.cache
 def _linear_op() -> Any:
-    """oneDNN's x @ w.T as torch exposes it, or None where this torch is built without it."""
+    """oneDNN's x @ w.T as torch exposes it, or None where this torch was built without it."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:

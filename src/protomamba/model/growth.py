@@ -75,7 +75,7 @@ def frozen_layers(policy: str, n_layer: int) -> set[int]:
             raise ConfigError(f"--freeze {policy}: expected a count from 0 to {n_layer} (the layers there are)")
         return set(range(numbers[0]))
     if max(numbers) >= n_layer:
-        raise ConfigError(f"--freeze {policy}: there is no layer {max(numbers)} among {n_layer} (they count from 0)")
+        raise ConfigError(f"--freeze {policy}: there is no layer {max(numbers)} among {n_layer} (counted from 0)")
     return set(numbers)
 
 

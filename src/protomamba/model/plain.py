@@ -37,4 +37,4 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str:
         return f"is {name}, not {kind.__name__}"
     if any(module.__dict__[hooks] for hooks in _HOOKS):
         return "has a hook"
-    return "has a forward of its own" if "forward" in module.__dict__ else "has parameters that are no plain tensors"
+    return "has its own forward" if "forward" in module.__dict__ else "has parameters that are not plain tensors"

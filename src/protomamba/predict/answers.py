@@ -98,7 +98,7 @@ def check_question(predictor: Predictor, question: Question) -> None:
     """ConfigError where the model cannot answer, or an option says nothing about what is asked."""
     labelled = predictor.model.config.n_class is not None
     if labelled and question.what in ("items", "likelihood"):
-        raise ConfigError(f"--what {question.what}: the model tells classes apart; expected class or embedding")
+        raise ConfigError(f"--what {question.what}: this is a classification model; expected class or embedding")
     if not labelled and question.what == "class":
         raise ConfigError("--what class: the model predicts the next token; expected items, likelihood or embedding")
     idle = {
@@ -108,6 +108,6 @@ def check_question(predictor: Predictor, question: Question) -> None:
     }
     for flag, given in idle.items():
         if given:
-            raise ConfigError(f"{flag}: has nothing to say about --what {question.what}")
+            raise ConfigError(f"{flag}: does not apply to --what {question.what}")
     if question.top_k is not None and question.top_k < 1:
         raise ConfigError(f"--top-k {question.top_k}: expected an integer >= 1")

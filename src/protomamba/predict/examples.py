@@ -82,7 +82,7 @@ class ExampleReader:
             except _BadRowError as error:
                 if not self.skip_bad:
                     raise UserError(
-                        f"{self.source}, row {row.number}: {error}; mend it, or --on-bad-row skip"
+                        f"{self.source}, row {row.number}: {error}; correct it, or use --on-bad-row skip"
                     ) from None
                 self.skipped.append(Skipped(row.number, str(error)))
 

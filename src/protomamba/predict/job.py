@@ -229,7 +229,9 @@ def _fill(
             _agree_and_append(lines, made, rows, there)
         rows += len(window)
     if rows < there:
-        raise UserError(f"--out {lines.path}: holds {there:,} lines, the input {rows:,} rows: it is of another input")
+        raise UserError(
+            f"--out {lines.path}: holds {there:,} lines, the input {rows:,} rows: it was made from another input"
+        )
     return Summary(rows=rows, found=there)
 
 
@@ -246,7 +248,7 @@ def _agree_and_append(lines: Lines, made: Sequence[bytes], first: int, there: in
     for place in range(overlap):
         if lines.next() != made[place]:
             raise UserError(
-                f"--out {lines.path}: answer {first + place + 1} is not what this command writes there: it is of "
-                "another checkpoint, input or option; remove it, or choose another name"
+                f"--out {lines.path}: answer {first + place + 1} is not what this command writes there: it was "
+                "made with another checkpoint, input or option; remove it, or choose another name"
             )
     lines.append(made[overlap:])

@@ -102,7 +102,9 @@ class Lines:
             self._file.write(b"".join(lines))
             self._file.flush()
         except OSError as error:
-            raise UserError(f"--out {self.path}: {error.strerror}; the same command goes on from there") from error
+            raise UserError(
+                f"--out {self.path}: {error.strerror}; run the same command again to continue from there"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -122,7 +124,7 @@ def lines_path(out: Path) -> Path:
     if out.suffix != ".parquet":
         raise ConfigError(f"--out {out}: expected a name ending in .jsonl, .csv or .parquet")
     if out.exists():
-        raise UserError(f"--out {out}: is there and complete; remove it, or choose another name")
+        raise UserError(f"--out {out}: already exists and is complete; remove it, or choose another name")
     import_parquet(out)
     return out.with_name(out.name + ".part.jsonl")
 

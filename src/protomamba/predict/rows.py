@@ -92,7 +92,7 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield Row(number, error=f"no row of CSV: {error}")
+            yield Row(number, error=f"not a row of CSV: {error}")
             number += 1
             continue
         if fields is None:

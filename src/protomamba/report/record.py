@@ -77,7 +77,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(
-            f"{folder}: expected the folder of a run, found no metrics.jsonl; give the --out-dir of a train"
+            f"{folder}: expected the folder of a run, found no metrics.jsonl; give the --out-dir of a training run"
         )
     record = RunRecord(folder, name or folder.resolve().name, _read_config(folder / "config.json"))
     since: float | None = None

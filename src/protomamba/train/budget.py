@@ -110,7 +110,7 @@ def steps_within(seconds: float, costs: Costs, val_every: int | None, save_every
     steps = math.floor(left / a_step)
     if steps < 1:
         raise ConfigError(
-            f"--time-budget: {max(0.0, seconds):.0f} s after the start are too few: a step takes {costs.step:.2f} s, a "
-            f"validation {costs.validation:.1f} s, a checkpoint {costs.save:.1f} s"
+            f"--time-budget: {max(0.0, seconds):.0f} s are left after the start, which is too short: a step takes "
+            f"{costs.step:.2f} s, a validation {costs.validation:.1f} s, a checkpoint {costs.save:.1f} s"
         )
     return steps

@@ -234,7 +234,7 @@ def weigh_classes(head: Head, training: Source, how: str) -> None:
         return
     counts = training.class_counts()
     if counts is None or training.info.n_class is None:
-        raise ConfigError("--class-weights balanced: the data has no labels, whose classes could be weighed")
+        raise ConfigError("--class-weights balanced: the data has no labels to weight")
     padded = torch.zeros(head.classes, dtype=torch.float64)
     padded[: len(counts)] = torch.from_numpy(counts).double()
     # A class that is never a target has no weight to give.
@@ -304,7 +304,7 @@ def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -
             raise
         ratio = f"--val-ratio {config.val_ratio:g}"
         raise UserError(
-            f"held out by {ratio}: {error}; or another --val-ratio (0 holds nothing out), or --val-token-file"
+            f"held out by {ratio}: {error}; or use another --val-ratio (0 holds nothing out) or --val-token-file"
         ) from None
 
 
@@ -346,4 +346,4 @@ def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[
     except ConfigError as error:
         if getattr(config, name) != RunConfig.default(name):
             raise
-        raise ConfigError(f"{error}; it is the default: give {flag(name)} {instead}, or what you want") from None
+        raise ConfigError(f"{error}; that is the default: give {flag(name)} {instead}, or another value") from None

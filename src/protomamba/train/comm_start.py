@@ -97,5 +97,5 @@ def ranks_line(trainer: Trainer, rows: int) -> dict[str, str]:
     if (world, shards) == (1, 1):
         return {}
     every, workers = trainer.config.sync_every, outer_workers(trainer.config, shards)
-    meeting = f" of {workers} workers, which meet every {every:,} steps" if workers else ""
-    return {"ranks": f"{world} for {shards} gradient shards{meeting}; {rows} rows a batch, of all together"}
+    meeting = f" of {workers} workers, which synchronise every {every:,} steps" if workers else ""
+    return {"ranks": f"{world} for {shards} gradient shards{meeting}; {rows} rows per batch in total"}

@@ -89,7 +89,7 @@ class Watch:
         except RuntimeError as error:
             raise RankFailed("the launcher is gone (its store does not answer)") from error
         if silent:
-            self._accuse(reason := f"{_ranks(silent)} gave no sign of life for {self.silence_s:g} s")
+            self._accuse(reason := f"no response from {_ranks(silent)} for {self.silence_s:g} s")
             raise RankFailed(reason)
 
     def _silent(self, limit_s: float) -> list[int]:

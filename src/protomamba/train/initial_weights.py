@@ -83,7 +83,7 @@ def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[st
         raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
     notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
     if not same_head:
-        notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts fresh")
+        notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts from scratch")
     return notes, moments
 
 

@@ -110,7 +110,7 @@ class AdamW(OptimizerBase):
         beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
         adam_eps: float = Field(1e-8, gt=0, le=1, description="epsilon")
         row_wise_moment: bool = Field(
-            False, description="row-sparse tables: one second moment a row, the mean over it, instead of one a number"
+            False, description="row-sparse tables: one second moment per row, its mean, instead of one per element"
         )
         momentum_by_touch: bool = Field(
             False, description="row-sparse tables: a row's first moment decays when it is read, not at every update"
@@ -174,7 +174,7 @@ class Muon(OptimizerBase):
     slots = ("momentum_buffer",)
 
     class Config(AdamW.Config):
-        muon_lr: float = Field(5.0, gt=0, le=1e4, description="rate of Muon's matrices as a multiple of the rate")
+        muon_lr: float = Field(5.0, gt=0, le=1e4, description="learning rate of Muon's matrices as a multiple of --lr")
         momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum (Nesterov)")
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: Any) -> None:

@@ -74,4 +74,4 @@ def _steps_an_epoch(preset: str, info: DataInfo, targets: int, batch_size: int, 
 def described(preset: str, derived: dict[str, Any], taken: set[str]) -> str:
     """What the preset chose, for the user."""
     chosen = ", ".join(f"--{name.replace('_', '-')} {derived[name]:g}" for name in derived if name in taken)
-    return f"preset {preset}, from the data: {chosen or 'nothing, all was given'}"
+    return f"preset {preset}, from the data: {chosen or 'nothing, because all were given'}"

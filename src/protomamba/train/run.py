@@ -340,8 +340,8 @@ class Run:
         if self._further_steps is not None:
             trainer.further(self._further_steps)
             notes.append(
-                f"warm-up and decay start anew over these {self._further_steps:,} further steps; "
-                "leave --steps out to go on to the run's own target"
+                f"warm-up and decay restart over these {self._further_steps:,} further steps; "
+                "leave out --steps to continue to the run's own target"
             )
         if trainer.global_step == trainer.schedule_start:
             self.best.stale_validations = 0  # further steps have patience of their own
@@ -353,7 +353,8 @@ class Run:
             if each.name in states and _has_state(each):
                 each.load_state_dict(states.pop(each.name))  # type: ignore[attr-defined]
         return [
-            f"the checkpoint's state of the callback {name} is dropped: the run does not have it" for name in states
+            f"the checkpoint's state of the callback {name} is dropped: this run does not have that callback"
+            for name in states
         ]
 
     def _adopt(self, found: Resumable) -> list[str]:
@@ -365,7 +366,7 @@ class Run:
         if newest <= step:
             return []
         return [
-            f"steps {step + 1:,} to {newest:,} in {self.folder.folder} are abandoned: the run replaces their "
+            f"steps {step + 1:,} to {newest:,} in {self.folder.folder} are discarded: the run replaces their "
             "checkpoints, their metrics go to metrics.superseded.jsonl; another --out-dir keeps them"
         ]
 

@@ -57,7 +57,7 @@ def idle_flags(config: RunConfig, model: ModelConfig) -> list[str]:
     """Notes on flags that were given and change nothing."""
     chosen = ", ".join(name for names in chosen_parts(model).values() for name in names)
     return [
-        f"{flag(name)} changes nothing: {' and '.join(readers) or 'nobody'} reads it, and the model is made of {chosen}"
+        f"{flag(name)} has no effect: it applies to {' and '.join(readers) or 'no part'}, and the model has {chosen}"
         for name, readers in idle_settings(model).items()
         if name in config.given
     ]
@@ -68,16 +68,16 @@ def default_notes(config: RunConfig) -> list[str]:
     notes = []
     if config.bp_cadence_steps > 1:
         notes.append(
-            f"backpropagation on one step in {config.bp_cadence_steps} only, local updates of D on the others: "
-            "--bp-cadence-steps 1 backpropagates on each"
+            f"backpropagation on only one step in {config.bp_cadence_steps}, local updates of D on the others: "
+            "--bp-cadence-steps 1 backpropagates on every step"
         )
     if config.final_layers > config.base_layers:
         notes.append(
             f"grown from {config.base_layers} to {config.final_layers} layers ({config.placement}): "
-            "--target-layers equal to --base-layers does not grow"
+            "for no growth set --target-layers to --base-layers"
         )
     if config.freeze != "none":
-        notes.append(f"frozen layers {config.freeze}: they never change; --freeze none trains all")
+        notes.append(f"frozen layers {config.freeze}: they do not change; --freeze none trains all layers")
     return notes
 
 

@@ -189,7 +189,7 @@ def test_lines_wait_for_room_on_a_full_disk_and_nothing_is_torn(tmp_path: Path, 
         disk.room = 10**6
         log.log("train", step=8)
     assert steps(path) == list(range(1, 9))
-    assert len(told) == 2 and "written again, nothing missing" in told[1]
+    assert len(told) == 2 and "writable again, no line is missing" in told[1]
 
 
 def test_what_a_full_disk_never_takes_is_told_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

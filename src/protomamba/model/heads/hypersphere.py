@@ -44,7 +44,7 @@ class HyperspherePrototypes(SamplingHead):
 
     class Config(PrototypeFields):
         sample: int = Field(
-            1_024, ge=2, le=16_777_216, description="classes that a training step of learned prototypes looks at"
+            1_024, ge=2, le=16_777_216, description="classes sampled per training step, with learned prototypes"
         )
 
     options: Config

@@ -24,7 +24,7 @@ class SoftmaxHead(SamplingHead):
 
     class Config(TieFields):
         sample: int = Field(
-            0, ge=0, le=16_777_216, description="softmax head: classes that a training step looks at, 0 = all"
+            0, ge=0, le=16_777_216, description="softmax head: classes sampled per training step; 0 = all"
         )
 
     options: Config

@@ -20,14 +20,16 @@ class VectorInput(Input):
     """
 
     class Config(Schema):
-        channels: int | None = Field(None, ge=1, le=1_048_576, description="values C of a position")
+        channels: int | None = Field(None, ge=1, le=1_048_576, description="values C per position")
 
     options: Config
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         if self.options.channels is None:
-            raise ConfigError("--input vector: how many values has a position? give --input-option channels=C")
+            raise ConfigError(
+                "--input vector: the number of values per position is missing; give --input-option channels=C"
+            )
         self.proj = nn.Linear(2 * self.options.channels, config.d_model)
 
     def forward(self, inputs: Tensor) -> Tensor:

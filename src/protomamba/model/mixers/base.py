@@ -173,7 +173,7 @@ class Block(nn.Module):
                 return f"mixer.{name} {why_not_plain(part, kind)}"
             if not _stands_in(part, kind, bias):
                 return f"mixer.{name} has {'no' if bias else 'a'} bias"
-        return "every module of the process is hooked"
+        return "a global module hook is registered"
 
     @torch.no_grad()
     def decode_step(self, x_BD: Tensor, state: State | None) -> MixerOutput:

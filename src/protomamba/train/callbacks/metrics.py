@@ -130,10 +130,10 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._take_back()
             if not was_refused:
-                self._warn(f"{self.path}: not written ({error.strerror}); lines are kept until there is room")
+                self._warn(f"{self.path}: not written ({error.strerror}); lines are kept in memory until it can be")
             return error
         if was_refused and not self.dropped:
-            self._warn(f"{self.path}: written again, nothing missing")
+            self._warn(f"{self.path}: writable again, no line is missing")
         return None
 
     def _write_line(self, line: bytes) -> None:

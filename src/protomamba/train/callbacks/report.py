@@ -24,4 +24,4 @@ class ReportWriter(Callback):
         try:
             write_report([run.folder.folder], run.folder.folder / REPORT)
         except Exception as error:  # the run itself is over and saved: its exit code must not depend on a picture
-            run.warn(f"no {REPORT}: {type(error).__name__}: {error}; protomamba report {run.folder.folder} makes it")
+            run.warn(f"no {REPORT}: {type(error).__name__}: {error}; protomamba report {run.folder.folder} writes it")
