@@ -63,7 +63,7 @@ class TieFields(Schema):
 
 
 class PartFields(StateSpaceFields, InnerFields, PrototypeFields, TieFields):
-    """Settings with a flag of their own: each fills the field of that name in whatever part declares it."""
+    """Settings that have their own flag: a flag fills the field of that name in every part that declares it."""
 
 
 class HeadFields(PrototypeFields, TieFields):
@@ -105,7 +105,7 @@ class ArchitectureFields(LayerFields, HeadFields, InputFields):
         return parse_options(value) if isinstance(value, list | tuple) else value
 
     def replace(self, **changes: Any) -> Self:
-        """As ever; options of a part that another takes the place of are dropped."""
+        """As `Schema.replace`; the options of a part that is replaced by another are dropped."""
         for what in ("head", "input"):
             if changes.get(what, getattr(self, what)) != getattr(self, what):
                 changes.setdefault(f"{what}_options", {})
@@ -117,7 +117,7 @@ class ArchitectureFields(LayerFields, HeadFields, InputFields):
         return self.dt_rank or math.ceil(self.d_model / 16)
 
     def kinds(self, n_layer: int) -> list[str]:
-        """The kind of each of `n_layer` layers, by index. ConfigError for a pattern that is none."""
+        """The kind of each of `n_layer` layers, by index. ConfigError for an invalid pattern."""
         return stack_kinds(self.layers or self.layer, n_layer)
 
 
@@ -133,7 +133,7 @@ class ModelConfig(ArchitectureFields):
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values: by this name others' tools (peft) read a model's configuration."""
+        """All fields as plain values; other tools (peft) read a model's configuration by this method."""
         return self.model_dump(mode="json")
 
     @property
@@ -391,7 +391,7 @@ MAY_CHANGE = frozenset(
 
 
 def pattern_kinds(pattern: str) -> list[str]:
-    """The kinds of one round of a pattern: `mamba*3,attention` -> mamba, mamba, mamba, attention."""
+    """The kinds in one repetition of a pattern: `mamba*3,attention` -> mamba, mamba, mamba, attention."""
     unit: list[str] = []
     for word in pattern.split(","):
         kind, star, count = word.strip().partition("*")
@@ -414,7 +414,7 @@ def compact_pattern(pattern: str) -> str:
 
 
 def parse_options(words: Iterable[str]) -> Options:
-    """`KEY=VALUE` and `KIND.KEY=VALUE` as {KEY: VALUE, KIND: {KEY: VALUE}}; of a key given twice the last counts."""
+    """`KEY=VALUE` and `KIND.KEY=VALUE` as {KEY: VALUE, KIND: {KEY: VALUE}}; the last value of a key counts."""
     options: Options = {}
     for word in words:
         path, equals, value = str(word).partition("=")
@@ -427,6 +427,6 @@ def parse_options(words: Iterable[str]) -> Options:
 
 
 def is_unset(name: str, value: Any) -> bool:
-    """Whether a value of a file or flag stands for the field's None."""
+    """Whether a value from a file or flag means None for this field."""
     optional = type(None) in get_args(RunConfig.model_fields[name].annotation)
     return optional and value in ("auto", "none") and name != "resume"

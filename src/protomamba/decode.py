@@ -1,4 +1,4 @@
-"""Decoding: a batch of prompts goes on token by token through the recurrent kernels.
+"""Decoding: a batch of prompts is continued token by token through the recurrent kernels.
 
 In memory that does not grow with the text, but for attention layers, which keep keys and values of the document so far.
 """
@@ -124,7 +124,7 @@ def weights_loss(model: SequenceModel, prompt: Sequence[int], weights: str, toke
 
 
 def as_lists(prompts: Sequence[Sequence[int] | Tensor] | Tensor) -> list[list[int]]:
-    """Prompts of any of the forms that `generate` takes as lists of tokens."""
+    """Prompts, in any form that `generate` accepts, as lists of tokens."""
     if isinstance(prompts, Tensor) and prompts.ndim != 2:
         raise ConfigError(f"prompts: expected a tensor (B, L) or a list of prompts, got shape {tuple(prompts.shape)}")
     return [prompt.tolist() if isinstance(prompt, Tensor) else list(map(int, prompt)) for prompt in prompts]
@@ -132,7 +132,7 @@ def as_lists(prompts: Sequence[Sequence[int] | Tensor] | Tensor) -> list[list[in
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module has its own mode again afterwards."""
+    """Put the model into evaluation mode; afterwards each module has its previous mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

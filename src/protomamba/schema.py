@@ -1,4 +1,4 @@
-"""What a configuration is made of: fields with defaults, bounds and help, and one line of words for a wrong value."""
+"""The base of every configuration: fields with defaults, bounds and help, and a one-line error for a wrong value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protomamba.errors import ConfigError
 class Schema(BaseModel):
     """Frozen, keyword-only, strict about unknown names; a wrong value raises ConfigError, not pydantic's own error.
 
-    Which fields somebody gave, and did not leave to a default, is `given`: it survives every `replace`.
+    `given` names the fields that were set explicitly, not left to their defaults; it survives every `replace`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -33,14 +33,14 @@ class Schema(BaseModel):
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> Self:
-        """The config that a file holds, of which nobody has given anything."""
+        """The configuration stored in a file; none of its fields count as given."""
         config = cls(**values)
         config._given = frozenset()
         return config
 
     @property
     def given(self) -> frozenset[str]:
-        """The names of the fields that somebody gave: as a flag, in a configuration file, or to the constructor."""
+        """The names of the fields that were set: by a flag, in a configuration file, or in the constructor."""
         return self._given
 
     @classmethod
@@ -49,7 +49,7 @@ class Schema(BaseModel):
         return cls.model_fields[name].default
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated again. They are the program's: what the user gave stays what it was."""
+        """A copy with `changes`, validated again. The changed fields do not count as given by the user."""
         config = type(self)(**{**self.model_dump(), **changes})
         config._given = self._given
         return config

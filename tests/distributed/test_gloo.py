@@ -77,7 +77,7 @@ def test_a_rank_without_a_sign_of_life_is_named() -> None:
     one.check()
     time.sleep(0.3)
     store.set("beat/1", "later")
-    with pytest.raises(RankFailed, match=r"^rank 2 gave no sign of life for 0.2 s$"):
+    with pytest.raises(RankFailed, match=r"^no response from rank 2 for 0.2 s$"):
         one.check()
 
 

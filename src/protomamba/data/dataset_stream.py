@@ -1,4 +1,4 @@
-"""Batches out of a torch Dataset of one's own, in an order that is a function of (seed, epoch, index)."""
+"""Batches from a torch Dataset of your own, in an order that is a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every kind of data is to a run: batches that are functions of their number, and what a model has to know.
+"""The interface of data for a run: batches that are functions of their index, and what a model must know.
 
-A source of one's own needs no base class: whatever has these members is one. The batches of the sources here are pure
+A source of your own needs no base class, only these members. The batches of the sources here are pure
 functions of (seed, epoch, index).
 """
 
@@ -32,7 +32,7 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a model and a run have to know of their data.
+    """What a model and a run must know about their data.
 
     `tokens` are int64 (B, L) below `vocab_size`; a `vector` is float32 (B, L, channels) with NaN where a value is
     missing. Without `n_class` the target is the next token. `reserved` tokens are never a target: no prediction may
@@ -68,7 +68,7 @@ class Source(Protocol):
 
     @property
     def info(self) -> DataInfo:
-        """What a model and a run have to know."""
+        """What a model and a run must know."""
 
     def identity(self) -> Identity:
         """Name, range and checksum of every file, in order: equal identities are equal data."""
@@ -83,7 +83,7 @@ class Source(Protocol):
         """Training and held-out part, without a target in common. UserError where that is not possible."""
 
     def stream(self, spec: StreamSpec) -> BatchStream:
-        """The endless order of training."""
+        """The endless training stream."""
 
     def eval_batches(self, spec: StreamSpec, count: int | None = None) -> Iterator[Batch]:
         """The same batches every time, spread evenly over all of it: `count` of them, None for every target."""

@@ -1,4 +1,4 @@
-"""What every training stream is: batches that are functions of their number, and one integer that is its place."""
+"""The base of training streams: batches that are functions of their index, and one integer for the position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Identity = list[dict[str, int | str]]
 
 
 class BatchStream(ABC):
-    """An endless sequence of batches. Iterating goes on from `position`, the number of the next batch.
+    """An endless sequence of batches. Iterating continues from `position`, the index of the next batch.
 
     `state_dict` is that position with all that the order depends on: plain integers and strings.
     """
@@ -32,7 +32,7 @@ class BatchStream(ABC):
         return self.batch(index)
 
     def cursor(self, index: int) -> Cursor:
-        """The place before batch `index`, with all that the order depends on; the same keys at every index."""
+        """The position before batch `index`, with all that the order depends on; the same keys at every index."""
         epoch, window = divmod(index * self.batch_size, self.rows_per_epoch)
         place = {"version": STATE_VERSION, "batch": index, "epoch": epoch, "window": window}
         return {**place, "batch_size": self.batch_size, "seed": self.seed, **self.settings()}
@@ -44,7 +44,7 @@ class BatchStream(ABC):
 
     @abstractmethod
     def settings(self) -> Cursor:
-        """What the order depends on beside batch size and seed."""
+        """What the order depends on besides batch size and seed."""
 
     @abstractmethod
     def identity(self) -> Identity:
@@ -52,7 +52,7 @@ class BatchStream(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for the head of a run."""
+        """One line for the header of a run."""
 
     @property
     def steps_per_epoch(self) -> float:
@@ -72,7 +72,7 @@ class BatchStream(ABC):
         return {**self.cursor(self.position), "shards": self.identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place. UserError naming each setting or file that is not what it was."""
+        """Go to a saved position. UserError naming each setting or file that has changed."""
         mine = self.state_dict()
         if state.get("version") != STATE_VERSION:
             raise UserError(f"stream cursor: version {state.get('version')!r}, expected {STATE_VERSION}")
@@ -93,7 +93,7 @@ class BatchStream(ABC):
 
 
 def refuse_other_data(saved: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> None:
-    """Name the first shard that is not what it was when the cursor was saved."""
+    """Raise UserError naming the first shard that has changed since the cursor was saved."""
     advice = "restore the data or start a new run"
     for number, (before, now) in enumerate(zip(saved, found, strict=False)):
         if before["name"] != now["name"]:

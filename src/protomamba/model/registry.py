@@ -25,7 +25,7 @@ T = TypeVar("T", bound="Part")
 
 
 class Part(nn.Module):
-    """Base of mixers, heads and inputs, also of a user's own. Constructed as `Class(config)`.
+    """Base of mixers, heads and inputs, including your own. Constructed as `Class(config)`.
 
     Config: the part's settings, as a Schema; `self.options` holds an instance of it. A field of the name of a flag
     (--d-state, --expand, ...) is filled by that flag; every field by --layer-option, --head-option or --input-option.

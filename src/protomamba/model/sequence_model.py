@@ -138,7 +138,7 @@ class SequenceModel(nn.Module):
         activation_hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, ModelState]:
         """The loss, the mean over targets >= 0; without targets the head's logits (B, L, classes), differentiable, or
-        its scores where it has no logits. With `return_state` also the state to go on from.
+        its scores where it has no logits. With `return_state` also the state from which the sequence continues.
 
         inputs: int64 tokens (B, L), or floating values (B, L, C) of `--input vector`; targets_BL: int64 (B, L), ignored
         where negative; reset_BL: bool (B, L), True where a document starts. A long sequence runs in chunks: pass each
@@ -175,7 +175,7 @@ class SequenceModel(nn.Module):
     ) -> Tensor | tuple[Tensor, ModelState]:
         """(B, L, classes): higher is likelier. The cosine to each prototype, or the logits of a softmax head.
 
-        Goes on from `state`; with `return_state` the second value is the state after the last position.
+        Continues from `state`; with `return_state` the second value is the state after the last position.
         """
         z_BLD, states = self.features(inputs, state=state, reset_BL=reset_BL, return_state=return_state)
         scores_BLV = self.head.scores(z_BLD)
@@ -230,7 +230,7 @@ class SequenceModel(nn.Module):
         return [None] * len(self.layers)
 
     def stack_states(self, states: Sequence[ModelState]) -> ModelState:
-        """The states of several sequences as the state of a batch of them, in that order."""
+        """The states of several sequences, in order, combined into the state of a batch."""
         stacked: ModelState = []
         for block, layer_states in zip(self.blocks(), zip(*states, strict=True), strict=True):
             present = [state for state in layer_states if state is not None]

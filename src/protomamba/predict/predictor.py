@@ -1,4 +1,4 @@
-"""The library's `Predictor`: sequences in, answers out, in order and in constant memory, whatever their number."""
+"""`Predictor`: predictions for many sequences, in order and in constant memory, however many there are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Sequences = Iterable[Sequence[int] | Array]
 
 @dataclass(frozen=True)
 class NextItems:
-    """The likeliest tokens after a sequence, best first, with their probabilities among all that may be offered.
+    """The most likely tokens after a sequence, best first, with their probabilities among all that may be offered.
 
     Where a head has no probabilities, `scores` are its own.
     """
@@ -48,7 +48,7 @@ class Likelihood:
 
 
 class Predictor:
-    """Answers of a trained model for many sequences.
+    """Predictions of a trained model for many sequences.
 
     model: in evaluation mode from here on. reserved: tokens that are never offered. Sequences are lists of tokens, or
     arrays: int64 (L,), or float32 (L, C) for a model of measured values; of at least one step, or ConfigError names the
@@ -61,7 +61,7 @@ class Predictor:
 
     @property
     def channels(self) -> int | None:
-        """Values of a step; None for a model of tokens."""
+        """Values per step; None for a model of tokens."""
         part = self.model.embedding
         return part.options.channels if isinstance(part, VectorInput) else None
 
@@ -71,7 +71,7 @@ class Predictor:
         return cls(build_model(checkpoint.load(Path(path))), reserved)
 
     def next_items(self, sequences: Sequences, top_k: int = 10, exclude_seen: bool = False) -> Iterator[NextItems]:
-        """The top_k likeliest next tokens; exclude_seen: none that the sequence already has."""
+        """The top_k most likely next tokens; exclude_seen: leave out those already in the sequence."""
         if top_k < 1:
             raise ConfigError(f"top_k {top_k}: expected an integer >= 1")
 
@@ -82,11 +82,11 @@ class Predictor:
         return self._answers(sequences, answers)
 
     def class_probabilities(self, sequences: Sequences) -> Iterator[npt.NDArray[np.float32]]:
-        """float32 (classes,): how likely each class is, after the whole sequence."""
+        """float32 (classes,): the probability of each class after the whole sequence."""
         return self._answers(sequences, lambda window: list(self._probabilities(self._last(window)).numpy()))
 
     def log_likelihoods(self, sequences: Sequences, per_token: bool = False) -> Iterator[Likelihood]:
-        """How likely each sequence is: every token given those before it; the first is given."""
+        """The log-likelihood of each sequence: of every token given those before it, except the first."""
         return self._answers(sequences, lambda window: self._likelihoods(window, per_token))
 
     def embeddings(self, sequences: Sequences) -> Iterator[npt.NDArray[np.float32]]:
@@ -179,7 +179,7 @@ def _likelihood(logs_L: npt.NDArray[np.float64], judged_L: npt.NDArray[np.bool_]
 
 
 def wrong_step(sequence: Array, vocab_size: int, channels: int | None = None) -> str | None:
-    """What is wrong with a sequence for a model of so many tokens (or, with channels, of values), or None."""
+    """What is wrong with a sequence for a model with this vocabulary (or these channels of values), or None."""
     if not len(sequence):
         return "expected at least one step, found none"
     if channels is not None and sequence.shape[1:] != (channels,):

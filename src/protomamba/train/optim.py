@@ -1,4 +1,4 @@
-"""Optimizers by name, and what of a model decays."""
+"""Optimizers by name, and which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def decays(name: str, parameter: Tensor) -> bool:
 class Optimizer(Protocol):
     """What moves the parameters. Its state goes by parameter name, so that it survives growing and freezing.
 
-    One of your own is made as `Class(named, config)`: the trainable parameters by name, and an instance of its nested
-    `Config(Schema)`, whose fields --optimizer-option sets. Derived from `OptimizerBase` it needs `slots` and `step`.
+    Your own is constructed as `Class(named, config)`: the trainable parameters by name, and an instance of its nested
+    `Config(Schema)`, whose fields --optimizer-option sets. Derived from `OptimizerBase` it needs only
+    `slots` and `step`.
     """
 
     slots: ClassVar[tuple[str, ...]]  # the tensors it keeps for a parameter, as they are called in the state
@@ -46,7 +47,7 @@ class Optimizer(Protocol):
         """The slots of each parameter that has been updated, in place: not copies."""
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over a state by name; names that are not trained here are left out. ValueError for another shape."""
+        """Take over a state by name; names that are not trained here are ignored. ValueError for another shape."""
 
     def unverified(self) -> dict[str, dict[str, Tensor]]:
         """The slots that may hold a NaN or Inf: all that were not found finite as they are now."""
@@ -70,7 +71,7 @@ class OptimizerBase:
         self._state: dict[str, dict[str, Tensor]] = {}
 
     def step(self, lr: float, scale: float = 1.0) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: give `step(lr, scale)`")
+        raise NotImplementedError(f"{type(self).__name__}: define `step(lr, scale)`")
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         return self._state

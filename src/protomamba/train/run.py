@@ -38,7 +38,7 @@ class Run:
 
     `Run(trainer, stream, validation, folder="runs/mine", resume="auto").fit()`
 
-    - `stream`: a `BatchSource`: batches that are a function of their number, such as `TokenStream` or `DatasetStream`.
+    - `stream`: a `BatchSource`: batches that are a function of their index, such as `TokenStream` or `DatasetStream`.
     - `validation`: batches as `Trainer.evaluate` takes them, the same ones each time (a list, or anything that can be
       iterated again); None validates nothing.
     - `folder`: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller
@@ -107,19 +107,19 @@ class Run:
     # What a callback may ask for.
 
     def stop(self, reason: str = "stopped") -> None:
-        """End after the step in hand, with a checkpoint; `reason` is told and recorded."""
+        """End after the current step, with a checkpoint; `reason` is shown and recorded."""
         self._reason = self._reason or reason
 
     def note(self, text: str) -> None:
-        """Say something to whoever watches."""
+        """Send a message to the callbacks: the console shows it, the metrics record it."""
         self._tell("on_message", text, False)
 
     def warn(self, text: str) -> None:
-        """Say something that the user should look at."""
+        """Send a warning to the callbacks."""
         self._tell("on_message", text, True)
 
     def output_lost(self, error: OSError) -> None:
-        """Say that standard output takes no more text."""
+        """Tell the callbacks that standard output can no longer be written to."""
         self._tell("on_output_lost", error)
 
     def facts(self) -> dict[str, Any]:
@@ -138,17 +138,17 @@ class Run:
         }
 
     def step_fields(self, stats: StepStats) -> dict[str, Any]:
-        """The figures of a step as they stand in metrics.jsonl."""
+        """The figures of a step as metrics.jsonl has them."""
         epoch = self.stream.cursor(self.stream.position).get("epoch", 0)
         return {**asdict(stats), **self.speed, "epoch": int(epoch)}
 
     # The run.
 
     def fit(self) -> str:
-        """Train to the target step, or until something ends it. Returns why: done, early_stopping, signal, or what a
-        callback said.
+        """Train to the target step, or until something ends it. Returns the reason: done, early_stopping, signal, or
+        what a callback gave to `stop`.
 
-        Raises UserError for what the user can mend; whatever is raised, metrics.jsonl says that the run failed.
+        Raises UserError for what the user can fix; whatever is raised, metrics.jsonl says that the run failed.
         """
         with contextlib.ExitStack() as held:
             if self._own_stop:
@@ -381,7 +381,7 @@ class Run:
 
 
 def version_notes(loaded: Checkpoint) -> list[str]:
-    """A line where another version of the package wrote the checkpoint."""
+    """One line if another version of the package wrote the checkpoint."""
     wrote = loaded.config.get("protomamba", "0.1.0")
     if wrote == __version__:
         return []

@@ -43,7 +43,7 @@ MANY_ROWS = 65_536
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one train step did. `loss` is the mean over the step's targets, before the update."""
+    """What one training step did. `loss` is the mean over the step's targets, before the update."""
 
     step: int
     loss: float
@@ -58,7 +58,7 @@ class StepStats:
 
 
 class NonFiniteError(UserError):
-    """Training met NaN or Inf and was told, or had, to stop."""
+    """Training produced NaN or Inf and stopped, because it was configured to or could not continue."""
 
 
 class Trainer:
@@ -96,7 +96,7 @@ class Trainer:
         return self.schedule_start + self.schedule_steps
 
     def further(self, steps: int) -> None:
-        """Lay a new schedule, warm-up included, over `steps` further steps."""
+        """Start a new schedule, including warm-up, over `steps` further steps."""
         self.schedule_start, self.schedule_steps = self.global_step, steps
 
     def train_step(self, *batches: Tensor | AnyBatch | None) -> StepStats:
@@ -286,7 +286,7 @@ class Trainer:
         self.load_slots(slots)
 
     def load_slots(self, slots: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the optimizer's state of whole parameters, by name; names that are not trained are left out."""
+        """Load the optimizer's state of whole parameters by name; names that are not trained are ignored."""
         self.rows.load_state(slots)
         self.optimizer.load_state(self.comm.cut({n: s for n, s in slots.items() if n not in self.rows.tables}))
 
@@ -324,7 +324,7 @@ class Trainer:
         return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
 
     def save_checkpoint(self, path: str | Path) -> checkpoint.SaveReport:
-        """Write everything needed to go on, to the bit, to one file, atomically. Raises SaveError."""
+        """Write everything needed to continue bit-exactly to one file, atomically. Raises SaveError."""
         return checkpoint.save(Path(path), self.parts(), config=self.configs(), info={"step": self.global_step})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Held-out figures: what a model answers on batches that it does not learn from."""
+"""Held-out figures: how a model does on batches that it is not trained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Validation:
 
     nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
     majority: the share of the commonest target, which is the accuracy of always predicting it.
-    best: whether it is the best of its run so far. more: what else is to stand in its line of metrics.jsonl.
+    best: whether it is the best of its run so far. more: further fields for its line in metrics.jsonl.
     """
 
     loss: float
@@ -40,7 +40,7 @@ class Validation:
         return None if self.nll is None else math.exp(min(700.0, self.nll))
 
     def fields(self) -> dict[str, Any]:
-        """What a line of metrics.jsonl says of it."""
+        """Its fields in a line of metrics.jsonl."""
         return {
             "val_loss": self.loss,
             "val_nll": self.nll,
@@ -54,7 +54,7 @@ class Validation:
 
 
 class TargetCounts:
-    """How often each target was seen."""
+    """Counts of the targets."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -66,15 +66,15 @@ class TargetCounts:
 
     @property
     def majority(self) -> int:
-        """Occurrences of the commonest."""
+        """Occurrences of the most common target."""
         return max(self._counts.values(), default=0)
 
 
 @torch.no_grad()
 def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool, exact: bool) -> Validation:
-    """`Trainer.evaluate` of a model: in evaluation mode, which is put back afterwards.
+    """`Trainer.evaluate` for a model: in evaluation mode; the previous mode is restored afterwards.
 
-    Where a part of the targets is judged, it is a part of all batches' together: the table is read once for them.
+    Where only a part of the targets is judged, it is a part of those of all batches together: the table is read once.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What a head is: what turns z into a loss and into predictions, for our heads and for a user's own.
+"""The interface of a head, which turns z into a loss and into predictions, for our heads and for user-defined ones.
 
 A head sees z (..., D) and targets (...), of any leading shape: (B, L, D) for a class per token, (B, D) for one per row.
 """
@@ -44,12 +44,13 @@ class Evaluation:
 
 
 class Head(Part, ABC):
-    """Base of every head, also of a user's own: `forward` and `scores` suffice. Constructed as `Class(config)`.
+    """Base of every head, including your own: define `forward` and `scores`. Constructed as `Class(config)`.
 
     Take rows of a parameter by `index_select` or `F.embedding`: with several threads the gradient of plain indexing
-    adds up in any order, and a loop of one's own would not resume to the bit.
+    adds up in any order, and your own training loop would not resume to the bit.
 
-    A head of the user's goes in by name: `--head package.module:Class`.
+    Use a head of your own by name: `--head package.module:Class`. A forward hook on a head sees the loss, in training
+    and evaluation only; predictions call `scores` and `logits` directly (hook the model's `norm_f` to see z).
     """
 
     FIELD = "head_options"
@@ -77,7 +78,7 @@ class Head(Part, ABC):
         return self.scores(z_BLD)
 
     def next_logits(self, z_BD: Tensor) -> Tensor:
-        """(B, V) to choose the next token by: `logits`, or `scores` where there are none."""
+        """(B, V) from which the next token is chosen: `logits`, or `scores` if there are none."""
         logits_B1V = self.logits(z_BD[:, None])
         return (self.scores(z_BD[:, None]) if logits_B1V is None else logits_B1V)[:, 0]
 
@@ -91,7 +92,7 @@ class Head(Part, ABC):
 
     @property
     def samples_classes(self) -> bool:
-        """Whether training looks at some of the classes only, and corrects for how often each comes."""
+        """Whether training looks at a sample of the classes only, and corrects for how often each is drawn."""
         return False
 
     def set_frequencies(self, counts_V: Tensor) -> None:
@@ -99,7 +100,7 @@ class Head(Part, ABC):
 
     def set_class_weights(self, weight_V: Tensor) -> None:
         """What a target of each class counts in training (V,), >= 0: the loss becomes the weighted mean. Kept in the
-        checkpoint; evaluation stays unweighted. Raises ConfigError for weights that cannot be."""
+        checkpoint; evaluation stays unweighted. Raises ConfigError for invalid weights."""
         fits = weight_V.shape == (self.classes,) and bool(torch.isfinite(weight_V).all() and (weight_V >= 0).all())
         if not fits or not bool(weight_V.any()):
             raise ConfigError(
@@ -109,13 +110,13 @@ class Head(Part, ABC):
         self.class_weights = weight_V.detach().float().clone()
 
     def target_weights(self, targets_T: Tensor) -> Tensor | None:
-        """(T,): the class weight of each target, while training; None where all count the same."""
+        """(T,): the class weight of each target during training; None if all count equally."""
         if self.class_weights is None or not self.training:
             return None
         return self.class_weights.index_select(0, targets_T.clamp_min(0))
 
     def weight_of(self, targets_BL: Tensor) -> float:
-        """What these targets count together in a mean over several batches: their number, or their weights' sum."""
+        """The weight of these targets in a mean over several batches: their number, or the sum of their weights."""
         wanted_T = targets_BL[targets_BL >= 0]
         weight_T = self.target_weights(wanted_T)
         return float(len(wanted_T)) if weight_T is None else float(weight_T.double().sum())
@@ -134,10 +135,10 @@ class Head(Part, ABC):
         """Called after each update of the parameters."""
 
     def calibrate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Calibrate `logits` on held-out (z, targets); a head that needs none ignores it."""
+        """Calibrate `logits` on held-out (z, targets); the default does nothing."""
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures about the head worth watching; 'nearest_cosine' near 1 is a collapse of the prototypes."""
+        """Figures about the head for the log; a 'nearest_cosine' near 1 means that the prototypes have collapsed."""
         return {}
 
     @torch.no_grad()

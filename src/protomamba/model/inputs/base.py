@@ -1,4 +1,4 @@
-"""What an input part is: it turns a batch of inputs into the residual stream's first x (B, L, D)."""
+"""The interface of an input part, which turns a batch of inputs into the residual stream's first x (B, L, D)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from protomamba.model.registry import Part, Registry
 
 
 class Input(Part, ABC):
-    """Base of every input part, also of a user's own (`--input package.module:Class`). Made by `Class(config)`."""
+    """Base of every input part, including your own (`--input package.module:Class`). Constructed as `Class(config)`."""
 
     FIELD = "input_options"
 
@@ -19,7 +19,7 @@ class Input(Part, ABC):
         """x (..., D) for inputs of any leading shape: (B, L) or (B, L, C) in a sequence, (B,) or (B, C) in a step."""
 
     def expected(self) -> str:
-        """What a batch of inputs is, for errors: kind and shape."""
+        """What a batch of inputs must be (type and shape), for error messages."""
         return "inputs (B, L, ...)"
 
 

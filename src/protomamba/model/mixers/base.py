@@ -1,4 +1,4 @@
-"""What a mixer is: `x = x + mixer(norm(x))`, for our layers and for a user's own.
+"""The interface of a mixer, in `x = x + mixer(norm(x))`, for our layers and for user-defined ones.
 
 It is a module like any other: it is called, so that hooks fire and adapters act.
 """
@@ -26,7 +26,7 @@ Stepper = Callable[[Tensor], Tensor]
 
 
 class MixerOutput(NamedTuple):
-    """y (B, L, D), and the state after the last position where it was asked for."""
+    """y (B, L, D), and the state after the last position if requested."""
 
     y_BLD: Tensor
     state: State | None = None
@@ -34,7 +34,7 @@ class MixerOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """How one call of a mixer or block runs. Everything has a default: `mixer(x)` starts from nothing."""
+    """How one call of a mixer or block runs. Everything has a default: `mixer(x)` starts without a state."""
 
     state: State | None = None  # what an earlier call returned: the sequence goes on from there
     reset_BL: Tensor | None = None  # True where a document starts: nothing crosses into that position
@@ -49,9 +49,9 @@ PLAIN_CALL = ForwardContext()
 
 
 class Mixer(Part, ABC):
-    """Base of every layer's mixer, also of a user's own: give `forward`, and `output_parameters` without `out_proj`.
+    """Base of every layer's mixer, including your own: define `forward`; without `out_proj` also `output_parameters`.
 
-    A mixer of the user's goes in by name: `--layer package.module:Class`. Constructed as `Class(config)`.
+    Use a mixer of your own by name: `--layer package.module:Class`. Constructed as `Class(config)`.
     """
 
     FIELD = "layer_options"
@@ -79,7 +79,7 @@ class Mixer(Part, ABC):
         return None
 
     def stack_states(self, states: Sequence[State]) -> State:
-        """The states of several sequences as the state of a batch of them."""
+        """The states of several sequences combined into the state of a batch."""
         return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
 
     def fused_block(self, x_BLD: Tensor, norm_weight_D: Tensor, ctx: ForwardContext) -> MixerOutput:

@@ -1,4 +1,4 @@
-"""What watches a run: told of each step, validation and save, and kept in its checkpoints if it has a state."""
+"""The base of callbacks, which are called at each step, validation and save; their state is in the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 class Callback:
     """Base of every callback: each method does nothing until you give it.
 
-    One that has `state_dict()` and `load_state_dict(state)` (plain values and tensors) enters the checkpoint under
+    One that has `state_dict()` and `load_state_dict(state)` (plain values and tensors) is saved in the checkpoint under
     `name`. What it draws from the random generators of torch, numpy and Python does not change the run. An exception
     stops the run as any error does. `run` is the `Run`: its trainer, its folder (or None), `run.stop(reason)`.
     """
 
     @property
     def name(self) -> str:
-        """What its state is called in a checkpoint: two callbacks of one run have different names."""
+        """The name of its state in a checkpoint; the callbacks of a run need different names."""
         return f"{type(self).__module__}:{type(self).__qualname__}"
 
     def on_start(self, run: Run) -> None:
@@ -35,19 +35,19 @@ class Callback:
         """After each validation; `result.best` says whether it is the best so far."""
 
     def on_before_save(self, run: Run) -> None:
-        """Before each checkpoint: what must not be older than it after a power cut is put on the disk here."""
+        """Before each checkpoint: write to disk here what must not be older than the checkpoint after a power cut."""
 
     def on_save(self, run: Run, report: SaveReport) -> None:
         """After each checkpoint that was written."""
 
     def on_save_error(self, run: Run, error: SaveError) -> None:
-        """After one that could not be, where the run goes on all the same."""
+        """After a checkpoint that could not be written, if the run continues regardless."""
 
     def on_message(self, run: Run, text: str, warning: bool) -> None:
-        """For each line that the run, or a callback by `run.note` and `run.warn`, has to say."""
+        """For each message of the run, or of a callback through `run.note` and `run.warn`."""
 
     def on_output_lost(self, run: Run, error: OSError) -> None:
-        """Once, when standard output takes no more text; the run goes on."""
+        """Once, when standard output can no longer be written to; the run continues."""
 
     def on_end(self, run: Run, reason: str) -> None:
-        """At the end: `done`, `early_stopping`, `signal`, `failed`, or what a callback gave to `run.stop`."""
+        """At the end. reason: `done`, `early_stopping`, `signal`, `failed`, or what a callback gave to `run.stop`."""

@@ -1,4 +1,4 @@
-"""A loss that falls while nothing is learned: told as soon as a validation shows it."""
+"""Warns as soon as a validation shows that the loss falls while nothing is learned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FALLEN = 0.9
 
 
 class CollapseWatch(Callback):
-    """Warns where a head's prototypes have drifted together, or where the loss falls and the predictions do not follow.
+    """Warns if a head's prototypes have drifted together, or if the loss falls while predictions do not improve.
 
     The documented loss of prototypes, (1 - cos)^2, goes to 0 in a collapse and says nothing: what is watched is the
     distance of the prototypes, the accuracy beside the commonest class's share, and the cross entropy.

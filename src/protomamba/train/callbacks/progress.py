@@ -1,4 +1,4 @@
-"""The console as a callback: the header of a run, its steps and validations, what it has to say, and how it ended."""
+"""The console as a callback: the header of a run, its steps and validations, its messages, and how it ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """Shows a run on `console` (standard output): `header` first, then a line a logged step, or a bar on a terminal."""
+    """Shows a run on `console` (standard output): `header`, then a line per logged step, or a bar on a terminal."""
 
     name = "progress"
 
