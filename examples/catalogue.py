@@ -104,7 +104,7 @@ def compare(items: int, steps: int, width: int = 64, judged: int = JUDGED) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=1_000_000)
-    parser.add_argument("--steps", type=int, default=1_500, help=f"of {ROWS} sessions of {LENGTH} items")
+    parser.add_argument("--steps", type=int, default=2_500, help=f"of {ROWS} sessions of {LENGTH} items")
     parser.add_argument("--width", type=int, default=64)
     given = parser.parse_args()
     print("| | " + " | ".join(SHOWN) + " | training, s |\n" + "|---" * (len(SHOWN) + 2) + "|")
