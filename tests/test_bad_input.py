@@ -183,8 +183,8 @@ def train_small(folder: Path, *more: object) -> int:
     ("more", "code", "says"),
     [
         (["--val-ratio", 0.005], 1, r"held out by --val-ratio 0.005: .*shorter than one window.*0 holds nothing out"),
-        (["--base-layers", 1, "--freeze", "first:2"], 2, r"from 0 to 1 .*it is the default: give --freeze none"),
-        (["--target-layers", 2, "--placement", "specific:1,3,4,5"], 2, r"it is the default: give --placement append"),
+        (["--base-layers", 1, "--freeze", "first:2"], 2, r"from 0 to 1 .*that is the default: give --freeze none"),
+        (["--target-layers", 2, "--placement", "specific:1,3,4,5"], 2, r"that is the default: give --placement append"),
         (["--init-from", "nowhere"], 1, r"--init-from nowhere: there is no such checkpoint or folder"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_faster_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["ok", "protomamba"] and "time" in lines[-1]
+    assert lines[0].split()[:2] == ["ok", "protomamba"] and "training slower" in lines[-1]
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["findings"]
     assert {finding["what"] for finding in found} >= {"kernels", "matrix products", "torch", "threads", "memory"}
