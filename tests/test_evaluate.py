@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from protomamba.cli.main import main
-from protomamba.train.judging import bits_per_byte, per_class
+from protomamba.train.judging import per_class
+from protomamba.train.validation import bits_per_byte
+from tests.runs import metrics
 
 SMALL = ["--d-model", "8", "--steps", "4", "--threads", "1", "--batch-size", "4", "--seq-len", "8"]
 
@@ -27,7 +29,14 @@ def test_events_are_ranked_beside_baselines(tmp_path: Path, capsys: pytest.Captu
     columns = ["--group", "user", "--order", "time", "--item", "item"]
     assert main(["prepare", "events", str(tmp_path / "e.csv"), "--out-dir", str(tmp_path / "data"), *columns]) == 0
     assert main(["train", str(tmp_path / "data"), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
+    shown = capsys.readouterr().out
+    assert "held out    model: hit@1" in shown and "held out    popularity: hit@1" in shown
     latest = str(tmp_path / "run" / "latest.safetensors")
+    (recorded,) = metrics(tmp_path / "run", "ranking")
+    best = evaluated(capsys, str(tmp_path / "run" / "best.safetensors"))["ranking"]
+    assert {name: recorded[name] for name in best} == best and recorded["step"] == 4
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Ranking over all items" in page and "ndcg@10" in page and "popularity" in page
     for split, rows_judged in (("valid", 20), ("test", 20), ("train", 80)):
         ranking = evaluated(capsys, latest, "--split", split)["ranking"]
         assert (ranking["rows"], ranking["items"]) == (rows_judged, 7)
@@ -48,6 +57,10 @@ def test_labels_are_judged_by_class(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*train, "--threads", "1", "--batch-size", "8", "--lr", "0.01"]) == 0
     found = evaluated(capsys, str(tmp_path / "run" / "latest.safetensors"))
     judged = found["classification"]
+    (recorded,) = metrics(tmp_path / "run", "classification")
+    best = evaluated(capsys, str(tmp_path / "run" / "best.safetensors"))["classification"]
+    assert {name: recorded[name] for name in best} == best
+    assert "precision" in (tmp_path / "run" / "report.html").read_text()
     assert sorted(judged["classes"]) == ["no", "yes"]
     assert sum(map(sum, judged["confusion"])) == found["targets"]
     hits = sum(judged["confusion"][i][i] for i in range(2))
@@ -62,6 +75,12 @@ def test_bits_a_byte_where_text_was_prepared(tmp_path: Path, capsys: pytest.Capt
     assert main(["train", str(tmp_path / "data"), "--out-dir", str(tmp_path / "run"), *SMALL]) == 0
     found = evaluated(capsys, str(tmp_path / "run" / "latest.safetensors"))
     assert found["bits_per_byte"] == pytest.approx(found["nll"] / 0.6931472, rel=0.01)
+    (validated,) = metrics(tmp_path / "run", "validation")
+    assert validated["val_bits_per_byte"] == pytest.approx(validated["val_nll"] / 0.6931472, rel=0.01)
+    (sample,) = metrics(tmp_path / "run", "sample")
+    assert sample["prompt"] in "the quick brown fox. " * 60 and sample["text"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Samples" in page and sample["prompt"].strip() in page
 
 
 def test_a_part_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from protomamba.train import budget, presets
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
 from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.last_judgement import LastJudgement
 from protomamba.train.callbacks.memory import MemoryWatch
 from protomamba.train.callbacks.progress import Progress
 from protomamba.train.callbacks.report import ReportWriter
@@ -146,7 +147,7 @@ def build_run(
         trainer,
         parts.stream,
         parts.validation,
-        (shown, CollapseWatch(), MemoryWatch(), *chosen_callbacks(config), *callbacks),
+        (shown, CollapseWatch(), MemoryWatch(), *last_judgement(parts), *chosen_callbacks(config), *callbacks),
         RunDir(config.out_dir, config.keep_last),
         log_every=config.log_every,
         val_every=config.val_every,
@@ -166,6 +167,11 @@ def build_run(
         tensors=parts.inputs.tensors,
         stop=stop,
     )
+
+
+def last_judgement(parts: Parts) -> list[Callback]:
+    """Judges the best model at the end, where anything is held out."""
+    return [LastJudgement(parts.inputs, parts.validation)] if parts.validation is not None else []
 
 
 def chosen_callbacks(config: RunConfig) -> list[Callback]:

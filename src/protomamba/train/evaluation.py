@@ -15,8 +15,8 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import build_model
 from protomamba.train.build import use_machine
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
-from protomamba.train.judging import Judgement, bits_per_byte, judge
-from protomamba.train.validation import Validation, evaluate
+from protomamba.train.judging import Judgement, judge
+from protomamba.train.validation import Validation, bits_per_byte, evaluate
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ class Held:
     def __iter__(self) -> Iterator[Batch]:
         return self.source.eval_batches(self.spec, self.count)
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the raw text, where text was prepared."""
+        return self.source.info.bytes_per_token
+
 
 def open_inputs(config: DataFields, *, seed: int, corpus: Path) -> Inputs:
     """Open, index and check the data of a run. Raises UserError naming the file and what is wrong with it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,10 +89,3 @@ def per_class(classes: list[str], confusion: list[list[int]]) -> list[tuple[str,
     f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-300)
     rows = zip(classes, precision.tolist(), recall.tolist(), f1.tolist(), there.long().tolist(), strict=True)
     return list(rows)
-
-
-def bits_per_byte(nll: float | None, bytes_per_token: float | None) -> float | None:
-    """Cross entropy in nats a token as bits a byte of the raw text; None where either is not known."""
-    if nll is None or not bytes_per_token:
-        return None
-    return nll / math.log(2) / bytes_per_token

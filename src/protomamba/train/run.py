@@ -118,6 +118,10 @@ class Run:
         """Send a warning to the callbacks."""
         self._tell("on_message", text, True)
 
+    def log(self, event: str, **fields: Any) -> None:
+        """A line for metrics.jsonl, at this step."""
+        self._tell("on_event", event, fields)
+
     def output_lost(self, error: OSError) -> None:
         """Tell the callbacks that standard output can no longer be written to."""
         self._tell("on_output_lost", error)
@@ -174,6 +178,7 @@ class Run:
             with Prefetcher(self.stream, *self.prefetch) as self._batches:
                 self._reset_clock()
                 reason = self._loop()
+            self._tell("on_finish", reason)
         except BaseException as error:
             self.error = error
             raise
@@ -238,6 +243,7 @@ class Run:
         result = self.trainer.evaluate(self.validation, calibrate=True, exact=False)
         if not result.targets:
             raise UserError("the validation batches hold no target")
+        result.bytes_per_token = getattr(self.validation, "bytes_per_token", None)
         self._tell("on_validation", result)
         self._reset_clock()
         return result.best

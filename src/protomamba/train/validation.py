@@ -24,6 +24,7 @@ class Validation:
     nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
     majority: the share of the commonest target, which is the accuracy of always predicting it.
     best: whether it is the best of its run so far. more: further fields for its line in metrics.jsonl.
+    bytes_per_token: of the raw text, where text was prepared.
     """
 
     loss: float
@@ -33,6 +34,12 @@ class Validation:
     majority: float = 0.0
     best: bool = False
     more: dict[str, Any] = field(default_factory=dict)
+    bytes_per_token: float | None = None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The cross entropy as bits a byte of the raw text; None where either is not known."""
+        return bits_per_byte(self.nll, self.bytes_per_token)
 
     @property
     def perplexity(self) -> float | None:
@@ -48,9 +55,17 @@ class Validation:
             "majority_accuracy": self.majority,
             "val_perplexity": self.perplexity,
             "targets": self.targets,
+            **({} if self.bits_per_byte is None else {"val_bits_per_byte": self.bits_per_byte}),
             "best": self.best,
             **self.more,
         }
+
+
+def bits_per_byte(nll: float | None, bytes_per_token: float | None) -> float | None:
+    """Cross entropy in nats a token as bits a byte of the raw text; None where either is not known."""
+    if nll is None or not bytes_per_token:
+        return None
+    return nll / math.log(2) / bytes_per_token
 
 
 class TargetCounts:

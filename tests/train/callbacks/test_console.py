@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from protomamba.train.callbacks.console import Console
+from protomamba.train.callbacks.console import Console, duration
 
 
 class Terminal(io.StringIO):
@@ -24,13 +24,18 @@ def run(console: Console) -> None:
         console.stop()
 
 
-def test_a_file_gets_one_plain_line_for_each_logged_step() -> None:
-    out = io.StringIO()
+def test_a_file_gets_one_plain_line_for_each_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), iter([1000.0, 1070.0, 1135.4])
+    monkeypatch.setattr("protomamba.train.callbacks.console.time.monotonic", lambda: next(now))
     run(Console(out))
     assert out.getvalue().splitlines() == [
-        "step      95  loss 0.0105  lr 1.00e-04  12,346 tokens/s",
-        "step     100  loss 0.0100  lr 1.00e-04  12,346 tokens/s",
+        "step      95  loss 0.0105  lr 1.00e-04  12,346 tokens/s  elapsed 1m10s  left 1m10s",
+        "step     100  loss 0.0100  lr 1.00e-04  12,346 tokens/s  elapsed 2m15s  left 0s",
     ]
+
+
+def test_times_are_short() -> None:
+    assert [duration(each) for each in (0.4, 59.4, 185, 7_620)] == ["0s", "59s", "3m05s", "2h07m"]
 
 
 def test_a_terminal_gets_a_bar_and_no_step_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from protomamba.checkpoint.file import SaveReport
@@ -45,6 +46,12 @@ class Callback:
 
     def on_message(self, run: Run, text: str, warning: bool) -> None:
         """For each message of the run, or of a callback through `run.note` and `run.warn`."""
+
+    def on_event(self, run: Run, event: str, fields: Mapping[str, Any]) -> None:
+        """For each line that a callback gives to metrics.jsonl by `run.log`."""
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        """When training has ended and nothing failed, before `on_end`: what is still to be judged and recorded."""
 
     def on_output_lost(self, run: Run, error: OSError) -> None:
         """Once, when standard output can no longer be written to; the run continues."""

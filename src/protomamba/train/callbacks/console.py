@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE
@@ -60,6 +62,7 @@ class Console:
         self._show_bar = self._rich.is_terminal if progress is None else progress
         self._bar: Progress | None = None
         self._task: Any = None
+        self._clock: _Clock | None = None
 
     def when_lost(self, tell: Callable[[OSError], None] | None) -> None:
         """Call `tell` once, with the error, when the stream takes no more text: see SafeStream."""
@@ -90,7 +93,8 @@ class Console:
         self._rich.print(table)
 
     def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Begin the training phase: shows the bar, if bars are shown."""
+        """Begin the training phase: shows the bar, if bars are shown; elsewhere lines tell the time."""
+        self._clock = _Clock(total_steps, done_steps, time.monotonic())
         if not self._show_bar:
             return
         columns = (
@@ -113,7 +117,8 @@ class Console:
             figures = "  ".join(part for key, part in _parts(fields).items() if key in ("loss", "tokens_per_s"))
             self._bar.update(self._task, completed=step, figures=figures)
         elif logged:
-            self.line("  ".join([f"step {step:>7,}", *_parts(fields).values()]))
+            times = [self._clock.told(step, time.monotonic())] if self._clock else []
+            self.line("  ".join([f"step {step:>7,}", *_parts(fields).values(), *times]))
 
     @contextmanager
     def bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -137,6 +142,30 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """When the steps behind `first` began, of `total` there will be."""
+
+    total: int
+    first: int
+    started: float
+
+    def told(self, step: int, now: float) -> str:
+        """How long it took so far, and, at the speed so far, will take; validations and saves are part of both."""
+        elapsed = now - self.started
+        left = elapsed / max(1, step - self.first) * max(0, self.total - step)
+        return f"elapsed {duration(elapsed)}  left {duration(left)}"
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def _parts(fields: Mapping[str, Any]) -> dict[str, str]:

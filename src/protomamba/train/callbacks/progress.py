@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protomamba.output import safe
 from protomamba.train.callbacks.base import Callback
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from protomamba.train.run import Run
     from protomamba.train.trainer import StepStats
     from protomamba.train.validation import Validation
+
+
+RANKING = ("hit@1", "hit@10", "ndcg@10", "mrr")
 
 
 class Progress(Callback):
@@ -50,10 +53,18 @@ class Progress(Callback):
 
     def on_validation(self, run: Run, result: Validation) -> None:
         nll = "" if result.nll is None else f"  val_nll {result.nll:.4f}  perplexity {result.perplexity:.4g}"
+        bits = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
         self.console.line(
-            f"step {run.trainer.global_step:>7,}  val_loss {result.loss:.4f}{nll}  val_accuracy {result.accuracy:.4f}"
+            f"step {run.trainer.global_step:>7,}  val_loss {result.loss:.4f}{nll}{bits}"
+            f"  val_accuracy {result.accuracy:.4f}"
             f"  (most common class: {result.majority:.4f}){'  best' if result.best else ''}"
         )
+
+    def on_event(self, run: Run, event: str, fields: Mapping[str, Any]) -> None:
+        if event == "ranking":
+            for who, figures in {"model": fields["figures"], **fields.get("baselines", {})}.items():
+                shown = "  ".join(f"{name} {figures[name]:.4f}" for name in RANKING if name in figures)
+                self.console.line(f"held out    {who}: {shown}")
 
     def on_end(self, run: Run, reason: str) -> None:
         self.console.stop()

@@ -57,6 +57,10 @@ class MetricsRecorder(Callback):
         if self.log is not None and warning:
             self.log.log("warning", step=run.trainer.global_step, text=text)
 
+    def on_event(self, run: Run, event: str, fields: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.log(event, step=run.trainer.global_step, **fields)
+
     def on_output_lost(self, run: Run, error: OSError) -> None:
         if self.log is not None:
             self.log.log("output_lost", step=run.trainer.global_step, error=error.strerror)
