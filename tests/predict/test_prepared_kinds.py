@@ -15,8 +15,11 @@ import torch
 from protomamba import Predictor
 from protomamba.checkpoint import file as checkpoint
 from protomamba.cli.main import main
+from protomamba.config import RunConfig
 from protomamba.data.dna import DnaTokenizer
+from protomamba.data.tokenizer import tokenizer_from_json
 from protomamba.data.vocabulary import Vocabulary
+from protomamba.train.build import build_parts
 
 pytest.importorskip("pyarrow")
 TINY = [
@@ -337,3 +340,47 @@ def test_bad_events_are_left_out_and_listed(
     (tmp_path / "good.csv").write_text("user,time,item\n" + "".join(f"{u},{t},{i}\n" for u, t, i in good))
     assert run(*command[:2], tmp_path / "good.csv", "--out", tmp_path / "g.jsonl") == 0
     assert lines(tmp_path / "o.jsonl") == lines(tmp_path / "g.jsonl")
+
+
+def test_labelled_texts_by_a_tokenizer_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"{'good' if i % 2 else 'bad'} thing {i}" for i in range(20)]
+    source = labelled(tmp_path / "mail.csv", [f"{i % 2},{text}" for i, text in enumerate(texts)], "kind,body")
+    model = train_labels(tmp_path, source, "--label", "kind", "--text", "body", "--train-bpe", 280)
+    assert run("predict", model, source, "--out", tmp_path / "o.jsonl") == 0
+    tokenizer = tokenizer_from_json(checkpoint.load(model).config["tokenizer"])
+    assert len(tokenizer.encode("good thing")) < 5
+    own = Predictor.from_checkpoint(model).class_probabilities(map(tokenizer.encode, texts))
+    for line, chances in zip(lines(tmp_path / "o.jsonl"), own, strict=True):
+        assert list(line["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-4)
+    columns = ("--label", "kind", "--tokens", "body", "--train-bpe", 280)
+    assert run("prepare", "labels", source, "--out-dir", tmp_path / "no", *columns) == 2
+    assert "make tokens of --text COLUMN" in capsys.readouterr().err
+
+
+def test_new_items_come_behind_and_old_rows_stay_theirs_to_the_bit(
+    events: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = {user: [*items[2:], f"new-{int(user[1:]) % 3}", items[0]] for user, items in sequences().items()}
+    source = table(tmp_path / "later.csv", later)
+    columns = ("--group", "user", "--order", "time", "--item", "item")
+    assert run("prepare", "events", source, "--out-dir", tmp_path / "other", *columns) == 0
+    first = ("--init-from", events / "run" / "latest.safetensors", *TINY[4:])
+    assert run("train", tmp_path / "other", "--out-dir", tmp_path / "refused", *first) == 1
+    assert f"prepare events --vocab-from {events / 'run'}" in capsys.readouterr().err
+    more = ("--vocab-from", events / "run")
+    assert run("prepare", "events", source, "--out-dir", tmp_path / "data", *columns, *more) == 0
+    assert run("train", tmp_path / "data", "--out-dir", tmp_path / "run", *first) == 0
+    assert "3 items are new: their rows start fresh" in capsys.readouterr().out
+    before, after = (checkpoint.load(folder / "run" / "latest.safetensors").parts for folder in (events, tmp_path))
+    old, new = (Vocabulary.from_state(parts["vocabulary"]) for parts in (before, after))
+    assert new.begins_with(old) and new.size == old.size + 3 and new.name(old.size) in {f"new-{i}" for i in range(3)}
+    config = RunConfig(data=tmp_path / "data", init_from=events / "run", out_dir=tmp_path / "built")
+    started = build_parts(config).trainer.model.state_dict()
+    tables = [name for name, value in before["model"].items() if value.ndim and value.shape[0] == old.size]
+    assert len(tables) >= 2
+    for name, value in before["model"].items():
+        grown = started[name]
+        assert torch.equal(grown[: old.size] if name in tables else grown, value), name
+    assert run("predict", tmp_path / "run" / "latest.safetensors", source, "--out", tmp_path / "o.jsonl") == 0
+    offered = {item for line in lines(tmp_path / "o.jsonl") for item in line["items"]}
+    assert "unknown" not in capsys.readouterr().err and offered & {f"new-{i}" for i in range(3)}

@@ -158,7 +158,9 @@ def configure_labels(parser: Parser) -> None:
     _configure_common(parser, "tables (.csv, .tsv, .jsonl, .parquet), .ts or .npz files; .gz and .zst too")
     parser.add_argument("--label", metavar="COLUMN", help="column of the class; in a .npz file, the array [y]")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument("--text", metavar="COLUMN", help="column of text, read as a sequence of bytes")
+    steps.add_argument(
+        "--text", metavar="COLUMN", help="column of text, read as a sequence of bytes, or of --tokenizer's tokens"
+    )
     steps.add_argument(
         "--tokens", metavar="COLUMN", help="column of words, read as a sequence; with --group, one word per row"
     )
@@ -170,6 +172,11 @@ def configure_labels(parser: Parser) -> None:
     parser.add_argument(
         "--order", metavar="COLUMN", help="column, a number or date, that orders a group [order of the rows]"
     )
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME", help="of --text: bytes or a tokenizer.json [%(default)s]"
+    )
+    by.add_argument("--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the training part")
     for part in ("valid", "test"):
         parser.add_argument(
             f"--{part}", type=Path, action="append", default=[], metavar="FILE", help=f"inputs of the {part} part"
@@ -183,7 +190,15 @@ def prepare_labels(arguments: argparse.Namespace) -> int:
 
     values = tuple(arguments.values.split(",")) if arguments.values else ()
     columns = LabelColumns(arguments.label, arguments.text, arguments.tokens, values, arguments.group, arguments.order)
-    manifest = prepare_labels(arguments.inputs, arguments.out_dir, columns, valid=arguments.valid, test=arguments.test)
+    manifest = prepare_labels(
+        arguments.inputs,
+        arguments.out_dir,
+        columns,
+        valid=arguments.valid,
+        test=arguments.test,
+        tokenizer=arguments.tokenizer,
+        train_bpe=arguments.train_bpe,
+    )
     classes = manifest.about["classes"]
     shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     _show(manifest, {"classes": f"{len(classes):,}: {shown}"})

@@ -6,19 +6,20 @@ Real values are standardised channel by channel by the training part; the recipe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.files import sha256_of
 from protomamba.data.filling import Filling, filling
 from protomamba.data.labelled_tables import Example, LabelColumns, Names, read_examples
 from protomamba.data.prepared_manifest import PreparedManifest, save_arrays
-from protomamba.data.tokenizer import ByteTokenizer
+from protomamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer, with_eos
 from protomamba.data.vocabulary import RESERVED, Vocabulary
-from protomamba.errors import UserError
+from protomamba.errors import ConfigError, UserError
 
 MANY_CLASSES = 20
 
@@ -30,34 +31,75 @@ def prepare_labels(
     *,
     valid: Sequence[str | Path] = (),
     test: Sequence[str | Path] = (),
+    tokenizer: str = "bytes",
+    train_bpe: int | None = None,
 ) -> PreparedManifest:
     """Make a folder of labelled sequences; returns the manifest that is also written.
 
-    `valid` and `test` name the files of these parts. UserError naming file, row and column of what cannot be read, and
-    of a label that training has none of.
+    `valid` and `test` name the files of these parts. Texts become tokens by `tokenizer`, `bytes` or the path of a
+    `tokenizer.json`, or by one of `train_bpe` tokens that is made of the training part. UserError naming file, row and
+    column of what cannot be read, and of a label that training has none of.
     """
     columns.check()
+    by = _tokens_by(columns, tokenizer, train_bpe)
     files = {"train": inputs, "valid": valid, "test": test}
     paths = {name: [Path(each) for each in given] for name, given in files.items() if given}
     everything, folder = [path for each in paths.values() for path in each], Path(out_dir)
     counts = {name: len(each) for name, each in paths.items()}
-    with filling(folder, everything, {"labels": asdict(columns), "parts": counts}) as call:
-        return call.done or _fill(call, paths, columns)
+    with filling(folder, everything, {"labels": asdict(columns), "parts": counts, **by}) as call:
+        return call.done or _fill(call, paths, columns, tokenizer, train_bpe)
 
 
-def _fill(call: Filling, paths: Mapping[str, Sequence[Path]], columns: LabelColumns) -> PreparedManifest:
+def _tokens_by(columns: LabelColumns, tokenizer: str, train_bpe: int | None) -> dict[str, Any]:
+    """What the plan says of the tokens of texts that are not bytes. ConfigError for what does not go together."""
+    if train_bpe is None and tokenizer == "bytes":
+        return {}
+    if not columns.text:
+        raise ConfigError("--tokenizer and --train-bpe make tokens of --text COLUMN: name it, or leave them out")
+    return {"tokenizer": f"bpe {train_bpe}" if train_bpe else sha256_of(Path(tokenizer))}
+
+
+def _fill(
+    call: Filling,
+    paths: Mapping[str, Sequence[Path]],
+    columns: LabelColumns,
+    tokenizer: str,
+    train_bpe: int | None,
+) -> PreparedManifest:
     names = Names()
     parts: dict[str, _Part] = {}
     classes: list[str] = []
+    encoder: Tokenizer | None = None
     for name, chosen in paths.items():
         examples = list(read_examples(chosen, columns, names))
         if not examples:
             raise UserError(f"{chosen[0]}: expected labelled sequences, found none")
+        if columns.text:
+            encoder = encoder or _encoder(examples, tokenizer, train_bpe)
+            examples = _encoded(examples, encoder)
         classes = classes or _classes(examples)
         parts[name] = _Part.of(examples, classes, columns, next(iter(parts.values()), None))
         names.open = False
     call.check_inputs()
-    return _write(call, columns, parts, classes, names)
+    return _write(call, columns, parts, classes, names, encoder)
+
+
+def _encoder(examples: Sequence[Example], tokenizer: str, train_bpe: int | None) -> Tokenizer:
+    """What makes tokens of the texts, which are bytes so far; a sequence has no end of document."""
+    if train_bpe:
+        return with_eos(train_bpe_tokenizer(map(_text, examples), train_bpe), "none", "--train-bpe")
+    return ByteTokenizer(None) if tokenizer == "bytes" else load_tokenizer(tokenizer, "none")
+
+
+def _encoded(examples: list[Example], encoder: Tokenizer) -> list[Example]:
+    if isinstance(encoder, ByteTokenizer):
+        return examples
+    tokens = encoder.encode_batch([_text(example) for example in examples])
+    return [replace(example, steps=np.array(each, np.int64)) for example, each in zip(examples, tokens, strict=True)]
+
+
+def _text(example: Example) -> str:
+    return example.steps.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
 def _classes(examples: Sequence[Example]) -> list[str]:
@@ -116,6 +158,7 @@ def _write(
     parts: Mapping[str, _Part],
     classes: Sequence[str],
     names: Names,
+    encoder: Tokenizer | None,
 ) -> PreparedManifest:
     train, about = parts["train"], dict[str, Any]()
     recipe: dict[str, Any] = {"kind": "labels", **asdict(columns)}
@@ -126,8 +169,8 @@ def _write(
         values = {name: ((each - mean) / std).astype(np.float32) for name, each in values.items()}
         recipe |= {"mean": mean.tolist(), "std": std.tolist()}
         about = {"input": "vector", "vocab_size": 0, "channels": train.values.shape[1]}
-    elif columns.text:
-        about = {"input": "tokens", "vocab_size": ByteTokenizer.vocab_size}
+    elif encoder is not None:
+        about = {"input": "tokens", "vocab_size": encoder.vocab_size, "tokenizer": encoder.to_json()}
     else:
         vocabulary = Vocabulary.of(names.numbers)
         arrays |= {f"vocabulary-{key}": value for key, value in vocabulary.state().items()}

@@ -116,7 +116,7 @@ def _open_labels(manifest: PreparedManifest) -> Prepared:
         channels=int(known.get("channels", 0)),
         n_class=len(known["classes"]),
         class_names=tuple(known["classes"]),
-        tokenizer=ByteTokenizer(None).to_json() if recipe["text"] else None,
+        tokenizer=known.get("tokenizer", ByteTokenizer(None).to_json()) if recipe["text"] else None,
         preset=manifest.preset,
         recipe=recipe,
     )

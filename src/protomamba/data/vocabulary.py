@@ -78,6 +78,11 @@ class Vocabulary:
             self.integers and integers,
         )
 
+    def begins_with(self, other: Vocabulary) -> bool:
+        """Whether all items of the other have the same tokens here."""
+        same = np.array_equal(self.offsets[: len(other.offsets)], other.offsets)
+        return same and np.array_equal(self.names[: len(other.names)], other.names)
+
     @property
     def identity(self) -> str:
         """A checksum of the names and their order."""

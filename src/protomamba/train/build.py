@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,10 @@ from protomamba.train.comm_start import check_ranks, find_together, ranks_line, 
 from protomamba.train.comm_workers import outer_workers
 from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.initial_weights import (
+    SHAPE,
     InitialWeights,
     adapt_to_weights,
+    grown_vocabulary,
     load_weights,
     read_initial_weights,
     refuse_other_kinds,
@@ -198,7 +200,12 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     config = adapt_to_weights(config, weights) if weights else config
     with comm.in_turn():
         inputs = open_inputs(config.project(DataFields), seed=config.seed, corpus=config.out_dir / "corpus")
-    config, preset_notes = adopt_data_preset(config.replace(**inputs.decided), inputs.training.info, fresh=not resumed)
+    if weights:
+        size = grown_vocabulary(weights, inputs.vocabulary, inputs.vocab_size)
+        inputs = replace(inputs, vocab_size=size)
+    config, preset_notes = adopt_data_preset(
+        config.replace(**inputs.decided), inputs.training.info, not resumed, SHAPE if weights else ()
+    )
     config = fit_input(config, inputs.training.info)
     inputs.check(config.seq_len)
     spec = stream_spec(config.project(DataFields), config.seed)
@@ -247,14 +254,16 @@ def weigh_classes(head: Head, training: Source, how: str) -> None:
     head.set_class_weights((padded.sum() / (head.classes * padded.clamp_min(1))).float())
 
 
-def adopt_data_preset(config: RunConfig, info: DataInfo, fresh: bool) -> tuple[RunConfig, list[str]]:
-    """Sizes and schedule from the data, where a preset says so and nothing else is given; what they are."""
+def adopt_data_preset(
+    config: RunConfig, info: DataInfo, fresh: bool, decided: Collection[str] = ()
+) -> tuple[RunConfig, list[str]]:
+    """Sizes and schedule from the data, where a preset says so and nothing else is given or decided; what they are."""
     named = "preset" in config.given or not config.data
     preset = config.preset if named else (info.preset or "plain")
     if preset not in DATA_PRESETS or not fresh:
         return config, []
     derived = presets.derive(preset, info)
-    taken = {name: value for name, value in derived.items() if name not in config.given}
+    taken = {name: value for name, value in derived.items() if name not in config.given and name not in decided}
     return config.replace(preset=preset, **taken), [presets.described(preset, derived, set(taken))]
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import LATEST
 from protomamba.config import ArchitectureFields, HeadFields, ModelConfig, RunConfig
+from protomamba.data.vocabulary import Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import read_weights
 from protomamba.model.registry import merged_options, refuse_unnamed_parts
@@ -20,12 +22,16 @@ from protomamba.schema import flag
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to start from: a model shape, its tensors by our names, and the moments of a checkpoint that grows."""
+    """Weights to start from: a model shape, its tensors by our names, and the moments of a checkpoint that grows.
+
+    vocabulary: the names of its items, where it has such.
+    """
 
     source: Path
     model: ModelConfig
     state: dict[str, Tensor]
     moments: dict[str, Any]
+    vocabulary: Vocabulary | None = None
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
@@ -37,7 +43,9 @@ def read_initial_weights(path: Path) -> InitialWeights:
         return InitialWeights(path, ModelConfig(**fields), state, {})
     loaded = checkpoint.load(path / LATEST if path.is_dir() else path)
     moments = loaded.parts.get("optimizer", {}).get("moments", {})
-    return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments)
+    names = loaded.parts.get("vocabulary")
+    vocabulary = Vocabulary.from_state(names, str(path)) if names else None
+    return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments, vocabulary)
 
 
 def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
@@ -50,6 +58,8 @@ def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
     target = config.target_layers if "target_layers" in given else model.n_layer
     shape = {name: getattr(model, name) for name in ArchitectureFields.model_fields if name not in _OF_THE_RUN}
     shape |= {"vocab_size": model.vocab_size, "base_layers": model.n_layer}
+    if config.data and "vocab_size" not in given:
+        del shape["vocab_size"]  # known when the folder has been read: see `grown_vocabulary`
     if "layers" in given:  # by final place, and perhaps with kinds that are new: compared kind by kind
         del shape["layer"], shape["layers"]
     shape["layer_options"] = merged_options(model.layer_options, config.layer_options)
@@ -67,24 +77,66 @@ def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:
 _OF_THE_RUN = {*HeadFields.model_fields, "dropout", "layer_options"}
 
 
+def grown_vocabulary(weights: InitialWeights, vocabulary: Vocabulary | None, size: int) -> int:
+    """Tokens of a model from weights on data of `size` tokens: its own, and those of new items behind them.
+
+    UserError where the data's items are not those of the weights with new ones behind.
+    """
+    held, own = weights.model.vocab_size, weights.vocabulary
+    if own is None or vocabulary is None:
+        if size > held:
+            raise UserError(f"--init-from {weights.source}: knows {held:,} tokens, the data has {size:,}")
+    elif not (vocabulary.begins_with(own) or own.begins_with(vocabulary)):
+        raise UserError(
+            f"--init-from {weights.source}: its items have other tokens than those of the data: prepare the data with "
+            f"prepare events --vocab-from {weights.source}"
+        )
+    return max(size, held)
+
+
+# The fields of a run that the weights it starts from decide, whatever its data would suggest.
+SHAPE = frozenset(ArchitectureFields.model_fields) | {"base_layers", "target_layers"}
+
+
 def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[str], dict[str, Any]]:
     """Loads what fits; what the user should know about it, and the moments of what was loaded."""
     _refuse_other_settings(model.config, weights)
-    same_head = weights.model.head == model.config.head and weights.model.classes == model.config.classes
+    more_items = weights.model.n_class is None and model.config.n_class is None
+    same_classes = weights.model.classes == model.config.classes or more_items
+    same_head = weights.model.head == model.config.head and same_classes
     if same_head and model.config.tie_embedding and not weights.model.tie_embedding:
         raise ConfigError(f"--tie-embedding 1: {weights.source} has an embedding and a head of its own; leave it out")
     state, moments = (
         {k: v for k, v in each.items() if same_head or not k.startswith("head.")}
         for each in (weights.state, weights.moments)
     )
+    appended = _append_rows(state, model, weights.model.vocab_size)
+    moments = {name: each for name, each in moments.items() if name not in appended}
     missing, unexpected = model.load_state_dict(state, strict=False)
     lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
     if lost:
         raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
     notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
+    if appended:
+        new = model.config.vocab_size - weights.model.vocab_size
+        notes.append(f"{new:,} items are new: their rows start fresh, all others are the weights' own")
     if not same_head:
         notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts from scratch")
     return notes, moments
+
+
+def _append_rows(state: dict[str, Tensor], model: SequenceModel, held: int) -> list[str]:
+    """Give each table of `held` rows in `state` the model's own fresh rows behind them; the names of those tables."""
+    own = model.state_dict()
+    appended = []
+    for name, table in state.items():
+        fresh = own.get(name)
+        if fresh is None or table.shape == fresh.shape or not table.ndim or table.shape[0] != held:
+            continue
+        if table.shape[1:] == fresh.shape[1:] and fresh.shape[0] == model.config.vocab_size:
+            state[name] = torch.cat((table, fresh[held:].to(table.dtype)))
+            appended.append(name)
+    return appended
 
 
 def refuse_other_kinds(model: ModelConfig, weights: InitialWeights) -> None:
