@@ -20,7 +20,7 @@ from protomamba.train.run import Run
 from protomamba.train.signals import StopRequest
 from protomamba.train.trainer import StepStats
 from tests import runs
-from tests.distributed.threads import ThreadMesh
+from tests.distributed.threads import ThreadMesh, ranks
 
 
 class Fault(Exception):
@@ -102,6 +102,14 @@ def test_a_restart_does_not_train_further_steps_twice(
     again = start(given, monkeypatch, restarts=1)
     assert again.resumed_from == earlier[1] / "latest.safetensors"
     assert (again.trainer.global_step, again.trainer.schedule_start) == (10, 4)
+
+
+def test_all_ranks_of_a_restart_go_on_to_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = config(tmp_path / "run", runs.token_file(tmp_path))
+    start(given, monkeypatch, fails_at=5, launch="threads")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    found = ranks(2, lambda comm: find_together(given, comm))
+    assert [(each.found.checkpoint.info["step"], each.further_steps) for each in found if each] == [(4, None)] * 2
 
 
 def test_a_run_that_was_refused_is_refused_again(earlier: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

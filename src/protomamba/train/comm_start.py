@@ -37,24 +37,26 @@ def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
 
 
 def find_together(config: RunConfig, comm: Comm) -> Resumed | None:
-    """The checkpoint that rank 0 finds, on every rank. UserError on a rank that cannot read it."""
-    resumed = _find(config, comm.launch) if comm.rank == 0 else None
-    path = comm.tell(str(resumed.found.path) if resumed else None)[0]
+    """The checkpoint that rank 0 finds, on every rank. UserError on a rank that cannot read it.
+
+    After a restart it is the newest that this launch has written, whatever --resume says; else what that says. Another
+    run's checkpoints in the folder stay as they are: the restart of a run that was refused is refused again.
+    """
+    again = _again(config)
+    newest = find_resumable(again.out_dir) if restarted() and comm.rank == 0 else None
+    is_own = newest is not None and newest.checkpoint.config.get("launch") == comm.launch
+    resumed = None
+    if comm.rank == 0:
+        resumed = resume_from(again, newest) if newest and is_own else find_resume(config)
+    path, is_own = comm.tell([str(resumed.found.path) if resumed else None, is_own])[0]
     if comm.rank == 0 or path is None:
         return resumed
-    return resume_from(config, Resumable(Path(path), checkpoint.load(path)))
+    return resume_from(again if is_own else config, Resumable(Path(path), checkpoint.load(path)))
 
 
-def _find(config: RunConfig, launch: str | None) -> Resumed | None:
-    """After a restart the newest checkpoint that this launch has written, whatever --resume says; else as it says.
-
-    Another run's checkpoints in the folder stay as they are: the restart of a run that was refused is refused again.
-    """
-    if restarted():
-        found = find_resumable(folder := run_folder(config))
-        if found is not None and found.checkpoint.config.get("launch") == launch:
-            return resume_from(config.replace(resume="auto", out_dir=folder), found)
-    return find_resume(config)
+def _again(config: RunConfig) -> RunConfig:
+    """The same command line once more, which goes on from its own run."""
+    return config.replace(resume="auto", out_dir=run_folder(config))
 
 
 def check_ranks(comm: Comm, config: RunConfig, training: Source, resumed: Resumed | None) -> list[str]:
