@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer, UserError
 from protomamba.bits import same
 from protomamba.cli.main import main
+from protomamba.model.pretrained import freeze_as
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1"
 TOKENS = torch.arange(24).reshape(2, 12) % 13
@@ -94,3 +95,13 @@ def test_code_that_only_the_file_names_is_not_imported(field: str, tmp_path: Pat
     with pytest.raises(UserError, match="never_imported_module"):
         SequenceModel.from_pretrained(tmp_path / "model")
     assert "never_imported_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [3, None, [], {}, {"layers": 1, "embedding": False}, {"layers": "none", "embedding": "yes"}]
+    + [{"layers": "none", "embedding": False, "parameters": names} for names in (7, [7], ["no.such"])],
+)
+def test_a_checkpoint_whose_frozen_parts_are_none_is_one_line(frozen: object) -> None:
+    with pytest.raises(UserError, match="damaged: frozen: expected layers, embedding and names of parameters"):
+        freeze_as(SequenceModel(ModelConfig(vocab_size=5, d_model=4, n_layer=1)), frozen)

@@ -48,11 +48,26 @@ def save_pretrained(model: SequenceModel, folder: Path) -> list[Path]:
 
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
     """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
-    model, frozen = model_of(ModelConfig(**loaded.config["model"]), loaded.parts["model"]), loaded.config["frozen"]
-    model.freeze(frozen["layers"], frozen["embedding"])
-    for name in frozen.get("parameters", ()):  # what was frozen by hand; checkpoints before 0.1.0 lack it
-        model.get_parameter(name).requires_grad_(False)
+    model = model_of(ModelConfig(**loaded.config["model"]), loaded.parts["model"])
+    freeze_as(model, loaded.config.get("frozen"))
     return model
+
+
+def freeze_as(model: SequenceModel, frozen: Any) -> None:
+    """Freeze layers (by a policy), the embedding and parameters, as a checkpoint says. UserError where it says no such
+    thing."""
+    fields = frozen if isinstance(frozen, Mapping) else {}
+    layers, embedding, names = fields.get("layers"), fields.get("embedding"), fields.get("parameters", [])
+    parameters = dict(model.named_parameters())
+    known = isinstance(names, list) and all(isinstance(name, str) and name in parameters for name in names)
+    if not (isinstance(layers, str) and isinstance(embedding, bool) and known):
+        raise UserError(
+            f"the checkpoint's configuration is damaged: frozen: expected layers, embedding and names of parameters, "
+            f"found {str(frozen)[:100]}"
+        )
+    model.freeze(layers, embedding)
+    for name in names:
+        parameters[name].requires_grad_(False)
 
 
 def model_of(config: ModelConfig, state: Mapping[str, Tensor]) -> SequenceModel:
