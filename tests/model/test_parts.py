@@ -77,7 +77,7 @@ def test_words_of_the_command_line_are_options() -> None:
         ({"layer_options": {"mambo": {"d_state": 3}}}, "the model has no mambo .did you mean mamba?"),
         ({"layer_options": {"compact": {"d_state": 3}}}, "the model has no compact"),
         ({"head_options": {"prototype": "fixed"}}, "hpn has no such setting .did you mean prototypes?"),
-        ({"head": "softmax", "head_options": {"prototypes": "fixed"}}, "it has tie_embedding"),
+        ({"head": "softmax", "head_options": {"prototypes": "fixed"}}, "it has sample, tie_embedding"),
         ({"layer_options": {"expand": 99}}, "--layer-option of mamba: --expand 99: expected an integer >= 1 and <= 16"),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_models_configuration_says_every_setting_and_builds_the_same_again() -
 def test_a_setting_with_a_flag_of_its_own_stands_under_that_name_wherever_it_came_from() -> None:
     resolved = with_settings(config(layer_options={"expand": 3}, head="softmax", head_options={"tie_embedding": "1"}))
     assert resolved.expand == 3 and resolved.tie_embedding is True
-    assert resolved.layer_options == {} == resolved.head_options
+    assert resolved.layer_options == {} and resolved.head_options == {"softmax": {"sample": 0}}
     mixed = with_settings(config(layers="mamba,compact", layer_options={"compact": {"d_state": 4}}))
     assert mixed.layer_options == {"mamba": {"d_state": 16}, "compact": {"d_state": 4}}
 

@@ -119,7 +119,7 @@ def test_code_of_ones_own_runs_when_it_is_named_and_only_then(
     del every["train"], every["inspect"]
     for each, command in every.items():
         refused, done = server.run(command), server.run([*command, "--layer", name])
-        asked = refused.code == 1 and f"name it with --layer {name}" in refused.output
+        asked = refused.code == 1 and f"add --layer {name}" in refused.output
         counted.add(None if asked and done.code == 0 else f"{each}: {refused} {done}")
     counted.finish()
 

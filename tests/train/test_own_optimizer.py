@@ -43,4 +43,4 @@ def test_code_that_only_a_checkpoint_names_stays_unloaded(tmp_path: Path) -> Non
     assert train(tmp_path / "run", token_file(tmp_path), "--steps", 2, *SGD) == 0
     command = [sys.executable, "-m", "protomamba", "train", "--resume", str(tmp_path / "run" / "latest.safetensors")]
     found = subprocess.run([*command, "--steps", "1"], capture_output=True, text=True)
-    assert found.returncode == 1 and "name it with --optimizer examples.sgd:SGD" in found.stderr
+    assert found.returncode == 1 and "add --optimizer examples.sgd:SGD" in found.stderr

@@ -103,7 +103,7 @@ def test_the_steps_that_fit() -> None:
     assert steps_within(100.0, costs, None, None, 5) == 890
     assert events_within(100.0, costs, 20) == 10 and events_within(1e6, costs, 20) == 20
     assert events_within(1.0, costs, 20) == 1
-    with pytest.raises(ConfigError, match="too few"):
+    with pytest.raises(ConfigError, match="too short"):
         steps_within(1.0, Costs(2.0, 0.0, 0.0), 10, 10, 0)
 
 
