@@ -17,7 +17,7 @@ from protomamba.train.comm_start import refuse_unshareable
 from protomamba.train.comm_workers import gradient_shards, led, members
 from protomamba.train.outer import OUTER_MOMENTUM, OUTER_RATE, OuterTrainer
 from tests.distributed.test_trainer import batches, model
-from tests.distributed.threads import ranks
+from tests.distributed.threads import agreed
 from tests.runs import assert_equal
 
 SETTINGS = {"steps": 5, "grad_shards": 4, "sync_every": 2, "lr": 1e-2, "lr_warmup_steps": 0, "seed": 3}
@@ -34,15 +34,8 @@ def steps(comm: Comm, made: Any, first: int, last: int, state: Any, workers: int
 
 
 def on(world: int, first: int, last: int, state: Any, workers: int | None = None) -> tuple[Any, Any]:
-    """The same on several ranks: all told the same, and have the same weights of the last meeting."""
-    models = [model() for _ in range(world)]
-    if world == 1:
-        return steps(Local(), models[0], first, last, state, workers)
-    found = ranks(world, lambda comm: steps(comm, models[comm.rank], first, last, state, workers))
-    for parts, told in found[1:]:
-        assert_equal(parts["model"], found[0][0]["model"], "weights")
-        assert told == found[0][1]
-    return found[0]
+    """The same on several ranks; the weights are those of the last meeting."""
+    return agreed([model() for _ in range(world)], lambda comm, made: steps(comm, made, first, last, state, workers))
 
 
 # Of 2 workers on 3 ranks the middle one has a part of each; on 4 ranks two have no worker to speak for.

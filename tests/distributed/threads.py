@@ -6,16 +6,18 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from protomamba.train.comm import Comm
+from protomamba.model.sequence_model import SequenceModel
+from protomamba.train.comm import Comm, Local
 from protomamba.train.comm_mesh import exchange
 from protomamba.train.comm_watch import RankFailed, Watch
+from tests.runs import assert_equal
 
 T = TypeVar("T")
 WAIT_S, POLL_S = 60.0, 0.2
@@ -103,3 +105,18 @@ def ranks(world: int, work: Callable[[Comm], T]) -> list[T]:
     if errors:
         raise next((each for each in errors if not isinstance(each, RankFailed)), errors[0])
     return [each for each in found if not isinstance(each, BaseException)]
+
+
+def agreed(models: Sequence[SequenceModel], work: Callable[[Comm, SequenceModel], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """What `work` returns on rank 0 of as many ranks as models, or in one process: the trainer's parts and what the
+    steps told. All ranks are told the same and have the same weights.
+
+    The models are made before: all threads have one generator.
+    """
+    if len(models) == 1:
+        return work(Local(), models[0])
+    found = ranks(len(models), lambda comm: work(comm, models[comm.rank]))
+    for parts, told in found[1:]:
+        assert_equal(parts["model"], found[0][0]["model"], "weights")
+        assert told == found[0][1]
+    return found[0]
