@@ -82,9 +82,7 @@ def trainer_of(head: str, seed: int, lr: float, **shape: int) -> Trainer:
     model = SequenceModel(ModelConfig(n_layer=2, **shape, **HEADS[head]), seed=seed)
     return Trainer(
         model,
-        TrainConfig(
-            lr=lr, lr_warmup_steps=0, lr_min_scale=1.0, bp_cadence_steps=1, ff_lr=0.0, grad_clip_norm=0.0, steps=10**9
-        ),
+        TrainConfig(lr=lr, schedule="constant", lr_warmup_steps=0, grad_clip_norm=0.0, steps=10**9),
     )
 
 

@@ -106,7 +106,8 @@ class OuterTrainer(Trainer):
         spoken = torch.tensor([told[worker] for worker in self._speaks_for], dtype=torch.float64).view(-1, 4)
         loss, targets, square, skipped = self.comm.sums(spoken).tolist()
         self.global_step += 1
-        self.tokens_seen += sum(targets_BL.numel() for _, targets_BL, _ in batches)
+        tokens = sum(targets_BL.numel() for _, targets_BL, _ in batches)
+        self.tokens_seen += tokens
         self.skipped_total += int(skipped)
         if self.global_step % (self.config.sync_every or 1) == 0 or self.global_step == self.target_step:
             self._meet()
@@ -114,7 +115,7 @@ class OuterTrainer(Trainer):
             step=self.global_step,
             loss=loss / max(1.0, targets),
             lr=self._last.lr,
-            tokens=sum(targets_BL.numel() for _, targets_BL, _ in batches),
+            tokens=tokens,
             bp_applied=self._last.bp_applied,
             grad_norm=math.sqrt(square / self.count) if self._last.bp_applied else None,
             skipped_update=bool(skipped),
