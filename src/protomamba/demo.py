@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +71,13 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
         title=f"Held-out next-byte prediction, {found.targets:,} bytes",
     )
     console.line(
-        f"The runs are in {folder}/; continue a text with: protomamba generate {folder / heads[0]}/latest.safetensors"
+        f"The runs are in {folder}/; continue a text with: {_program()} generate {folder / heads[0]}/latest.safetensors"
     )
+
+
+def _program() -> str:
+    """How this shell calls protomamba: where the environment is not active, by its Python."""
+    return "protomamba" if shutil.which("protomamba") else f"{os.path.relpath(sys.executable)} -m protomamba"
 
 
 def sample(trainer: Trainer) -> str:
