@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.reliability.promises import ELSEWHERE
+from tests.reliability.elsewhere import ELSEWHERE
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.reliability.elsewhere import ELSEWHERE
+
 PROMISES = {
     1: "SIGKILL at random moments, saving every step",
     2: "the n-th I/O call of a save fails, or the process dies there",
@@ -28,14 +30,6 @@ PROMISES = {
     12: "output that breaks costs its text only",
     13: "hostile files of every kind are read or refused in one line",
     14: "memory that runs out, and a run that was killed, are told",
-}
-ELSEWHERE = {
-    "tests/checkpoint/test_checkpoint_faults.py": 2,
-    "tests/checkpoint/test_checkpoint_damage.py": 3,
-    "tests/train/test_signals.py": 5,
-    "tests/test_bad_input.py": 7,
-    "tests/data/test_prefetch.py": 8,
-    "tests/checkpoint/test_rundir_lock.py": 9,
 }
 
 
