@@ -89,12 +89,12 @@ void upload(const Event& e, Buffers& buffers) {
     write_addresses(e, buffers, memory.data());
 }
 
-void call(const Event& e, const Buffers& buffers, void* library) {
-    auto op = symbol<void (*)(const void*)>(library, "pm_" + e.name);
+void call(const Case& c, const Event& e, const Buffers& buffers, void* library) {
+    auto op = symbol<int64_t (*)(const void*)>(library, "pm_" + e.name);
     std::unique_ptr<char, Free> packed(static_cast<char*>(std::malloc(e.bytes.size())));
     std::memcpy(packed.get(), e.bytes.data(), e.bytes.size());
     write_addresses(e, buffers, packed.get());
-    op(packed.get());
+    if (op(packed.get())) wrong(c, "pm_" + e.name + " was refused memory");
 }
 
 double number(const char* data, int64_t element) {
@@ -154,7 +154,7 @@ std::string play(const Case& c, void* library) {
     Buffers buffers;
     for (const Event& e : c.events) {
         if (e.kind == 'B') upload(e, buffers);
-        if (e.kind == 'K') call(e, buffers, library);
+        if (e.kind == 'K') call(c, e, buffers, library);
         if (e.kind == 'E') judge(c, e, buffers);
         if (e.kind == 'M') judge_map(c, e, library);
     }

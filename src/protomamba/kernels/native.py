@@ -22,7 +22,7 @@ from protomamba.kernels.arguments import OPS, Field
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
 MODES = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-ABI = 2
+ABI = 3
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _log = logging.getLogger("protomamba")
@@ -63,8 +63,8 @@ class Library:
         for op in OPS:
             self._check(op)
             function = self._dll[f"pm_{op}"]
-            function.argtypes, function.restype = [ctypes.c_char_p], None
-            setattr(self, op, OPS[op].compile(function, self._parallel_for, torch.get_num_threads))
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
+            setattr(self, op, OPS[op].compile(_with_memory(op, function), self._parallel_for, torch.get_num_threads))
 
     def _check(self, op: str) -> None:
         """UserError unless the library's idea of the op's argument struct is that of `arguments`, field by field."""
@@ -102,6 +102,16 @@ class Library:
         sizes = ctypes.c_int64(code), ctypes.c_int64(x.numel())
         self._dll.pm_map(sizes[0], ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), sizes[1])
         return out
+
+
+def _with_memory(op: str, function: Callable[[bytes], int]) -> Callable[[bytes], None]:
+    """The op, which raises MemoryError where the system refused it working memory."""
+
+    def call(packed: bytes) -> None:
+        if refused := function(packed):
+            raise MemoryError(f"the native op {op} tried to allocate {refused} bytes")
+
+    return call
 
 
 def _told(field: Field | None) -> str:

@@ -55,23 +55,35 @@ void run(const Pool& pool, int64_t tasks, const Work& work) {
     pool.parallel_for(0, std::min(pool.threads, tasks), 1, worker, &shared);
 }
 
+// Working memory that was refused: how often in this process, and the bytes asked for last. There are no exceptions here
+// (CMakeLists.txt): who is refused memory returns at once, and the op tells its caller (kernels.cpp).
+inline std::atomic<int64_t> refusals{0}, refused_bytes{0};
+
+// Aligned, uninitialised floats; null where the system has none.
+inline float* allocate(int64_t count) {
+    size_t bytes = size_t(count + 15) / 16 * 16 * sizeof(float);
+    float* data = static_cast<float*>(std::aligned_alloc(64, bytes));
+    if (!data) refused_bytes = int64_t(bytes), refusals++;
+    return data;
+}
+
 // The sanitizer build fills working memory with NaN, so that a value read before it is written shows in the result.
 inline float* poisoned(float* data, [[maybe_unused]] int64_t count) {
 #if defined(PM_POISON)
-    for (int64_t i = 0; i < count; i++) data[i] = NAN;
+    for (int64_t i = 0; data && i < count; i++) data[i] = NAN;
 #endif
     return data;
 }
 
-// Aligned floats that live as long as the thread and only grow.
+// Aligned floats that live as long as the thread and only grow; null where they cannot.
 class Scratch {
   public:
     float* floats(int64_t count) {
         if (count > size_) {
             std::free(data_);
             size_ = (count + 1023) / 1024 * 1024;
-            data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-            if (!data_) std::abort();
+            data_ = allocate(size_);
+            if (!data_) size_ = 0;
         }
         return poisoned(data_, count);
     }
@@ -87,14 +99,11 @@ inline float* scratch(int64_t count) {
     return memory.floats(count);
 }
 
-// Aligned, uninitialised floats for the time of one call.
+// Aligned, uninitialised floats for the time of one call; false where they are refused.
 struct Buffer {
     float* data;
-    explicit Buffer(int64_t count)
-        : data(static_cast<float*>(std::aligned_alloc(64, (count + 16) / 16 * 16 * sizeof(float)))) {
-        if (!data) std::abort();
-        poisoned(data, count);
-    }
+    explicit Buffer(int64_t count) : data(poisoned(allocate(count + 1), count)) {}
+    explicit operator bool() const { return data != nullptr; }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() { std::free(data); }

@@ -101,6 +101,7 @@ void conv_forward_taps(const ConvArgs& a) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
         Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
         float* memory = scratch((2 * a.K + CHUNK) * W);
+        if (!memory) return;
         for (int64_t b = batches.begin; b < batches.end; b++) {
             for (int64_t t0 = 0; t0 < a.L; t0 += CHUNK)
                 for (int64_t k = blocks.begin; k < blocks.end; k++)
@@ -174,11 +175,14 @@ void conv_backward_taps(const ConvArgs& a) {
     Grid grid(a.B, a.blocks());
     int64_t sums_size = a.blocks() * (a.K + 1) * W;
     Buffer partials(grid.batch_parts * sums_size);
+    if (!partials) return;
     run(a.pool, grid.tasks(), [&](int64_t i) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
         Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
         int64_t count = blocks.end - blocks.begin, tile = (2 * a.K + CHUNK) * W;
-        float *memory = scratch(tile + count * (a.K - 1) * W), *carry = memory + tile;
+        float* memory = scratch(tile + count * (a.K - 1) * W);
+        if (!memory) return;
+        float* carry = memory + tile;
         float* sums = partials.data + i / grid.block_parts * sums_size;
         std::memset(sums + blocks.begin * (a.K + 1) * W, 0, count * (a.K + 1) * W * sizeof(float));
         for (int64_t b = batches.begin; b < batches.end; b++) {

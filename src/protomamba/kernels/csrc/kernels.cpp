@@ -21,12 +21,21 @@ using namespace pm;
 
 // Raised whenever one of the functions here that take no struct changes, or what a field means that keeps its name, kind and
 // place. Of all else the descriptions tell. kernels/native.py holds the number that it expects.
-PM_EXPORT int64_t pm_abi() { return 2; }
+PM_EXPORT int64_t pm_abi() { return 3; }
 
 // The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni.
 PM_EXPORT int64_t pm_cpu_level() { return cpu_level(); }
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
+
+// Runs an op. Returns 0, or the bytes of working memory that it was refused, where its results are worth nothing. Of two
+// calls at the same time both may be told what one was refused.
+template <class Op>
+int64_t refused(const Op& op) {
+    int64_t before = refusals;
+    op();
+    return refusals == before ? 0 : refused_bytes.load();
+}
 
 // Defines the exports of an op: what its argument struct `a` looks like (the fields, returning how many), and the op itself.
 #define PM_OP(NAME, ARGS, CALL)                                                \
@@ -34,7 +43,7 @@ PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t 
         *fields = ARGS##Layout::fields;                                        \
         return sizeof ARGS##Layout::fields / sizeof(Field);                    \
     }                                                                          \
-    PM_EXPORT void pm_##NAME(const ARGS* a) { CALL; }
+    PM_EXPORT int64_t pm_##NAME(const ARGS* a) { return refused([&] { CALL; }); }
 
 PM_OP(scan_forward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_forward, *a))
 PM_OP(scan_backward, ScanArgs, PM_BY_DTYPE(a->is_bf16, scan_backward, *a))

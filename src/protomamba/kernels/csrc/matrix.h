@@ -38,12 +38,13 @@ constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 constexpr int64_t SERIAL_PRODUCT = 1 << 17;
 
 // T vectors as a kind of matrix takes them: for bf16 padded with zeros; for int8 as 16-bit integers, each vector with the
-// scale that uses their whole range, so that next to the rounding of the weights theirs is nothing.
+// scale that uses their whole range, so that next to the rounding of the weights theirs is nothing. False where their memory
+// is refused.
 class Vectors {
   public:
     Vectors(const Matrix& m, const float* x, int64_t x_stride, int64_t T)
         : count(T), floats(x), stride(x_stride), memory_(m.kind == FP32 ? 0 : T * (padded(m.columns) + 1)) {
-        if (m.kind == FP32) return;
+        if (m.kind == FP32 || !memory_) return;
         stride = padded(m.columns);
         scale = memory_.data + T * stride;
         for (int64_t t = 0; t < T; t++)
@@ -51,6 +52,7 @@ class Vectors {
         floats = memory_.data;
         integers = reinterpret_cast<int16_t*>(memory_.data);
     }
+    explicit operator bool() const { return bool(memory_); }
 
     int64_t count;
     const float* floats;      // stride apart

@@ -84,6 +84,7 @@ template <class T>
 void norm_backward(const NormArgs& a) {
     int64_t parts = std::min(a.T, NORM_PARTS);
     Buffer partials(a.dweight ? parts * a.D : 0);
+    if (!partials) return;
     run(a.pool, parts, [&](int64_t i) {
         Range rows = part(a.T, parts, i);
         float* dweight = a.dweight ? partials.data + i * a.D : nullptr;

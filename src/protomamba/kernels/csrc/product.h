@@ -18,6 +18,7 @@ PM_FIELDS(ProductArgs, T, rows, columns, x_stride, kind, x, w, scale, y)
 inline void product(const ProductArgs& a) {
     Matrix m{a.kind, a.rows, a.columns, a.w, a.scale};
     Vectors v(m, a.x, a.x_stride, a.T);
+    if (!v) return;
     for_row_blocks(a.pool, a.rows, a.columns, [&](Range blocks) {
         times_vectors(m, v, blocks,
                       [&](int64_t t, int64_t r, int lanes, vf sums) { store(a.y + t * a.rows + r, sums, lanes); });

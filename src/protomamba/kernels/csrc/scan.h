@@ -190,6 +190,7 @@ template <class T>
 void scan_forward_task(const ScanArgs& a, const float* A, int64_t b, Range blocks) {
     int64_t N = a.N, count = blocks.end - blocks.begin, states = count * N * W;
     float* memory = scratch(Tile::FLOATS + 2 * CHUNK * N + states);
+    if (!memory) return;
     Tile tile(memory);
     float *B = memory + Tile::FLOATS, *C = B + CHUNK * N, *h = C + CHUNK * N;
     states_to_blocks(a.initial ? a.initial + b * a.E * N : nullptr, h, a.E, N, blocks, 1.0f);
@@ -212,6 +213,7 @@ void scan_forward_task(const ScanArgs& a, const float* A, int64_t b, Range block
 template <class T>
 void scan_forward(const ScanArgs& a) {
     Buffer A(a.blocks() * a.N * W);
+    if (!A) return;
     states_to_blocks(a.A, A.data, a.E, a.N, {0, a.blocks()}, LOG2_E);
     Grid grid(a.B, a.blocks());
     run(a.pool, grid.tasks(), [&](int64_t i) {

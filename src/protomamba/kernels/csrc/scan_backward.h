@@ -125,15 +125,18 @@ struct ScanPartials {
     ScanPartials(const ScanArgs& a, const Grid& grid)
         : states(grid.batch_parts * a.blocks() * (a.N + 2) * W),
           rows(grid.block_parts > 1 ? grid.block_parts * a.B * a.L * 2 * a.N : 0) {}
+    explicit operator bool() const { return states && rows; }
 };
 
 struct ScanBackwardMemory {
     int64_t dBC_row;
     Tile tile;
     float *states, *decay, *dBC, *h, *dh, *B, *C, *dB_dC;
-    ScanBackwardMemory(int64_t N, int64_t blocks)
-        : dBC_row(backward_groups(N) * W),
-          tile(scratch(Tile::FLOATS + 4 * CHUNK * N + (2 * CHUNK + 1) * N * W + CHUNK * dBC_row + (1 + blocks) * N * W)) {
+    static int64_t floats(int64_t N, int64_t blocks) {
+        int64_t rows = 4 * CHUNK * N + CHUNK * backward_groups(N) * W;
+        return Tile::FLOATS + rows + (2 * CHUNK + 1) * N * W + (1 + blocks) * N * W;
+    }
+    ScanBackwardMemory(float* memory, int64_t N, int64_t blocks) : dBC_row(backward_groups(N) * W), tile(memory) {
         states = tile.u + Tile::FLOATS;
         decay = states + (CHUNK + 1) * N * W;
         dBC = decay + CHUNK * N * W;
@@ -162,8 +165,10 @@ void scan_backward_block(const ScanArgs& a, const Place& at, const ScanBackwardM
 
 template <class T>
 void scan_backward_task(const ScanArgs& a, const float* A, int64_t b, Range blocks, float* sums, float* rows) {
-    int64_t N = a.N;
-    ScanBackwardMemory m(N, blocks.end - blocks.begin);
+    int64_t N = a.N, count = blocks.end - blocks.begin;
+    float* memory = scratch(ScanBackwardMemory::floats(N, count));
+    if (!memory) return;
+    ScanBackwardMemory m(memory, N, count);
     states_to_blocks(a.dlast ? a.dlast + b * a.E * N : nullptr, m.dh, a.E, N, blocks, 1.0f);
     for (int64_t c = a.chunk_count() - 1; c >= 0; c--) {
         int64_t t0 = c * CHUNK;
@@ -212,9 +217,11 @@ inline void reduce_states(const ScanArgs& a, float* states, int64_t batch_parts,
 template <class T>
 void scan_backward(const ScanArgs& a) {
     Buffer A(a.blocks() * a.N * W);
+    if (!A) return;
     states_to_blocks(a.A, A.data, a.E, a.N, {0, a.blocks()}, LOG2_E);
     Grid grid(a.B, a.blocks());
     ScanPartials partials(a, grid);
+    if (!partials) return;
     int64_t sums_size = a.blocks() * (a.N + 2) * W, rows_size = a.B * a.L * 2 * a.N;
     run(a.pool, grid.tasks(), [&](int64_t i) {
         int64_t bp = i / grid.block_parts, kp = i % grid.block_parts;

@@ -56,6 +56,7 @@ inline double sum_squares(const float* x, int64_t count) {
 
 inline void square_sums(const SquareSumsArgs& a) {
     Buffer memory(2 * a.count * SQUARE_PARTS);
+    if (!memory) return;
     double* partial = reinterpret_cast<double*>(memory.data);
     run(a.pool, SQUARE_PARTS, [&](int64_t i) {
         for (int64_t k = 0; k < a.count; k++) {

@@ -73,6 +73,7 @@ inline void step_input(const StepArgs& a, const float* normed, float* uz) {
     }
     Matrix m{a.kind, a.width(), a.D, a.in_proj, a.in_scale};
     Vectors v(m, normed, a.D, a.B);
+    if (!v) return;
     for_row_blocks(a.pool, a.width(), a.D, [&](Range blocks) {
         times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf sums) {
             store(uz + b * a.width() + e, sums, lanes);
@@ -85,6 +86,7 @@ inline void step_input(const StepArgs& a, const float* normed, float* uz) {
 inline void step_core(const StepArgs& a, const float* uz, const float* p, float* y) {
     Matrix m{a.kind, a.E, a.R, a.dt_proj, a.dt_scale};
     Vectors v(m, p, a.projected(), a.B);
+    if (!v) return;
     // A state of the scan costs about as much as 8 weights of a product.
     for_row_blocks(a.pool, a.E, a.R + 8 * a.N, [&](Range blocks) {
         times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf dt) {
@@ -99,6 +101,7 @@ inline void step_core(const StepArgs& a, const float* uz, const float* p, float*
 inline void step_output(const StepArgs& a, const float* y) {
     Matrix m{a.kind, a.D, a.E, a.out_proj, a.out_scale};
     Vectors v(m, y, a.E, a.B);
+    if (!v) return;
     for_row_blocks(a.pool, a.D, a.E, [&](Range blocks) {
         times_vectors(m, v, blocks, [&](int64_t b, int64_t r, int lanes, vf sums) {
             store(a.out + b * a.D + r, sums + load(a.x + b * a.D + r, lanes), lanes);
@@ -108,6 +111,7 @@ inline void step_output(const StepArgs& a, const float* y) {
 
 inline void step(const StepArgs& a) {
     Buffer memory(a.B * (a.D + a.width() + a.projected() + a.E));
+    if (!memory) return;
     float *normed = memory.data, *uz = normed + a.B * a.D, *p = uz + a.B * a.width(), *y = p + a.B * a.projected();
     NormArgs norm{};
     norm.T = a.B, norm.D = a.D, norm.eps = a.eps, norm.x = a.x, norm.weight = a.norm;
