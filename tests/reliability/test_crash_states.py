@@ -54,6 +54,14 @@ def test_every_state_a_power_cut_may_leave_goes_on_to_the_same_end(
     counted.finish()
 
 
+def test_the_name_of_the_metrics_is_on_the_disk_before_a_checkpoint(tmp_path: Path) -> None:
+    """A power cut after the first save could leave its checkpoint and no metrics.jsonl: the steps' lines were lost."""
+    disk = RecordingDisk(tmp_path)
+    TinyRun(tmp_path, disk).run()
+    calls = [call.name for call in disk.calls]
+    assert "fsync_dir" in calls[: calls.index("rename")]
+
+
 def test_the_model_of_the_disk_allows_what_it_must() -> None:
     """A writer that does not sync before its rename is caught: the new name may hold nothing, or zeros."""
     careless = [Call("create", ("t", 1)), Call("write", (1, b"new")), Call("rename", ("t", "f"))]

@@ -55,6 +55,7 @@ class MetricsLog:
         self._lock = threading.RLock()
         self._disk = disk
         self._pending: deque[bytes] = deque()
+        self._named = False  # whether the file's name is on the disk too, not only what it holds
         self._torn_from: int | None = None  # where a line begins of which only a part is written
         self._last_step = -1 if resumed_step is None else resumed_step
         try:
@@ -99,6 +100,9 @@ class MetricsLog:
         """Wait until every line written so far is on the disk; the error if that is not possible, after a warning."""
         try:
             self._disk.fsync(self._fd)
+            if not self._named:
+                self._disk.fsync_dir(self.path.parent)
+                self._named = True
         except OSError as error:
             self._warn(f"{self.path}: could not be synced: {error.strerror}")
             return error
@@ -190,3 +194,4 @@ def _append(path: Path, data: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+    DISK.fsync_dir(path.parent)
