@@ -16,6 +16,7 @@ import torch
 
 from protomamba import storage as durable
 from protomamba.data.prefetch import Prefetcher
+from protomamba.kernels import native
 from protomamba.storage import Disk
 from protomamba.train import run
 from protomamba.train.trainer import StepStats
@@ -131,14 +132,23 @@ def _watch_memory(file: Path) -> None:
     run.Run._report = watched  # type: ignore[method-assign]
 
 
+def _hungry_op() -> Callable[[], None]:
+    """A native op that needs 128 MB of its own, its arguments made beforehand; it is refused before it reads them."""
+    library, width = native.load("baseline"), 1 << 24
+    row_D, rows_TD = torch.empty(width), torch.empty(2, width)
+    arguments = {"x": rows_TD, "dy": rows_TD, "dx": rows_TD, "scale": torch.empty(2), "weight": row_D, "dweight": row_D}
+    return lambda: library.norm_backward(T=2, D=width, out_is_bf16=0, eps=1e-5, **arguments)
+
+
 def _starve(where: str) -> None:
-    """Lower the limit of the address space and need more than it, of torch, Python or numpy."""
+    """Lower the limit of the address space and need more than it, of torch, Python, numpy or a kernel."""
     from protomamba.checkpoint import file as checkpoint
     from protomamba.data.token_stream import TokenStream
     from protomamba.train.trainer import Trainer
 
     kind, name, need = {
         "step": (Trainer, "train_step", lambda: torch.empty(1 << 28)),
+        "kernel": (Trainer, "train_step", _hungry_op() if where == "kernel" else None),
         "save": (checkpoint, "save", lambda: bytearray(1 << 30)),
         "worker": (TokenStream, "batch", lambda: np.empty(1 << 27)),
     }[where]

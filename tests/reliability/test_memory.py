@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
+from protomamba.kernels import native
 from protomamba.memory import Limit, out_of_memory
 from protomamba.train.callbacks import memory
 from tests.reliability.forked import ForkServer, Plan
@@ -18,10 +19,12 @@ from tests.reliability.promises import Trials
 from tests.runs import flags, token_file, train
 
 
-@pytest.mark.parametrize("where", ["step", "save", "worker"])
+@pytest.mark.parametrize("where", ["step", "save", "worker", "kernel"])
 def test_a_limit_reached_is_told_with_bytes(
     where: str, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
+    if where == "kernel" and not native.available()[0]:
+        pytest.skip("needs native kernels")
     counted = trials(14)
     run = [*flags(tmp_path / "run", token_file(tmp_path), "--steps", 9, "--save-every", 1), "--prefetch-workers", 1]
     ended = server.run(run, Plan(starve=where))
@@ -30,7 +33,9 @@ def test_a_limit_reached_is_told_with_bytes(
     assert re.search(
         r"holds [\d,]+ of [\d,]+ bytes, which the limit of the address space \(ulimit -v\) allows", told[0]
     )
-    assert where == "save" or re.search(r"(1,073,741,824 bytes|1\.00 GiB) more were needed", told[0])
+    assert where == "save" or re.search(
+        r"(1,073,741,824 bytes|1\.00 GiB|134,217,7\d\d bytes) more were needed", told[0]
+    )
     assert "Traceback" not in ended.output
     checkpoint.verify(tmp_path / "run" / "latest.safetensors")
     assert server.run([*run, "--resume", "auto"]).code == 0

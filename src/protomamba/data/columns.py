@@ -160,11 +160,12 @@ def floats_of(block: Block, column: str) -> npt.NDArray[np.float32]:
         row = next(i for i, value in enumerate(array) if not _is_number(value.as_py()))
         block.refuse(row, column, "a number", array[row].as_py())
     found = np.asarray(values.fill_null(np.nan), dtype=np.float64)
-    if np.isinf(found).any():
-        block.refuse(int(np.flatnonzero(np.isinf(found))[0]), column, "a finite number", "an infinite one")
+    if (beyond := np.flatnonzero(np.abs(found) > LARGEST)).size:
+        block.refuse(int(beyond[0]), column, "a finite number of float32", found[beyond[0]])
     return found.astype(np.float32)
 
 
+LARGEST = float(np.finfo(np.float32).max)
 MISSING = ["", "?", "nan", "NaN", "NA", "null", "None"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import zlib
@@ -95,6 +96,21 @@ def _opened(path: Path) -> Any:
     if path.suffix.lower() == ".zst":
         return import_pyarrow(path).input_stream(str(path), compression="zstd")
     return path.open("rb")
+
+
+@contextlib.contextmanager
+def columnar_errors(path: Path, kind: str = "parquet") -> Iterator[None]:
+    """What pyarrow says of a file that is none of its kind, or whose values are none of their type, as a UserError.
+
+    Beside its own errors those of what it makes: text that is not UTF-8, times no calendar has, zones nobody knows.
+    """
+    pyarrow = import_pyarrow(path)
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
+        reason = os_message(error) if isinstance(error, OSError) else str(error)
+        message = " ".join(reason.split())[:200]
+        raise UserError(f"{path}: not a readable {kind} file: {message}") from error
 
 
 def import_pyarrow(path: Path) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.compressed import blocks_of, import_pyarrow, lines_of, plain_suffix
+from protomamba.data.compressed import blocks_of, columnar_errors, import_pyarrow, lines_of, plain_suffix
 from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message, read_json
 from protomamba.errors import ConfigError, UserError
 
@@ -198,17 +198,12 @@ def _as_utf8(where: str, field: str, text: Any) -> bytes:
 
 
 def _columnar(path: Path, format: str, field: str) -> Iterator[Piece]:
-    pyarrow = import_pyarrow(path)
     size, row = path.stat().st_size, 0
-    try:
+    with columnar_errors(path, format):
         for texts, done in (_parquet if format == "parquet" else _arrow)(path, field):
             for text in texts:
                 row += 1
                 yield Piece(_as_utf8(f"{path}, row {row:,}", field, text), True, int(size * done))
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = os_message(error) if isinstance(error, OSError) else str(error)
-        message = " ".join(reason.split())[:200]
-        raise UserError(f"{path}: not a readable {format} file: {message}") from error
 
 
 def _parquet(path: Path, field: str) -> Iterator[tuple[list[Any], float]]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from protomamba.data.compressed import (
     LONGEST_LINE,
+    columnar_errors,
     import_pyarrow,
     lines_of,
     open_bytes,
@@ -113,8 +114,7 @@ def column_names(path: Path) -> list[str]:
             return list(_json_object(path, number, line))
         return []
     if kind == ".parquet":
-        pyarrow = import_pyarrow(path)
-        return list(_parquet_guarded(path, pyarrow, lambda: _parquet_schema(path)).names)
+        return list(_parquet_schema(path).names)
     with open_bytes(path) as file:
         return _csv_header(path, file)[0]
 
@@ -189,13 +189,22 @@ def _csv_header(path: Path, file: Any) -> tuple[list[str], str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line 1: expected a header of UTF-8 text, found byte {error.start} is not") from None
     delimiter = delimiter_of(line)
-    names = [name.strip() for name in next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])]
+    names = names_of(path, line, delimiter)
     if not any(names):
         raise UserError(f"{path}, line 1: expected the names of the columns, found nothing")
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
         raise UserError(f"{path}, line 1: expected different names of columns, found {double!r} twice")
     return names, delimiter
+
+
+def names_of(path: Path, header: str, delimiter: str) -> list[str]:
+    """The names of the columns in the first line of a CSV file. UserError where it is no line of CSV."""
+    try:
+        row = next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter), [])
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: expected the names of the columns: {error}") from None
+    return [name.strip() for name in row]
 
 
 def delimiter_of(header: str) -> str:
@@ -311,28 +320,20 @@ def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any]) ->
 def _parquet_schema(path: Path) -> Any:
     from pyarrow.parquet import read_schema
 
-    return read_schema(path)
-
-
-def _parquet_guarded(path: Path, pyarrow: Any, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (pyarrow.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable parquet file: {message}") from error
+    with columnar_errors(path):
+        return read_schema(path)
 
 
 def _parquet_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
-    pyarrow = import_pyarrow(path)
+    import_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
     names = column_names(path)
     for column in columns:
         if column not in names:
             refuse_missing(path, column, names)
-    file = _parquet_guarded(path, pyarrow, lambda: ParquetFile(path))
-    with file:
-        batches, first = file.iter_batches(batch_size=BLOCK_ROWS, columns=list(columns)), 1
-        while (batch := _parquet_guarded(path, pyarrow, lambda: next(batches, None))) is not None:
+    with columnar_errors(path), ParquetFile(path) as file:
+        first = 1
+        for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=list(columns)):
             yield Block(path, first, {name: batch.column(batch.schema.get_field_index(name)) for name in columns})
             first += batch.num_rows

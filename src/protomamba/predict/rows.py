@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from protomamba.data.arrays import load_npy
-from protomamba.data.compressed import lines_of, plain_suffix
+from protomamba.data.compressed import columnar_errors, import_pyarrow, lines_of, plain_suffix
 from protomamba.data.fasta import parts_of
-from protomamba.data.tables import delimiter_of
+from protomamba.data.tables import delimiter_of, names_of
 from protomamba.errors import UserError
 
 # The one column of a format that has no names.
@@ -85,7 +85,7 @@ def _csv(path: Path) -> Iterator[Row]:
     lines = _text(path)
     header = next(lines, "").removeprefix("\ufeff")
     between = delimiter_of(header)
-    names = [name.strip() for name in next(csv.reader([header.rstrip("\r\n")], delimiter=between), [])]
+    names = names_of(path, header, between)
     reader = csv.DictReader(lines, names, strict=True, delimiter=between)
     number = 1
     while True:
@@ -123,12 +123,11 @@ def _fasta(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: needs pyarrow ({error}): pip install 'protomamba[parquet]'") from error
+    import_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with columnar_errors(path), ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=PARQUET_ROWS):
             for fields in batch.to_pylist():
                 number += 1

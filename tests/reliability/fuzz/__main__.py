@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def _run_child(name: str, first: int, count: int, place: str, failures: dict[int
     return process.returncode
 
 
+def kind_of(found: str) -> str:
+    """A failure without what changes from file to file: the error and its place, or the words without numbers."""
+    error, _, place = found.rpartition(" at ")
+    return f"{error.partition(':')[0]} at {place}" if error else re.sub(r"[0-9].*|'.*", "", found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
@@ -93,10 +100,9 @@ def main() -> int:
         failures = run(name, count, options.first)
         failed += len(failures)
         print(f"{name:<22}{count:>9,} files {len(failures):>6,} failures", flush=True)
-        kinds = Counter({found: 0 for found in failures.values()})
-        kinds.update(failures.values())
-        for found, times in kinds.most_common(12):
-            seed = next(seed for seed, each in failures.items() if each == found)
+        kinds = Counter(map(kind_of, failures.values()))
+        for kind, times in kinds.most_common(12):
+            seed, found = next((seed, each) for seed, each in failures.items() if kind_of(each) == kind)
             print(f"    {times:>6,} x {found} (seed {seed})", flush=True)
             if options.keep:
                 with good_input(READERS[name]) as (_, good):
