@@ -147,14 +147,13 @@ class Predictor:
         judged = [np.zeros(len(sequence) - 1, dtype=bool) for sequence in window]
         reserved = torch.tensor(self.reserved, dtype=torch.int64)
         for chunk in run(self.model, window):
-            counts_BL = chunk.has_next()
-            judged_BL = counts_BL & ~torch.isin(chunk.next_BL, reserved)
-            found_BL = torch.zeros(counts_BL.shape, dtype=torch.float64)
+            judged_BL = chunk.has_next() & ~torch.isin(chunk.next_BL, reserved)
+            found_BL = torch.zeros(judged_BL.shape, dtype=torch.float64)
             found_BL[judged_BL] = self._log_likelihoods(chunk.z_BLD[judged_BL], chunk.next_BL[judged_BL])
-            for place, row in enumerate(chunk.rows):
-                steps = slice(chunk.start, chunk.start + int(counts_BL[place].sum()))
-                logs[row][steps] = found_BL[place, counts_BL[place]].numpy()
-                judged[row][steps] = judged_BL[place, counts_BL[place]].numpy()
+            for row, found_L, judged_L in zip(chunk.rows, found_BL.numpy(), judged_BL.numpy(), strict=True):
+                steps = slice(chunk.start, chunk.start + len(found_L))
+                count = len(logs[row][steps])  # what is behind is padding
+                logs[row][steps], judged[row][steps] = found_L[:count], judged_L[:count]
         return [_likelihood(*one, per_token) for one in zip(logs, judged, strict=True)]
 
     def _log_likelihoods(self, z_TD: Tensor, targets_T: Tensor) -> Tensor:
@@ -173,8 +172,9 @@ class Predictor:
 
 
 def _likelihood(logs_L: npt.NDArray[np.float64], judged_L: npt.NDArray[np.bool_], per_token: bool) -> Likelihood:
-    each = zip(logs_L.tolist(), judged_L.tolist(), strict=True)
-    tokens = [value if judged else None for value, judged in each] if per_token else None
+    tokens = None
+    if per_token:
+        tokens = [log if judged else None for log, judged in zip(logs_L.tolist(), judged_L.tolist(), strict=True)]
     return Likelihood(float(logs_L.sum()), int(judged_L.sum()), tokens)
 
 
@@ -188,9 +188,9 @@ def wrong_step(sequence: Array, vocab_size: int, channels: int | None = None) ->
     if channels is None and sequence.ndim != 1:
         return f"expected tokens, found {sequence.ndim} dimensions"
     if channels is None:
-        if not np.issubdtype(sequence.dtype, np.integer):
+        if sequence.dtype.kind not in "iu":
             return f"expected integers, found {sequence.dtype}"
-        wrong = np.flatnonzero((sequence < 0) | (sequence >= vocab_size))
-        if len(wrong):
-            return f"token {sequence[wrong[0]]} at place {wrong[0] + 1}: expected 0 to {vocab_size - 1}"
+        if sequence.min() < 0 or sequence.max() >= vocab_size:
+            place = int(((sequence < 0) | (sequence >= vocab_size)).argmax())
+            return f"token {sequence[place]} at place {place + 1}: expected 0 to {vocab_size - 1}"
     return None
