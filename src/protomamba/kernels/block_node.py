@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protomamba.kernels.conv import ConvInputs, conv_backward, conv_forward
+from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
 from protomamba.kernels.native import Library
 from protomamba.kernels.norm import norm_backward, norm_forward

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
+from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.native import Library
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from protomamba.kernels.first_order import once_differentiable
 
 
 def gather_rows(table_VD: Tensor, rows_R: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
+from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
 from protomamba.kernels.prototype_loss import check_sample, check_targets, places, total_weight, valid_tokens
 

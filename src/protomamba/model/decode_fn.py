@@ -13,7 +13,7 @@ from protomamba.config import NORM_EPS
 from protomamba.kernels.packed import check_weights
 from protomamba.model.inputs import TokenEmbedding
 from protomamba.model.mixers.base import Norm, State
-from protomamba.model.plain import any_global_hook, is_plain
+from protomamba.model.plain import any_global_hook, is_plain, passes_through
 
 if TYPE_CHECKING:
     from protomamba.model.sequence_model import SequenceModel
@@ -58,6 +58,5 @@ def by_features(model: SequenceModel, state: list[State | None]) -> Callable[[Te
 
 def _ends_are_plain(model: SequenceModel) -> bool:
     """Whether nothing but the blocks stands between a token and its logits that a kernel would not know."""
-    drops = model.training and model.dropout.p > 0
     plain = is_plain(model.embedding, TokenEmbedding) and is_plain(model.norm_f, Norm)
-    return plain and is_plain(model.head, type(model.head)) and not drops and not any_global_hook()
+    return plain and is_plain(model.head, type(model.head)) and passes_through(model.dropout) and not any_global_hook()

@@ -80,7 +80,8 @@ class SequenceModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """z (B, L, D), what the head sees, and the state after the last position (empty unless asked for).
 
-        precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
+        precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets, or bf16 under
+        torch.autocast("cpu").
         activation_hook: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
         if torch.compiler.is_compiling():
@@ -92,14 +93,14 @@ class SequenceModel(nn.Module):
         if x_BLD.ndim != 3:
             raise ValueError(f"expected {self.embedding.expected()}, got {inputs.dtype} of shape {tuple(inputs.shape)}")
         x_BLD = self.dropout(x_BLD)
-        states: ModelState = []
+        if state and len(state) != len(self.layers):
+            raise ValueError(f"state: expected one entry per layer, {len(self.layers)} of them, got {len(state)}")
+        precision, states = precision or self._products(), ModelState()
         for index, block in enumerate(self.blocks()):
             hooked = activation_hook is not None and trainable(block.mixer.local_weight())
             hook = partial(activation_hook, index) if hooked and activation_hook else None
             held = state[index] if state else None
-            ctx = ForwardContext(
-                held, reset_BL, return_state, precision or self.precision, hook, self.recompute, self.activations
-            )
+            ctx = ForwardContext(held, reset_BL, return_state, precision, hook, self.recompute, self.activations)
             x_BLD, layer_state = block(x_BLD, ctx)
             states.append(layer_state)
         return self.norm_f(x_BLD), states if return_state else []
@@ -152,6 +153,8 @@ class SequenceModel(nn.Module):
         z_BLD, states = self.features(
             inputs, state=state, reset_BL=reset_BL, return_state=return_state, activation_hook=activation_hook
         )
+        if not isinstance(self.head, Head):
+            raise TypeError(f"head is {type(self.head).__name__}: expected a Head; derive a class from protomamba.Head")
         result: Tensor | None = self.head.logits(z_BLD) if targets_BL is None else self.head(z_BLD, targets_BL)
         result = self.head.scores(z_BLD) if result is None else result
         return (result, states) if return_state else result
@@ -317,16 +320,26 @@ class SequenceModel(nn.Module):
         if changed:
             raise UserError(
                 f"{changed[0]}: the model's parameters are not those that its configuration builds (an adapter, a "
-                "parametrization, pruning): a checkpoint of it could not be loaded. Merge or remove it first (torch's "
-                "remove_parametrizations, prune.remove, peft's merge_and_unload), or keep model.state_dict() yourself"
+                "parametrization, pruning, a layer taken out): a checkpoint of it could not be loaded. Merge or remove "
+                "it first (torch's remove_parametrizations, prune.remove, peft's merge_and_unload), or keep "
+                "model.state_dict() yourself"
             )
+
+    def _products(self) -> str:
+        """The precision of the matrix products where nothing else is given."""
+        under_autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        return "bf16" if under_autocast else self.precision
 
     def _parameter_names(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.named_parameters())
 
     def blocks(self) -> Iterator[Block]:
-        for block in self.layers:
-            assert isinstance(block, Block)
+        for index, block in enumerate(self.layers):
+            if not isinstance(block, Block):
+                raise TypeError(
+                    f"layers.{index} is {type(block).__name__}: expected a Block; to leave a layer out, delete it from "
+                    "model.layers, or zero what it adds: model.layers[i].zero_init_output()"
+                )
             yield block
 
     def parameter_count(self, trainable_only: bool = False) -> int:
@@ -355,6 +368,10 @@ def uncompiled(method: Callable[..., Result]) -> Callable[..., Result]:
 
     Only called while torch.compile runs, which has loaded its modules by then; they take a second.
     """
+    if torch.compiler.is_exporting():
+        raise UserError(
+            "torch.export cannot see into the kernels; protomamba export writes a checkpoint for other programs"
+        )
     left: Callable[..., Result] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
     return left
 

@@ -113,7 +113,7 @@ class Trainer:
         return self._step([micro_batch(batch) for batch in whole])
 
     def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
-        if self.model.norm_f.weight.dtype == torch.float16:
+        if any(each.dtype == torch.float16 for each in self.model.norm_f.parameters()):
             raise ConfigError(
                 "the model's parameters are float16, whose gradients underflow: train in float32 (model.float()); "
                 "TrainConfig(precision='bf16') has the matrix products in bfloat16"

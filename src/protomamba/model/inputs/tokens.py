@@ -25,7 +25,13 @@ class TokenEmbedding(Input, nn.Embedding):
         if self.row_sparse and torch.is_grad_enabled():
             rows_R, places = unique_rows(inputs)
             return nn.functional.embedding(places, gather_rows(self.weight, rows_R))
-        return nn.Embedding.forward(self, inputs)
+        try:
+            return nn.Embedding.forward(self, inputs)
+        except IndexError as error:
+            lowest, highest = int(inputs.min()), int(inputs.max())
+            raise IndexError(
+                f"tokens from {lowest} to {highest}: expected 0 to {self.num_embeddings - 1} (vocab_size)"
+            ) from error
 
     def expected(self) -> str:
         return "int64 tokens (B, L)"

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from protomamba import kernels
 from protomamba.config import NORM_EPS
 from protomamba.errors import ConfigError
-from protomamba.model.plain import any_global_hook, is_plain, why_not_plain
+from protomamba.model.plain import any_global_hook, is_plain, passes_through, why_not_plain
 from protomamba.model.registry import Part, Registry
 
 State = tuple[Tensor, ...]
@@ -123,10 +123,9 @@ class Block(nn.Module):
 
         By one kernel where nothing inside is wrapped, hooked, replaced or derived; else module by module.
         """
-        drops = self.training and self.dropout.p > 0
         if self.is_fused():
             output = self.mixer.fused_block(x_BLD, self.norm.weight, ctx)
-            if not drops:
+            if passes_through(self.dropout):
                 return output
             y_BLD, state = output.y_BLD - x_BLD, output.state
         else:
@@ -141,6 +140,11 @@ class Block(nn.Module):
         return self._by_modules(x_BLD, ctx)
 
     def _by_modules(self, x_BLD: Tensor, ctx: ForwardContext) -> MixerOutput:
+        if not isinstance(self.mixer, Mixer):
+            raise TypeError(
+                f"the mixer of a layer is {type(self.mixer).__name__}: expected a Mixer, whose forward(x_BLD, ctx) "
+                "returns a MixerOutput; wrap its inner projections, or derive a class from protomamba.Mixer"
+            )
         return self.mixer(self.norm(x_BLD), ctx)  # type: ignore[no-any-return]
 
     def is_fused(self) -> bool:
@@ -198,7 +202,7 @@ class Block(nn.Module):
         return step
 
     def _steps_fused(self) -> bool:
-        return is_plain(self, Block) and self.is_fused() and not (self.training and self.dropout.p > 0)
+        return is_plain(self, Block) and self.is_fused() and passes_through(self.dropout)
 
     def zero_init_output(self) -> None:
         """Zero what makes the mixer's output, so that the block is the identity, to the bit."""

@@ -73,7 +73,7 @@ class ScanMixer(Mixer):
         conv_BKE, ssm_BEN = BlockState(*ctx.state) if ctx.state is not None else (None, None)
         with products_in(ctx.precision):
             u_BLE, z_BLE = self.project_in(x_BLD)
-        u_BLE, conv_BKE = self.conv1d(u_BLE, conv_BKE, ctx.reset_BL, True)
+        u_BLE, conv_BKE = self._convolve(u_BLE, conv_BKE, ctx)
         if ctx.activation_hook is not None:
             ctx.activation_hook(u_BLE.detach())
         with products_in(ctx.precision):
@@ -95,6 +95,19 @@ class ScanMixer(Mixer):
     def project_in(self, x_BLD: Tensor) -> tuple[Tensor, Tensor | None]:
         """u (B, L, E) for the convolution and the gate z, None without one."""
         return x_BLD, None
+
+    def _convolve(self, u_BLE: Tensor, state_BKE: Tensor | None, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        try:
+            convolved_BLE, new_state_BKE = self.conv1d(u_BLE, state_BKE, ctx.reset_BL, True)
+        except TypeError as error:
+            if isinstance(self.conv1d, CausalConv1d):
+                raise
+            raise TypeError(
+                f"conv1d is {type(self.conv1d).__name__}, which knows no state and no document starts: expected a "
+                "CausalConv1d of protomamba.model.mixers.mamba, or a module called like one, conv1d(u_BLE, state_BKE, "
+                "reset_BL, return_state), that returns the activated output and the state"
+            ) from error
+        return convolved_BLE, new_state_BKE
 
     def local_weight(self) -> nn.Parameter | None:
         """D, the skip weight (E,); None where something else is computed in its place."""
