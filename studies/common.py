@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protomamba.config import DataFields, RunConfig
 from protomamba.data.corpus import SHARD, default_corpus
+from protomamba.run_config import DataFields, RunConfig
 from protomamba.train.build import fresh_trainer
 from protomamba.train.frequencies import tell_frequencies
 from protomamba.train.inputs import Held, open_inputs, stream_spec

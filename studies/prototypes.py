@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from common import PLAIN, UPDATES, Session, costs, new_figure, write_between_marks
 from torch import Tensor
 
-from protomamba.config import RunConfig
 from protomamba.data.corpus import stdlib_sources
+from protomamba.run_config import RunConfig
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fixed": {"head": "hpn", "prototypes": "fixed"},

@@ -28,9 +28,9 @@ import speedrun_models
 import torch
 from common import Session, write_between_marks
 
-from protomamba.config import RunConfig
 from protomamba.data.corpus import default_corpus
 from protomamba.demo import demo_config
+from protomamba.run_config import RunConfig
 
 GOALS = (1.90, 1.80)
 OTHERS = {"transformer": speedrun_models.TRANSFORMER, "lstm": speedrun_models.LSTM}

@@ -9,7 +9,7 @@ import pytest
 
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.cli.main import COMMANDS, main
-from protomamba.config import RunConfig
+from protomamba.run_config import RunConfig
 from protomamba.schema import flag, value_type
 from tests.runs import token_file, train
 

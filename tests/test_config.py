@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from protomamba import ModelConfig, TrainConfig
-from protomamba.config import PRESETS, RunConfig
 from protomamba.errors import ConfigError
+from protomamba.run_config import PRESETS, RunConfig
 
 
 def test_what_was_given_survives_a_rewrite_and_the_rewrite_is_not_given() -> None:

@@ -29,6 +29,7 @@ ROWS = (
     ("model", "data", "report"),
     ("checkpoint",),
     ("kernels", "config_file", "metrics_file", "storage", "folder_lock", "output", "bits", "memory"),
+    ("run_config",),
     ("config",),
     ("schema",),
     ("errors", "machine"),
@@ -39,7 +40,7 @@ ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 ONLY = {
     "data": {"config", "errors", "folder_lock", "schema", "storage"},
     "checkpoint": {"config", "errors", "folder_lock", "storage"},
-    "report": {"config", "errors", "metrics_file", "storage"},
+    "report": {"run_config", "errors", "metrics_file", "storage"},
     "kernels": {"errors"},
     "storage": {"errors"},
     "metrics_file": {"errors"},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from protomamba.config import ModelConfig, RunConfig, Sampling, TrainConfig
+    from protomamba.config import ModelConfig, Sampling, TrainConfig
     from protomamba.data import TokenStream, batch_from_tokens, in_memory, open_token_dir, open_token_file
     from protomamba.data.dataset_stream import DatasetStream
     from protomamba.decode import generate
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from protomamba.model.mixers.base import PLAIN_CALL, ForwardContext, Mixer, MixerOutput, mixer
     from protomamba.model.sequence_model import SequenceModel
     from protomamba.predict.predictor import Predictor
+    from protomamba.run_config import RunConfig
     from protomamba.schema import Schema
     from protomamba.train.callbacks.base import Callback
     from protomamba.train.callbacks.collapse import CollapseWatch
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from protomamba.train.validation import Validation
 
 _HOMES = {
-    "protomamba.config": ("ModelConfig", "RunConfig", "Sampling", "TrainConfig"),
+    "protomamba.config": ("ModelConfig", "Sampling", "TrainConfig"),
+    "protomamba.run_config": ("RunConfig",),
     "protomamba.schema": ("Schema",),
     "protomamba.data": ("TokenStream", "batch_from_tokens", "in_memory", "open_token_dir", "open_token_file"),
     "protomamba.data.dataset_stream": ("DatasetStream",),

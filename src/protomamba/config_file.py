@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from protomamba.config import RunConfig, is_unset
 from protomamba.errors import ConfigError
+from protomamba.run_config import RunConfig, is_unset
 from protomamba.schema import describe_bounds, flag, nearest, value_type
 
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protomamba.checkpoint import file as checkpoint
-from protomamba.config import DataFields, RunConfig, Sampling
+from protomamba.config import Sampling
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.decode import generate
 from protomamba.errors import UserError
 from protomamba.metrics_file import read_metrics
+from protomamba.run_config import DataFields, RunConfig
 from protomamba.train.build import train
 from protomamba.train.callbacks.console import Console
 from protomamba.train.inputs import Held, open_inputs, stream_spec

@@ -14,9 +14,9 @@ from torch import Tensor
 from protomamba import TrainConfig, Trainer
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import RunDir
-from protomamba.config import RunConfig
 from protomamba.data.dataset_stream import DatasetStream
 from protomamba.errors import UserError
+from protomamba.run_config import RunConfig
 from protomamba.storage import Disk, SaveError
 from protomamba.train.build import build_parts
 from protomamba.train.comm import Comm

@@ -10,8 +10,8 @@ import torch
 
 from protomamba import TrainConfig, Trainer
 from protomamba.checkpoint.file import Checkpoint
-from protomamba.config import RunConfig
 from protomamba.errors import ConfigError
+from protomamba.run_config import RunConfig
 from protomamba.train.comm import Comm, Local
 from protomamba.train.comm_start import refuse_unshareable
 from protomamba.train.comm_workers import gradient_shards, led, members

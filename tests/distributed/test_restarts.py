@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from protomamba.config import RunConfig
 from protomamba.errors import UserError
+from protomamba.run_config import RunConfig
 from protomamba.train.build import build_run
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.console import Console

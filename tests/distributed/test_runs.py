@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from protomamba.config import RunConfig
 from protomamba.errors import ConfigError
+from protomamba.run_config import RunConfig
 from protomamba.train.build import build_parts
 from protomamba.train.signals import STOPPED_EXIT_CODE
 from tests import runs

@@ -11,10 +11,10 @@ import torch
 from tests.runs import token_file, train
 
 from protomamba.cli.main import main
-from protomamba.config import RunConfig
 from protomamba.model.mixers.base import Block
 from protomamba.parity import growth
 from protomamba.parity.report import Report
+from protomamba.run_config import RunConfig
 from protomamba.train.trainer import Trainer
 
 FIELDS = {"d_model": 8, "d_state": 4, "batch_size": 2, "seq_len": 8, "threads": 1, "lr": 1e-2, "base_layers": 2}

@@ -15,10 +15,10 @@ import torch
 from protomamba import Predictor
 from protomamba.checkpoint import file as checkpoint
 from protomamba.cli.main import main
-from protomamba.config import RunConfig
 from protomamba.data.dna import DnaTokenizer
 from protomamba.data.tokenizer import tokenizer_from_json
 from protomamba.data.vocabulary import Vocabulary
+from protomamba.run_config import RunConfig
 from protomamba.train.build import build_parts
 
 pytest.importorskip("pyarrow")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from protomamba.config import ModelConfig, RunConfig
+from protomamba.config import ModelConfig
 from protomamba.data.labels import open_labelled
 from protomamba.data.shards import open_token_file
 from protomamba.data.source import StreamSpec
 from protomamba.model.heads import HyperspherePrototypes, SoftmaxHead
+from protomamba.run_config import RunConfig
 from protomamba.train import frequencies
 from protomamba.train.build import build_parts
 from protomamba.train.frequencies import tell_frequencies

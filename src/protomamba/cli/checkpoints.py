@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from protomamba.config import ModelConfig, RunConfig
+from protomamba.config import ModelConfig
+from protomamba.run_config import RunConfig
 
 if TYPE_CHECKING:
     from protomamba.checkpoint.file import Checkpoint

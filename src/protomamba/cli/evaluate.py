@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
 from protomamba.cli.flags import Parser, add_fields, given_fields
-from protomamba.config import RunConfig
 from protomamba.errors import ConfigError
+from protomamba.run_config import RunConfig
 
 if TYPE_CHECKING:
     from protomamba.train.judging import Judgement

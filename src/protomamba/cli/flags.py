@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from protomamba.config import RunConfig, is_unset
 from protomamba.config_file import read_config_file
 from protomamba.errors import ConfigError
+from protomamba.run_config import RunConfig, is_unset
 from protomamba.schema import Schema, describe_bounds, flag, group_of, is_repeatable, nearest, value_type
 
 

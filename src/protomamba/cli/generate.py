@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
 from protomamba.cli.flags import Parser, add_fields, given_fields
-from protomamba.config import RunConfig, Sampling
+from protomamba.config import Sampling
 from protomamba.errors import ConfigError, UserError
+from protomamba.run_config import RunConfig
 
 if TYPE_CHECKING:
     from protomamba.checkpoint.file import Checkpoint

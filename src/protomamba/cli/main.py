@@ -22,10 +22,10 @@ from protomamba.cli import (
     track,
 )
 from protomamba.cli.flags import Parser, add_fields, run_config
-from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.memory import out_of_memory
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
+from protomamba.run_config import RunConfig
 from protomamba.schema import nearest
 
 

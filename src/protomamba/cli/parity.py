@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from protomamba.config import RunConfig
 from protomamba.errors import UserError
 from protomamba.parity.report import Report
+from protomamba.run_config import RunConfig
 
 
 class Amount(NamedTuple):

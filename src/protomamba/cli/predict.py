@@ -10,7 +10,7 @@ from pathlib import Path
 
 from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS
 from protomamba.cli.flags import Parser, add_fields, given_fields
-from protomamba.config import RunConfig
+from protomamba.run_config import RunConfig
 
 LISTED = 20
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from protomamba.config import DataFields, RunConfig
 from protomamba.data.stream import BatchStream
 from protomamba.errors import ConfigError
 from protomamba.model.growth import new_positions
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, versions
+from protomamba.run_config import DataFields, RunConfig
 from protomamba.train.build import fresh_trainer, use_machine
 from protomamba.train.initial_weights import InitialWeights, adapt_to_weights, read_initial_weights
 from protomamba.train.inputs import open_inputs, stream_spec

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from protomamba.bits import same
 from protomamba.checkpoint import file as checkpoint
-from protomamba.config import RunConfig
 from protomamba.errors import ConfigError, UserError
 from protomamba.metrics_file import read_metrics
 from protomamba.parity.report import Report, versions
+from protomamba.run_config import RunConfig
 from protomamba.train.build import build_run, load_named_code
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.console import Console

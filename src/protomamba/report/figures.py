@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from protomamba.config import RunConfig
 from protomamba.report.record import RunRecord, Series
+from protomamba.run_config import RunConfig
 
 # Where a run lies and how it began says nothing about it.
 NOT_COMPARED = frozenset({"out_dir", "resume", "progress"})

@@ -15,7 +15,7 @@ import torch
 from protomamba import kernels
 from protomamba.checkpoint.folder import RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
-from protomamba.config import DATA_PRESETS, DataFields, ModelConfig, RunConfig, TrainConfig, pattern_kinds
+from protomamba.config import ModelConfig, TrainConfig, pattern_kinds
 from protomamba.data.source import DataInfo, Source
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
@@ -24,6 +24,7 @@ from protomamba.model.growth import base_pattern
 from protomamba.model.heads import Head
 from protomamba.model.registry import load_named, resolve
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.run_config import DATA_PRESETS, DataFields, RunConfig
 from protomamba.schema import flag
 from protomamba.train import budget, presets
 from protomamba.train.callbacks.base import Callback

@@ -12,9 +12,9 @@ import torch
 from protomamba import __version__, kernels
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import Resumable, find_resumable
-from protomamba.config import RunConfig
 from protomamba.data.source import Source
 from protomamba.errors import ConfigError, UserError
+from protomamba.run_config import RunConfig
 from protomamba.train.comm import Comm, restarted
 from protomamba.train.comm_workers import gradient_shards, outer_workers
 from protomamba.train.resume import Resumed, find_resume, resume_from, run_folder

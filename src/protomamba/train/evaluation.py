@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.checkpoint.file import Checkpoint
-from protomamba.config import DataFields, ModelConfig, RunConfig
+from protomamba.config import ModelConfig
 from protomamba.data.prepared import open_prepared
 from protomamba.data.source import Source
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import build_model
+from protomamba.run_config import DataFields, RunConfig
 from protomamba.train.build import use_machine
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
 from protomamba.train.judging import Judgement, judge

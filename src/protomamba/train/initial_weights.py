@@ -11,12 +11,13 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import LATEST
-from protomamba.config import ArchitectureFields, HeadFields, ModelConfig, RunConfig
+from protomamba.config import ArchitectureFields, HeadFields, ModelConfig
 from protomamba.data.vocabulary import Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.model.pretrained import read_weights
 from protomamba.model.registry import merged_options, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
+from protomamba.run_config import RunConfig
 from protomamba.schema import flag
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protomamba.config import DataFields
 from protomamba.data.corpus import default_corpus
 from protomamba.data.labels import LabelledSequences, open_labelled
 from protomamba.data.prepared import open_prepared
@@ -19,6 +18,7 @@ from protomamba.data.source import Source, StreamSpec
 from protomamba.data.vocabulary import Vocabulary
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError
+from protomamba.run_config import DataFields
 from protomamba.schema import flag
 
 

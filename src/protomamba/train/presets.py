@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from protomamba.config import DATA_PRESETS
 from protomamba.data.source import DataInfo
 from protomamba.errors import ConfigError
+from protomamba.run_config import DATA_PRESETS
 
 # Targets in the data up to which a model of this width and depth is taken.
 SIZES = ((500_000, 64, 2), (20_000_000, 128, 2), (200_000_000, 256, 4), (math.inf, 512, 6))

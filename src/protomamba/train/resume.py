@@ -7,8 +7,9 @@ from pathlib import Path
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.folder import Resumable, find_resumable
-from protomamba.config import MAY_CHANGE, ModelConfig, RunConfig, stack_kinds
+from protomamba.config import ModelConfig, stack_kinds
 from protomamba.errors import ConfigError, UserError
+from protomamba.run_config import MAY_CHANGE, RunConfig
 from protomamba.schema import flag
 
 

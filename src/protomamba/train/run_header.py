@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from protomamba import __version__, kernels
-from protomamba.config import ModelConfig, RunConfig
+from protomamba.config import ModelConfig
 from protomamba.model.registry import chosen_parts, idle_settings
+from protomamba.run_config import RunConfig
 from protomamba.schema import flag
 from protomamba.train.trainer import Trainer
 

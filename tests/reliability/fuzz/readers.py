@@ -171,8 +171,8 @@ def _read_tokenizer(path: Path) -> None:
 
 
 def _config(path: Path) -> None:
-    from protomamba.config import RunConfig
     from protomamba.config_file import read_config_file
+    from protomamba.run_config import RunConfig
 
     RunConfig(**read_config_file(path))
 
