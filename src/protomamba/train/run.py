@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from protomamba import __version__
-from protomamba.checkpoint import file as checkpoint
-from protomamba.checkpoint.file import Checkpoint, estimate_bytes
-from protomamba.checkpoint.folder import Resumable, RunDir, find_resumable, make_folder
+from protomamba.checkpoint.file import estimate_bytes
+from protomamba.checkpoint.folder import Resumable, RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
 from protomamba.data.prefetch import BatchSource, Prefetcher
 from protomamba.errors import UserError
@@ -24,11 +19,13 @@ from protomamba.folder_lock import left_behind
 from protomamba.storage import SaveError
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.best import Best
+from protomamba.train.callbacks.dispatch import Callbacks
 from protomamba.train.callbacks.recorder import MetricsRecorder
 from protomamba.train.callbacks.save_advice import SaveAdvice
 from protomamba.train.comm import Comm, Local
 from protomamba.train.passes import AnyBatch
 from protomamba.train.run_header import describe_environment
+from protomamba.train.run_start import Start
 from protomamba.train.signals import StopRequest
 from protomamba.train.trainer import StepStats, Trainer
 
@@ -83,18 +80,13 @@ class Run:
         self.trainer, self.stream, self.validation = trainer, stream, validation
         self.comm, self._leads, self._keeps = trainer.comm, trainer.comm.rank == 0, folder is not None
         self.log_every, self.val_every, self.save_every = log_every, val_every, save_every
-        self.grad_accum, self.keep_last, self.on_save_error, self.prefetch = (
-            grad_accum,
-            keep_last,
-            on_save_error,
-            prefetch,
-        )
+        self.grad_accum, self.prefetch = grad_accum, prefetch
+        self.keep_last, self.on_save_error = keep_last, on_save_error
         self.best = Best(patience)
         self.folder: RunDir | None = folder if isinstance(folder, RunDir) and self._leads else None
         self._folder_path = None if folder is None or isinstance(folder, RunDir) else Path(folder)
-        self._given_callbacks = tuple(callbacks) if self._leads else ()
-        self.callbacks: list[Callback] = [self.best, *self._given_callbacks]
-        self._resume, self._further_steps = resume, further_steps
+        self.callbacks = Callbacks([self.best], callbacks if self._leads else ())
+        self._start = Start(resume, further_steps)
         self.record, self.tensors = dict(record or {}), dict(tensors or {})
         self.resumed_from: Path | None = None
         self.error: BaseException | None = None
@@ -112,19 +104,19 @@ class Run:
 
     def note(self, text: str) -> None:
         """Send a message to the callbacks: the console shows it, the metrics record it."""
-        self._tell("on_message", text, False)
+        self.callbacks.tell(self, "on_message", text, False)
 
     def warn(self, text: str) -> None:
         """Send a warning to the callbacks."""
-        self._tell("on_message", text, True)
+        self.callbacks.tell(self, "on_message", text, True)
 
     def log(self, event: str, **fields: Any) -> None:
         """A line for metrics.jsonl, at this step."""
-        self._tell("on_event", event, fields)
+        self.callbacks.tell(self, "on_event", event, fields)
 
     def output_lost(self, error: OSError) -> None:
         """Tell the callbacks that standard output can no longer be written to."""
-        self._tell("on_output_lost", error)
+        self.callbacks.tell(self, "on_output_lost", error)
 
     def facts(self) -> dict[str, Any]:
         """What the run is, for its record: environment, parameters, seed, where it came from and where it goes."""
@@ -166,11 +158,11 @@ class Run:
     def _fit(self) -> str:
         if self.folder is not None:
             self.callbacks.insert(1, MetricsRecorder(self.folder.metrics))
-        notes = self._begin()
+        notes = self._start.begin(self)
         self._check_space()
         reason = "failed"
         try:
-            self._tell("on_start")
+            self.callbacks.tell(self, "on_start")
             for note in notes:
                 self.note(note)
             if self.folder is not None and (who := left_behind(self.folder.folder)):
@@ -178,12 +170,12 @@ class Run:
             with Prefetcher(self.stream, *self.prefetch) as self._batches:
                 self._reset_clock()
                 reason = self._loop()
-            self._tell("on_finish", reason)
+            self.callbacks.tell(self, "on_finish", reason)
         except BaseException as error:
             self.error = error
             raise
         finally:
-            self._tell("on_end", reason)
+            self.callbacks.tell(self, "on_end", reason)
         return reason
 
     def _loop(self) -> str:
@@ -227,7 +219,7 @@ class Run:
         self.is_logged = self._due(self.log_every) or stats.skipped_update
         elapsed, steps = time.perf_counter() - self._clock, stats.step - self._clock_step
         self.speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
-        self._tell("on_step", stats)
+        self.callbacks.tell(self, "on_step", stats)
         if self.is_logged:
             self._reset_clock()
         if stats.skipped_update:
@@ -244,7 +236,7 @@ class Run:
         if not result.targets:
             raise UserError("the validation batches hold no target")
         result.bytes_per_token = getattr(self.validation, "bytes_per_token", None)
-        self._tell("on_validation", result)
+        self.callbacks.tell(self, "on_validation", result)
         self._reset_clock()
         return result.best
 
@@ -262,15 +254,15 @@ class Run:
         info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
         self.saved_best = best
         self.trainer.require_finite_tables()
-        self._tell("on_before_save")
+        self.callbacks.tell(self, "on_before_save")
         try:
             report = folder.save(parts, config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:
             self._tolerate(error)
-            self._tell("on_save_error", error)
+            self.callbacks.tell(self, "on_save_error", error)
         else:
             self._write_mirror(folder)
-            self._tell("on_save", report)
+            self.callbacks.tell(self, "on_save", report)
         self._clock += time.perf_counter() - started
 
     def _write_mirror(self, folder: RunDir) -> None:
@@ -287,9 +279,8 @@ class Run:
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """Everything a checkpoint of this run holds."""
-        kept = {each.name: each.state_dict() for each in self.callbacks if _has_state(each)}  # type: ignore[attr-defined]
-        parts = {**self.trainer.parts(), "stream": self.stream.state_dict(), "callbacks": kept}
-        return {**self.tensors, **parts}
+        streams = {"stream": self.stream.state_dict(), "callbacks": self.callbacks.state()}
+        return {**self.tensors, **self.trainer.parts(), **streams}
 
     def configs(self) -> dict[str, Any]:
         """What a checkpoint says beside its parts: the version that wrote it, the configurations, and the record."""
@@ -309,105 +300,3 @@ class Run:
             self.folder.require_space(size)
             self.callbacks.append(SaveAdvice(size))
             self.folder.write_config(self.record.get("run") or self.trainer.configs())
-
-    # How it begins.
-
-    def _begin(self) -> list[str]:
-        """Resume, or make sure that no other run is buried; what the user should know of it."""
-        found = self._find()
-        if self.folder is not None and (found is None or found.path.resolve().parent != self.folder.folder.resolve()):
-            self.folder.refuse_if_occupied()
-        return self._restore(found) if found else []
-
-    def _find(self) -> Resumable | None:
-        """The checkpoint to go on from: the one that rank 0 finds."""
-        if self._resume is None or isinstance(self._resume, Resumable):
-            return self._resume
-        found = self._look_up(self._resume) if self._leads else None
-        path = self.comm.tell(str(found.path) if found else None)[0]
-        return found if self._leads or path is None else Resumable(Path(path), checkpoint.load(path))
-
-    def _look_up(self, resume: str | Path) -> Resumable | None:
-        if resume == "auto":
-            if self.folder is None:
-                raise ValueError('resume="auto" needs a folder')
-            return find_resumable(self.folder.folder)
-        return Resumable(Path(resume), checkpoint.load(resume))
-
-    def _restore(self, found: Resumable) -> list[str]:
-        loaded, trainer = found.checkpoint, self.trainer
-        notes = [*found.warnings, *version_notes(loaded)]
-        if "stream" not in loaded.parts:
-            raise UserError(f"{found.path}: holds no run to resume; it has weights and optimizer state only")
-        trainer.restore(loaded)
-        self.stream.load_state_dict(loaded.parts["stream"])
-        notes += self._restore_callbacks(loaded)
-        self.resumed_from = found.path
-        if self._further_steps is not None:
-            trainer.further(self._further_steps)
-            notes.append(
-                f"warm-up and decay restart over these {self._further_steps:,} further steps; "
-                "leave out --steps to continue to the run's own target"
-            )
-        if trainer.global_step == trainer.schedule_start:
-            self.best.stale_validations = 0  # further steps have patience of their own
-        return notes + (self._adopt(found) if self.folder is not None else [])
-
-    def _restore_callbacks(self, loaded: Checkpoint) -> list[str]:
-        states = dict(loaded.parts.get("callbacks", {}))
-        for each in self.callbacks:
-            if each.name in states and _has_state(each):
-                each.load_state_dict(states.pop(each.name))  # type: ignore[attr-defined]
-        return [
-            f"the checkpoint's state of the callback {name} is dropped: this run does not have that callback"
-            for name in states
-        ]
-
-    def _adopt(self, found: Resumable) -> list[str]:
-        """Go on with the folder's own run; what is given up of it where an older checkpoint was chosen."""
-        assert self.folder is not None
-        step, newest = self.trainer.global_step, self.folder.adopt(found.path, found.checkpoint)
-        if self.best.best_step == step:
-            self.folder.keep_as_best(found.path)  # a kill between the two names of one save left best behind
-        if newest <= step:
-            return []
-        return [
-            f"steps {step + 1:,} to {newest:,} in {self.folder.folder} are discarded: the run replaces their "
-            "checkpoints, their metrics go to metrics.superseded.jsonl; another --out-dir keeps them"
-        ]
-
-    def _tell(self, event: str, *arguments: Any) -> None:
-        """Call every callback that has given the event; one of the user's does not touch the run's random numbers."""
-        for each in list(self.callbacks):
-            method: Callable[..., None] = getattr(each, event)
-            if getattr(type(each), event) is getattr(Callback, event):
-                continue
-            with _random_state_kept() if each in self._given_callbacks else contextlib.nullcontext():
-                method(self, *arguments)
-
-
-def version_notes(loaded: Checkpoint) -> list[str]:
-    """One line if another version of the package wrote the checkpoint."""
-    wrote = loaded.config.get("protomamba", "0.1.0")
-    if wrote == __version__:
-        return []
-    return [
-        f"the checkpoint was written by protomamba {wrote}, this is {__version__}: resuming is exact to the bit "
-        "within a version only"
-    ]
-
-
-def _has_state(callback: Callback) -> bool:
-    return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the generators of torch, Python and numpy back where they were."""
-    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
