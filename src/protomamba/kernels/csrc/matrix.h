@@ -1,6 +1,7 @@
 // A matrix times a few vectors, from weights in float32, bf16 or int8. Bound by reading the matrix once, every vector taking
 // its turn while some rows are in the cache. A vector's result has the same bits whatever the number of vectors beside it.
 #pragma once
+#include "cpu.h"
 #include "norm.h"
 
 namespace pm {
@@ -28,6 +29,7 @@ inline int64_t packed_at(const Matrix& m, int64_t row) {
 
 // Rows of the matrix read at once: of one in float32, so that the memory has several streams to follow. Measured on 57 MB: 8 rows 59 GB/s, 1 row 47, 16 rows 52; prefetching less.
 constexpr int STREAMS = W < 8 ? W : 8;
+static const bool ONE_STREAM = cpu_follows_one_stream();
 // Rows and vectors whose products are held in registers at once, where there are several vectors.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
@@ -132,7 +134,7 @@ struct Dots<BF16> {
         const float* x = v.floats + t * v.stride;
         vf total[ROWS][COUNT] = {};
         for (int64_t c = 0; c < v.stride; c += MATRIX_BLOCK, w += MATRIX_GROUP * MATRIX_BLOCK) {
-            if (COUNT == 1) prefetch_block(w);
+            if (COUNT == 1 && !ONE_STREAM) prefetch_block(w);
             PM_UNROLL
             for (int half = 0; half < 16; half += W) {
                 vf low[COUNT], high[COUNT];
@@ -173,7 +175,7 @@ struct Dots<INT8> {
             vi total[ROWS][COUNT] = {};
             int64_t end = std::min(v.stride, start + INTEGER_COLUMNS);
             for (int64_t c = start; c < end; c += MATRIX_BLOCK, w += MATRIX_GROUP * MATRIX_BLOCK) {
-                if (COUNT == 1) prefetch_block(w);
+                if (COUNT == 1 && !ONE_STREAM) prefetch_block(w);
                 PM_UNROLL
                 for (int some = 0; some < MATRIX_BLOCK; some += 2 * W) {
                     vs xs[COUNT];
@@ -218,7 +220,11 @@ void times_vectors_of(const Matrix& m, const Vectors& v, Range blocks, const Fin
         int64_t t = 0;
         for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_rows<KIND, TILE_ROWS, TILE_VECTORS>(m, row, v, t, finish);
         if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_rows<KIND, TILE_ROWS, 2>(m, row, v, t, finish), t += 2;
-        if (t < v.count) finish_rows<KIND, STREAMS, 1>(m, row, v, t, finish);
+        if (t == v.count) continue;
+        if (KIND == FP32 && ONE_STREAM)
+            finish_rows<KIND, 1, 1>(m, row, v, t, finish);
+        else
+            finish_rows<KIND, STREAMS, 1>(m, row, v, t, finish);
     }
 }
 
