@@ -11,6 +11,7 @@ from protomamba import SequenceModel
 from protomamba.bits import same
 from protomamba.checkpoint import file as checkpoint
 from protomamba.cli.main import main
+from protomamba.train.run_header import stack
 
 STACK = ["--layers", "mamba*2,attention", "--layer-option", "attention.n_head=2", "--layer-option", "d_state=4"]
 GROWTH = ["--base-layers", "2", "--target-layers", "4", "--placement", "specific:1,3", "--freeze", "first:1"]
@@ -43,6 +44,21 @@ def test_a_stack_is_grown_by_final_places_and_resumes_to_the_bit(tmp_path: Path,
     again = checkpoint.load(tmp_path / "again" / "latest.safetensors")
     for part in ("model", "optimizer", "rng"):
         assert same(again.parts[part], whole.parts[part]), part
+
+
+@pytest.mark.parametrize(
+    ("kinds", "says"),
+    [
+        ([], "0 layers (none)"),
+        (["mamba"], "1 layer (mamba)"),
+        (["mamba"] * 6, "6 layers (mamba)"),
+        (["mamba"] * 3 + ["attention"], "4 layers (mamba*3, attention)"),
+        ((["mamba"] * 3 + ["attention"]) * 2, "8 layers (mamba*3, attention, repeated)"),
+        (["mamba", "attention", "mamba"], "3 layers (mamba, attention, repeated)"),
+    ],
+)
+def test_the_header_says_what_the_stack_is(kinds: list[str], says: str) -> None:
+    assert stack(kinds) == says
 
 
 def test_the_same_line_resumes_and_another_stack_does_not(

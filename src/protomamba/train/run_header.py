@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from protomamba import __version__, kernels
-from protomamba.config import ModelConfig
+from protomamba.config import ModelConfig, compact_pattern
 from protomamba.model.registry import chosen_parts, idle_settings
 from protomamba.run_config import RunConfig
 from protomamba.schema import flag
@@ -23,7 +24,7 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None, f
     environment, model, config = describe_environment(), trainer.model, trainer.config
     shape = model.config
     parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
-    layers = f"{len(model.layers)} x {shape.layers or shape.layer}, d_model {shape.d_model}, d_state {shape.d_state}"
+    layers = f"{stack(shape.kinds(len(model.layers)))}, d_model {shape.d_model}, d_state {shape.d_state}"
     unfused = [f"{name}.{reason}" for name, reason in model.unfused_reasons().items()]
     return {
         "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
@@ -37,6 +38,15 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None, f
         "run": f"steps {trainer.global_step:,} to {target:,}, seed {config.seed}, "
         f"in {folder}" + (f", resumed from {resumed_from}" if resumed_from else ""),
     }
+
+
+def stack(kinds: Sequence[str]) -> str:
+    """What a stack is made of: `4 layers (mamba*3, attention)`, `6 layers (mamba)`, `8 layers (mamba*3, attention,
+    repeated)`."""
+    lengths = range(1, len(kinds) + 1)
+    unit = next((kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), ())
+    pattern = compact_pattern(",".join(unit)).replace(",", ", ") if unit else "none"
+    return f"{counted(len(kinds), 'layer')} ({pattern}{', repeated' if 1 < len(unit) < len(kinds) else ''})"
 
 
 def counted(count: int, thing: str) -> str:
