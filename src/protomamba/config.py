@@ -44,21 +44,21 @@ class PrototypeFields(Schema):
     TITLE: ClassVar[str] = "model"
 
     prototypes: Literal["learned", "fixed"] = Field(
-        "learned", description="hpn head: prototypes that are learned, or placed once and fixed"
+        "learned", description="hpn head: learned prototypes, or fixed ones that are placed once"
     )
     separation: float = Field(
         20.0,
         ge=0,
         le=1e6,
-        description="hpn head, learned prototypes: 0 = the gradient of (1 - cos)^2 alone, which "
-        "collapses; any other value = that of cross entropy, its size is unused",
+        description="hpn head, learned prototypes: any value above 0 = the gradient of cross entropy (the size of the "
+        "value is not used); 0 = the gradient of (1 - cos)^2, under which the prototypes collapse",
     )
 
 
 class TieFields(Schema):
     TITLE: ClassVar[str] = "model"
 
-    tie_embedding: bool = Field(False, description="softmax head: share its matrix with the embedding")
+    tie_embedding: bool = Field(False, description="softmax head: share one matrix with the embedding")
 
 
 class PartFields(StateSpaceFields, InnerFields, PrototypeFields, TieFields):
@@ -78,7 +78,9 @@ class LayerFields(StateSpaceFields, InnerFields):
     layer: str = Field("mamba", description="mamba, compact, attention or package.module:Class")
     layers: str | None = Field(
         None,
-        description="layers by final index, KIND[*N],...; the pattern repeats up to the depth; replaces --layer",
+        title="KIND[*N],...",
+        description="layers by final index, such as mamba*3,attention; the pattern repeats up to the depth; instead "
+        "of --layer",
     )
     layer_options: Options = Field(
         {}, description="setting of all layers or of one kind; repeatable; a table in config files"
@@ -143,7 +145,7 @@ class ModelConfig(ArchitectureFields):
 class TrainFields(Schema):
     TITLE: ClassVar[str] = "training"
 
-    steps: int = Field(5_000, ge=1, le=1_000_000_000, description="train steps (with --resume: further steps)")
+    steps: int = Field(5_000, ge=1, le=1_000_000_000, description="training steps (with --resume: further steps)")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="seed for initialisation and data order")
     lr: float = Field(1e-4, gt=0, le=10, description="AdamW learning rate")
     class_weights: Literal["none", "balanced"] = Field(
@@ -151,19 +153,22 @@ class TrainFields(Schema):
     )
     sparse_rows: bool | None = Field(
         None,
-        description="update only the touched rows of embedding and prototypes; auto = from 65,536 rows on",
+        description="update only those rows of embedding and prototypes that a step uses; auto = for tables of 65,536 "
+        "rows or more",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
-        "cosine", description="learning rate decay; wsd: constant, then decay over the last fifth"
+        "cosine", description="how the learning rate decays; wsd: constant, then linear over the last fifth"
     )
     lr_warmup_steps: int | None = Field(
         None, ge=0, description="linear warm-up before the decay; auto = 2 % of the steps"
     )
-    lr_min_scale: float = Field(0.1, ge=0, le=1, description="floor of the cosine decay as a fraction of lr")
-    optimizer: str = Field(
-        "adamw", description="adamw, muon (hidden matrices; AdamW for the rest) or package.module:Class"
+    lr_min_scale: float = Field(
+        0.1, ge=0, le=1, description="learning rate at the end of the decay, as a fraction of --lr"
     )
-    optimizer_option: tuple[str, ...] = Field((), description="a setting of the optimizer, KEY=VALUE; repeatable")
+    optimizer: str = Field(
+        "adamw", title="NAME", description="adamw, muon (hidden matrices; AdamW for the rest) or package.module:Class"
+    )
+    optimizer_option: tuple[str, ...] = Field((), title="KEY=VALUE", description="setting of the optimizer; repeatable")
     weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW decoupled weight decay (matrices only)")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW decay of the second moment")
@@ -173,48 +178,50 @@ class TrainFields(Schema):
         None,
         ge=1,
         le=65_536,
-        description="groups of rows whose gradients are added in one fixed order on any number of ranks; auto = one a "
-        "rank at the start (with --workers-outer the next multiple of it)",
+        description="groups of rows whose gradients are summed in a fixed order, so that the number of ranks does not "
+        "change the result; auto = one per rank at the start (with --workers-outer, rounded up to a multiple of it)",
     )
     sync_every: int | None = Field(
         None,
         ge=1,
-        description="for slow links: workers train alone for so many steps, then their mean moves all of them "
-        "(DiLoCo); auto = all share every step",
+        description="for slow links: each worker trains alone for N steps, then all move by their mean change "
+        "(DiLoCo); auto = gradients are shared at every step",
     )
     workers_outer: int | None = Field(
         None,
         ge=1,
         le=65_536,
-        description="with --sync-every: workers, of --grad-shards / N shards each, whose gradients they share at every "
-        "step; auto = one a shard",
+        description="with --sync-every: number of workers; each has --grad-shards / N shards, whose gradients are "
+        "shared at every step; auto = one worker per shard",
     )
     grad_clip_norm: float = Field(1.0, ge=0, description="global gradient norm to clip to (0 = off)")
-    fail_on_non_finite: bool = Field(False, description="stop at NaN/Inf instead of skipping the update")
-    ff_lr: float = Field(0.0, ge=0, le=10, description="Forward-Forward local learning rate of D (d_skip); 0 = off")
+    fail_on_non_finite: bool = Field(False, description="stop at NaN or Inf instead of skipping the update")
+    ff_lr: float = Field(
+        0.0, ge=0, le=10, description="learning rate of the Forward-Forward local updates of D (d_skip); 0 = off"
+    )
     bp_cadence_steps: int = Field(
         1, ge=1, description="backpropagate on every Nth step; the local update runs on every step"
     )
     gradient_surgery_method: Literal["pcgrad", "gradnorm", "cagradstep"] = Field(
-        "pcgrad", description="how the local gradient yields to a conflicting global one"
+        "pcgrad", description="how a local gradient that conflicts with the global one is changed"
     )
     gradient_surgery_epsilon: float = Field(
-        1e-8, ge=0, le=1, description="epsilon in the divisions of gradient surgery"
+        1e-8, ge=0, le=1, description="epsilon in the denominators of gradient surgery"
     )
     gradnorm_alpha: float = Field(0.2, ge=0, le=100, description="disagreement exponent of gradnorm")
     cagrad_lambda: float = Field(1.0, ge=0, le=100, description="conflict aversion of cagradstep")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="matrix products in fp32 or bf16 (the rest stays fp32)"
+        "fp32", description="precision of the matrix products (the rest stays fp32)"
     )
     recompute: Literal["none", "cheap", "blocks"] = Field(
         "cheap",
-        description="what the backward pass makes again to save memory, with the same bits: nothing, what is cheap and "
-        "large, or all inside a block (a third slower)",
+        description="what the backward pass recomputes to save memory, with the same result to the bit: nothing, what "
+        "is cheap and large, or everything inside a block (a third slower)",
     )
     activations: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="what Mamba blocks keep for the backward pass, in fp32, or in bf16 to save memory: gradients are "
-        "then rounded, and --recompute changes bits",
+        description="precision of what Mamba blocks keep for the backward pass; bf16 saves memory, but rounds "
+        "gradients, and --recompute then changes bits",
     )
 
 

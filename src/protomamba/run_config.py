@@ -36,32 +36,35 @@ class DataFields(Schema):
     val_token_dir: Path | None = Field(None, description="folder of validation shards")
     label_file: Path | None = Field(
         None,
-        description="labels of --token-file, whose lines are then sequences: one a line, or one a token; -100 = none "
-        "(.txt or .npy)",
+        description="labels for --token-file, each line of which is then one sequence: one label per line, or one per "
+        "token; -100 = no label (.txt or .npy)",
     )
-    val_label_file: Path | None = Field(None, description="labels of --val-token-file")
+    val_label_file: Path | None = Field(None, description="labels for --val-token-file")
     n_class: int | None = Field(
-        None, ge=1, le=16_777_216, description="classes of --label-file; auto = largest label + 1"
+        None, ge=1, le=16_777_216, description="number of classes in --label-file; auto = largest label + 1"
     )
     shard_ext: str = Field(
-        "txt", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="file extension of the shards in a folder"
+        "txt", title="EXT", pattern=r"^\.?[A-Za-z0-9_]{1,16}$", description="file extension of the shards in a folder"
     )
-    vocab_size: int | None = Field(None, ge=1, le=16_777_216, description="vocabulary; auto = largest token + 1")
+    vocab_size: int | None = Field(None, ge=1, le=16_777_216, description="vocabulary size; auto = largest token + 1")
     val_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of the tokens (or sequences) to hold out, if no validation data is given"
+        0.05,
+        ge=0,
+        lt=1,
+        description="fraction of the tokens (or sequences) to hold out where no validation data is given",
     )
     batch_size: int = Field(8, ge=1, le=1_000_000, description="rows per batch")
     seq_len: int = Field(
         64, ge=1, le=100_000_000, description="tokens per row; with --label-file, the longest sequence allowed"
     )
-    shuffle_shards: bool = Field(True, description="new shard order each epoch")
+    shuffle_shards: bool = Field(True, description="a new order of the shards in each epoch")
     packed_sequences: bool = Field(
         False, description="each row continues where the one before it ended; 0 = windows in shuffled order"
     )
     eos_token: int | None = Field(
-        None, ge=0, description="token that ends a document; without it the prepared folder's own"
+        None, ge=0, description="token that ends a document; not given = that of the prepared folder"
     )
-    reset_at_eos: bool = Field(False, description="the state does not cross a document's end")
+    reset_at_eos: bool = Field(False, description="reset the state at the end of each document")
     prefetch_workers: int = Field(0, ge=0, le=256, description="threads that read batches ahead (0 = none)")
     prefetch_buffer: int = Field(16, ge=1, le=100_000, description="maximum number of batches read ahead")
 
@@ -93,9 +96,10 @@ class RunFields(Schema):
 
     preset: PresetName = Field(
         DEFAULT_PRESET,
-        description="defaults of the other flags: reference (the crate's: grown 2 to 6 layers, two frozen, "
-        "backpropagation on one step in 32), plain (backpropagation on each step, nothing grown or frozen), or plain "
-        "with sizes and schedule from the data: bytes, text, events, dna, classify (auto with DATA: its manifest's)",
+        description="defaults of the other flags. reference: those of the Rust crate that this succeeds (2 layers "
+        "grown to 6, two frozen, backpropagation on every 32nd step). plain: backpropagation on every step, nothing "
+        "grown or frozen. bytes, text, events, dna, classify: plain, with sizes and schedule derived from the data "
+        "(with DATA, the one for its kind is the default)",
     )
     epochs: float | None = Field(
         None, gt=0, le=1e6, description="passes over the training data, instead of a number of steps"
@@ -103,33 +107,40 @@ class RunFields(Schema):
     time_budget: str | None = Field(
         None,
         pattern=r"^\d+(\.\d+)?[smh]$",
-        description="wall time, instead of a number of steps: 90s, 20m or 8h; what fits is measured at the start",
+        title="TIME",
+        description="wall time, instead of a number of steps: 90s, 20m or 8h; how many fit is measured at the start",
     )
     out_dir: Path = Field(Path("runs/"), description="run folder: checkpoints, metrics, configuration")
-    resume: str | None = Field(None, description="checkpoint to continue, or auto")
+    resume: str | None = Field(
+        None,
+        title="PATH|auto",
+        description="checkpoint to continue from; auto: the latest in --out-dir, if there is one",
+    )
     init_from: Path | None = Field(None, description="initial weights: a checkpoint, or a transformers Mamba folder")
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints to keep besides latest")
+    keep_last: int = Field(1, ge=0, le=10_000, description="numbered checkpoints to keep, besides the latest")
     on_save_error: Literal["stop", "continue"] = Field(
         "stop", description="if a checkpoint cannot be written: stop the run, or continue"
     )
-    log_every: int = Field(20, ge=1, description="steps between metric lines")
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics")
     val_every: int = Field(200, ge=1, description="steps between validations")
     eval_batches: int = Field(8, ge=1, description="batches per validation, always the same ones")
     early_stopping_patience: int = Field(
         0, ge=0, description="validations without improvement before stopping (0 = off)"
     )
-    callback: tuple[str, ...] = Field((), description="a callback of your own, package.module:Class; repeatable")
-    threads: int | None = Field(None, ge=1, le=1_024, description="torch's threads; auto = torch's choice")
+    callback: tuple[str, ...] = Field((), title="MODULE:CLASS", description="a callback of your own; repeatable")
+    threads: int | None = Field(None, ge=1, le=1_024, description="number of torch's threads; auto = torch's choice")
     kernels: Literal["auto", "native", "reference"] = Field(
-        "auto", description="native kernels, the slow reference, or auto: native where they work"
+        "auto", description="native kernels, the slow reference implementation, or auto: native where available"
     )
     allow_mixed_ranks: bool = Field(
-        False, description="torchrun: continue even if ranks differ in what determines the numbers"
+        False, description="torchrun: train even if ranks differ in something that changes the numbers"
     )
-    progress: bool | None = Field(None, description="progress bar; auto = on a terminal")
-    track: tuple[str, ...] = Field((), description="also log the run to tensorboard, trackio or wandb; repeatable")
-    write_report: bool = Field(True, description="write report.html into the run's folder at the end")
+    progress: bool | None = Field(None, description="show a progress bar; auto = on a terminal")
+    track: tuple[str, ...] = Field(
+        (), title="NAME", description="also log the run to tensorboard, trackio or wandb; repeatable"
+    )
+    write_report: bool = Field(True, description="write report.html into the run folder at the end")
 
 
 class RunConfig(ArchitectureFields, TrainFields, GrowthFields, DataFields, RunFields):

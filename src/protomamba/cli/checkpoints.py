@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CODE_FLAGS = ("layer", "layers", "head", "input")
 MACHINE_FLAGS = ("threads", "kernels")
 THE_CHECKPOINTS = "the checkpoint's"
+A_CHECKPOINT = "checkpoint file, such as runs/mine/best.safetensors"
 
 
 def refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:

@@ -16,8 +16,8 @@ from protomamba.report.record import RunRecord, read_runs
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, two or more")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, two or more")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def work(arguments: argparse.Namespace) -> int:

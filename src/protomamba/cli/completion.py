@@ -14,7 +14,8 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 def configure(parser: Parser) -> None:
     about = (
-        'which; bash: eval "$(protomamba completion bash)" in ~/.bashrc; zsh: write it to a file _protomamba in $fpath'
+        'shell; for bash: eval "$(protomamba completion bash)" in ~/.bashrc; for zsh: write the script to a file '
+        "_protomamba in $fpath"
     )
     parser.add_argument("shell", choices=SHELLS, help=about)
 

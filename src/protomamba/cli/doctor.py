@@ -12,8 +12,8 @@ MARKS = {"ok": "ok", "slow": "SLOW", "missing": "missing", "note": "note"}
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("--measure", action="store_true", help="also time matrix products (a second)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--measure", action="store_true", help="also time matrix products (takes a second)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def work(arguments: argparse.Namespace) -> int:

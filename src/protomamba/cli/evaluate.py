@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
+from protomamba.cli.checkpoints import A_CHECKPOINT, CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
 from protomamba.cli.flags import Parser, add_fields, given_fields
 from protomamba.errors import ConfigError
 from protomamba.run_config import RunConfig
@@ -22,16 +22,18 @@ SHOWN_CLASSES = 16
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("field:data", nargs="?", type=Path, metavar="DATA", help="prepared folder [the run's own]")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=A_CHECKPOINT)
+    parser.add_argument("field:data", nargs="?", type=Path, metavar="DATA", help="prepared folder [that of the run]")
     parser.add_argument(
         "--split",
         choices=("valid", "test", "train"),
         default="valid",
         help="part of the prepared folder [%(default)s: what the run held out]",
     )
-    parser.add_argument("--batches", type=int, metavar="N", help="batches, spread evenly over the tokens [all]")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--batches", type=int, metavar="N", help="number of batches, spread evenly over the tokens [all]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_fields(parser, (*DATA_FLAGS, *CODE_FLAGS), of_checkpoint=THE_CHECKPOINTS)
     add_fields(parser, MACHINE_FLAGS)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from protomamba.cli.checkpoints import A_CHECKPOINT
 from protomamba.cli.flags import Parser
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=A_CHECKPOINT)
     parser.add_argument(
         "--format",
         choices=("transformers", "weights"),

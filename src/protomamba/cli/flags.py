@@ -17,7 +17,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are ConfigErrors with the nearest known name, and which takes no abbreviations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        defaults = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **{**defaults, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -58,7 +59,7 @@ def add_fields(
             flag(name),
             dest=f"field:{name}",
             default=argparse.SUPPRESS,
-            metavar=_metavar(field.annotation),
+            metavar=field.title or _metavar(field.annotation),
             help=argparse.SUPPRESS if hidden else f"{description} [{default}]",
             **repeat,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
+from protomamba.cli.checkpoints import A_CHECKPOINT, CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS, refuse_other_code
 from protomamba.cli.flags import Parser, add_fields, given_fields
 from protomamba.config import Sampling
 from protomamba.errors import ConfigError, UserError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=A_CHECKPOINT)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", metavar="TEXT", help="text to continue, if the run has a tokenizer [end of document, or token 0]"
@@ -36,7 +36,7 @@ def configure(parser: Parser) -> None:
     )
     about = "stop before this text, which is not printed; repeatable"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=f"{about} [none]")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     about = "precision of the weights; int8 is about four times as fast as fp32, and its cost is printed [%(default)s]"
     parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), default="fp32", help=about)
     add_fields(parser, list(Sampling.model_fields), Sampling)

@@ -6,13 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
+from protomamba.cli.checkpoints import A_CHECKPOINT
 from protomamba.cli.flags import Parser
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--verify", action="store_true", help="only verify; the exit code is the result")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=A_CHECKPOINT)
+    parser.add_argument(
+        "--verify", action="store_true", help="only verify the checksums; the exit code says whether they are right"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def work(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from protomamba.cli import (
     report,
     track,
 )
+from protomamba.cli.examples import epilog
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.errors import ConfigError, UserError
 from protomamba.memory import out_of_memory
@@ -30,7 +31,9 @@ from protomamba.schema import nearest
 
 
 def _configure_train(parser: Parser, hidden: bool = False) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with the same names; flags win")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML, YAML or JSON file with the same names; flags take precedence"
+    )
     parser.add_argument(
         "field:data",
         nargs="?",
@@ -53,12 +56,17 @@ def _configure_parity(parser: Parser) -> None:
     about = "; ".join(f"{name}: {line}" for name, (line, _) in PROBES.items())
     parser.add_argument("probe", choices=(*PROBES, "all"), metavar="|".join((*PROBES, "all")), help=about)
     parser.add_argument(
-        "--probe-steps", type=int, metavar="N", help="resume: steps before and after [5, or --bp-cadence-steps if more]"
+        "--probe-steps",
+        type=int,
+        metavar="N",
+        help="resume: steps before and after the save [5, or --bp-cadence-steps if more]",
     )
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="kernels: N random shapes too [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="one JSON object; a list of them for all")
+    parser.add_argument(
+        "--random", type=int, default=0, metavar="N", help="kernels: also N random shapes [%(default)s]"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object; for all, a list of them")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the same JSON to a file")
-    parser.epilog = "The flags of train set the model and the data of a probe: protomamba train --help lists them."
+    parser.epilog = "The model and data of a probe are set by the flags of train: see protomamba train --help."
     _configure_train(parser, hidden=True)
 
 
@@ -77,20 +85,25 @@ def _configure_bench(parser: Parser) -> None:
     shapes = "comma-separated: S, M, L, one-row, compact or BATCHxLENGTHxWIDTHxLAYERS[:KIND]"
     parser.add_argument("--shapes", default="S,M,L,compact", metavar="NAME,...", help=f"{shapes} [%(default)s]")
     parser.add_argument("--precision", default="fp32", metavar="fp32,bf16", help="one or both [%(default)s]")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads [torch's choice]")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="measurements of each [%(default)s]")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of torch's threads [torch's choice]")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="number of measurements [%(default)s]")
     parser.add_argument(
         "--sections",
         default="steps",
         metavar="NAME,...",
-        help="steps, threads (1 against all), lengths, ranks [%(default)s]",
+        help="comma-separated: steps, threads (1 compared with all), lengths, ranks [%(default)s]",
     )
-    parser.add_argument("--op", metavar="NAME,...", help="single ops instead, by their names in protomamba.kernels")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a busy machine [%(default)s]"
+        "--op", metavar="NAME,...", help="time single ops instead, by their names in protomamba.kernels"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="wall time, or processor time for a busy machine [%(default)s]",
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -102,11 +115,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
-    "eval": ("evaluate a checkpoint: loss, accuracy and the measures of the task", evaluate.configure, evaluate.work),
+    "eval": ("evaluate a checkpoint: loss, accuracy and the metrics of its task", evaluate.configure, evaluate.work),
     "generate": ("continue a prompt", generate.configure, generate.work),
-    "predict": ("predictions for every row of a file", predict.configure, predict.work),
+    "predict": ("write predictions for every row of a file", predict.configure, predict.work),
     "prepare": (
-        "make token shards from text, JSON lines or parquet",
+        "make token shards from text, JSON lines or parquet files",
         prepare.configure_text,
         prepare.prepare_text,
     ),
@@ -133,6 +146,16 @@ COMMANDS = {
 }
 
 
+def parser_of(name: str) -> Parser:
+    """The parser of one command."""
+    about, configure, _ = COMMANDS[name]
+    parser = Parser(prog=f"protomamba {name}", description=about)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    configure(parser)
+    parser.epilog = epilog(name, parser.epilog)
+    return parser
+
+
 def _usage() -> str:
     lines = [f"  {name:<15} {about}" for name, (about, _, _) in COMMANDS.items()]
     return "usage: protomamba COMMAND [flags]   (protomamba COMMAND --help lists them)\n\n" + "\n".join(lines)
@@ -150,10 +173,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"unknown command {arguments[0]}{nearest(arguments[0], COMMANDS)} (see protomamba --help)")
     two = " ".join(arguments[:2])
     name = two if two in COMMANDS else arguments[0]
-    about, configure, work = COMMANDS[name]
-    parser = Parser(prog=f"protomamba {name}", description=about)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    configure(parser)
+    work = COMMANDS[name][2]
+    parser = parser_of(name)
     return work(parser.parse_checked(arguments[len(name.split()) :]))
 
 

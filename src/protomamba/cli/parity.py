@@ -52,12 +52,15 @@ def _transformers(config: RunConfig, amount: Amount) -> Report:
 
 # name -> (one line, work); each takes the flags of `train` and an Amount, and uses what concerns it.
 PROBES: dict[str, tuple[str, Callable[[RunConfig, Amount], Report]]] = {
-    "resume": ("a run saved and resumed in a fresh process, bit for bit against an uninterrupted one", _resume),
-    "growth": ("a model grown and trained: the same outputs to the bit, every new parameter moves, no frozen", _growth),
-    "kernels": ("every native op against its float64 reference at every CPU level: values and gradients", _kernels),
+    "resume": ("a run saved and resumed in a fresh process, compared to the bit with an uninterrupted one", _resume),
+    "growth": (
+        "a model grown and trained: growth keeps the outputs to the bit, every new parameter moves, no frozen one does",
+        _growth,
+    ),
+    "kernels": ("values and gradients of every native op against its float64 reference, at every CPU level", _kernels),
     "jax": ("model, gradients and updates against a JAX implementation (needs jax)", _jax),
     "transformers": (
-        "weights exported and imported again, and equal results on both sides (needs transformers)",
+        "weights exported and imported again, with equal results on both sides (needs transformers)",
         _transformers,
     ),
 }

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from protomamba.cli.checkpoints import CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS
+from protomamba.cli.checkpoints import A_CHECKPOINT, CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS
 from protomamba.cli.flags import Parser, add_fields, given_fields
 from protomamba.run_config import RunConfig
 
@@ -18,19 +18,28 @@ LISTED = 20
 def configure(parser: Parser) -> None:
     from protomamba.predict.answers import WHATS
 
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=A_CHECKPOINT)
     parser.add_argument(
         "input",
         type=Path,
         metavar="INPUT",
-        help="rows: .txt, .jsonl, .csv, .tsv, .parquet, .npy, .npz, .ts, .fa; also .gz",
+        help="file of rows: .txt, .jsonl, .csv, .tsv, .parquet, .npy, .npz, .ts, .fa; also .gz",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="output; the name ends in .jsonl, .csv or .parquet"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write; its name ends in .jsonl, .csv or .parquet",
     )
     about = "items (most likely next tokens), class, likelihood, embedding (vector after the last step)"
-    parser.add_argument("--what", choices=("auto", *WHATS), default="auto", help=f"{about} [auto = by the checkpoint]")
-    parser.add_argument("--top-k", type=int, metavar="K", help="items, or classes with a probability [10 items, all]")
+    parser.add_argument("--what", choices=("auto", *WHATS), default="auto", help=f"{about} [auto: by the checkpoint]")
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="number of items, or of classes with a probability [10 items, all classes]",
+    )
     _add_switch(parser, "--exclude-seen", "items: leave out those already in the sequence")
     _add_switch(parser, "--per-token", "likelihood: also for each token")
     parser.add_argument(
@@ -48,15 +57,15 @@ def configure(parser: Parser) -> None:
         "--on-bad-row",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do about a row that cannot be read [%(default)s]",
+        help="if a row cannot be read: stop, or skip it [%(default)s]",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object about the job")
+    parser.add_argument("--json", action="store_true", help="print one JSON object about the job")
     add_fields(parser, CODE_FLAGS, of_checkpoint=THE_CHECKPOINTS)
     add_fields(parser, MACHINE_FLAGS)
 
 
 def _add_switch(parser: Parser, flag: str, about: str) -> None:
-    parser.add_argument(flag, nargs="?", const="1", default="0", choices=("0", "1"), metavar="1", help=f"{about} [0]")
+    parser.add_argument(flag, nargs="?", const="1", default="0", choices=("0", "1"), metavar="0|1", help=f"{about} [0]")
 
 
 def work(arguments: argparse.Namespace) -> int:

@@ -18,26 +18,35 @@ NEXT = "protomamba train {folder} --out-dir runs/mine"
 
 def _configure_common(parser: Parser, inputs: str) -> None:
     parser.add_argument("inputs", type=Path, nargs="+", metavar="FILE", help=inputs)
-    parser.add_argument("--out-dir", type=Path, required=True, metavar="DIR", help="folder to write, for train")
+    parser.add_argument(
+        "--out-dir", type=Path, required=True, metavar="DIR", help="folder to write, which train then takes"
+    )
 
 
 def configure_text(parser: Parser) -> None:
     parser.epilog = "prepare events, fasta and labels take tables and sequences; a folder of such a name is ./events"
     _configure_common(parser, "files and folders, also .gz and .zst, and folders of the `datasets` library")
     formats = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
-    parser.add_argument("--format", choices=formats, default="auto", help="of the inputs [%(default)s: by their names]")
-    parser.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and parquet [%(default)s]")
+    parser.add_argument(
+        "--format", choices=formats, default="auto", help="format of the inputs [%(default)s: by their names]"
+    )
+    parser.add_argument(
+        "--field",
+        default="text",
+        metavar="NAME",
+        help="field of JSON lines, or column of parquet, that holds the text [%(default)s]",
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes or a tokenizer.json [%(default)s]")
+    source.add_argument(
+        "--tokenizer", default="bytes", metavar="NAME", help="bytes, or a tokenizer.json file [%(default)s]"
+    )
     source.add_argument(
         "--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the inputs instead"
     )
     parser.add_argument(
-        "--eos", default="auto", metavar="NAME", help="ends a document: auto, none, a token [%(default)s]"
+        "--eos", default="auto", metavar="NAME", help="token that ends a document: auto, none or a token [%(default)s]"
     )
-    parser.add_argument(
-        "--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens of a shard [%(default)s]"
-    )
+    parser.add_argument("--shard-tokens", type=int, default=1 << 24, metavar="N", help="tokens per shard [%(default)s]")
     jobs = "number of threads; the output does not depend on it [%(default)s]"
     parser.add_argument("--threads", "--jobs", dest="jobs", type=int, default=1, metavar="N", help=jobs)
 
@@ -83,10 +92,14 @@ def configure_events(parser: Parser) -> None:
     )
     parser.add_argument("--item", required=True, metavar="COLUMN", help="column to predict; may hold lists")
     parser.add_argument(
-        "--order", metavar="COLUMN", help="column, a number or date, that orders a sequence [order of the rows]"
+        "--order", metavar="COLUMN", help="column, numbers or dates, that orders a sequence [order of the rows]"
     )
     parser.add_argument(
-        "--min-count", type=int, default=1, metavar="N", help="items that occur less often become unknown [%(default)s]"
+        "--min-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="items that occur less often than this become unknown [%(default)s]",
     )
     splits = (
         "last: each sequence's last event is for the test, the one before it for validation; time: the latest events; "
@@ -95,7 +108,11 @@ def configure_events(parser: Parser) -> None:
     parser.add_argument("--split", choices=("last", "time", "user"), default="last", help=f"{splits} [%(default)s]")
     for part in ("valid", "test"):
         parser.add_argument(
-            f"--{part}-share", type=float, default=0.1, metavar="F", help="share of the events or groups [%(default)s]"
+            f"--{part}-share",
+            type=float,
+            default=0.1,
+            metavar="F",
+            help=f"fraction of the events or groups in the {part} part [%(default)s]",
         )
     earlier = "prepared folder or checkpoint whose items keep their tokens; new items are appended"
     parser.add_argument("--vocab-from", type=Path, metavar="PATH", help=f"{earlier} [none]")
@@ -129,7 +146,9 @@ def prepare_events(arguments: argparse.Namespace) -> int:
 
 def configure_fasta(parser: Parser) -> None:
     _configure_common(parser, "FASTA files, also .gz and .zst")
-    parser.add_argument("--kmer", type=int, default=1, metavar="K", help="bases a token, not overlapping [%(default)s]")
+    parser.add_argument(
+        "--kmer", type=int, default=1, metavar="K", help="bases per token, not overlapping [%(default)s]"
+    )
     cases = "fold: soft-masked (lower-case) bases are treated as the others; keep: they get tokens of their own"
     parser.add_argument("--case", choices=("fold", "keep"), default="fold", help=f"{cases} [%(default)s]")
     strands = "both: training reads a random half of the records reverse-complemented, a new half each epoch"
@@ -159,7 +178,7 @@ def configure_labels(parser: Parser) -> None:
     parser.add_argument("--label", metavar="COLUMN", help="column of the class; in a .npz file, the array [y]")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument(
-        "--text", metavar="COLUMN", help="column of text, read as a sequence of bytes, or of --tokenizer's tokens"
+        "--text", metavar="COLUMN", help="column of text, read as a sequence of bytes, or of tokens of --tokenizer"
     )
     steps.add_argument(
         "--tokens", metavar="COLUMN", help="column of words, read as a sequence; with --group, one word per row"
@@ -170,16 +189,21 @@ def configure_labels(parser: Parser) -> None:
         "--group", metavar="COLUMN", help="column that identifies the sequence, if each row is one step [none]"
     )
     parser.add_argument(
-        "--order", metavar="COLUMN", help="column, a number or date, that orders a group [order of the rows]"
+        "--order", metavar="COLUMN", help="column, numbers or dates, that orders a group [order of the rows]"
     )
     by = parser.add_mutually_exclusive_group()
     by.add_argument(
-        "--tokenizer", default="bytes", metavar="NAME", help="of --text: bytes or a tokenizer.json [%(default)s]"
+        "--tokenizer", default="bytes", metavar="NAME", help="for --text: bytes, or a tokenizer.json file [%(default)s]"
     )
     by.add_argument("--train-bpe", type=int, metavar="V", help="train a tokenizer of V tokens on the training part")
     for part in ("valid", "test"):
         parser.add_argument(
-            f"--{part}", type=Path, action="append", default=[], metavar="FILE", help=f"inputs of the {part} part"
+            f"--{part}",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"input file of the {part} part; repeatable",
         )
 
 

@@ -9,7 +9,7 @@ from protomamba.cli.flags import Parser
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs (--out-dir of train)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders (--out-dir of train)")
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="page to write [%(default)s]"
     )

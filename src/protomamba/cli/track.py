@@ -11,7 +11,7 @@ from protomamba.cli.flags import Parser
 def configure(parser: Parser) -> None:
     from protomamba.train.callbacks.trackers import TRACKERS
 
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run (--out-dir of train)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (--out-dir of train)")
     parser.add_argument(
         "--to", required=True, choices=tuple(TRACKERS), help="tracker; each needs the optional extra of the same name"
     )
