@@ -61,6 +61,33 @@ def test_every_number_of_workers_on_every_number_of_ranks(workers: int, world: i
         assert again + more == told
 
 
+def grown_and_frozen(comm: Comm, made: Any) -> Any:
+    """Three steps, of which the workers have met after two; then a third layer, and the first one stays as it is."""
+    trainer = OuterTrainer(made, TrainConfig(**SETTINGS), comm)
+    for step in range(3):
+        trainer.train_step(*batches(step))
+    trainer.grow(3, seed=5)
+    trainer.freeze("first:1")
+    before = copy.deepcopy(trainer.model.layers[0].state_dict())
+    told = [trainer.train_step(*batches(step)) for step in range(3, 5)]
+    for worker in trainer.workers.values():
+        assert_equal(worker.model.layers[0].state_dict(), before, "the frozen layer of a worker")
+        assert_equal(
+            worker.model.layers[2].state_dict(), trainer.model.layers[2].state_dict(), "the new one, after a meeting"
+        )
+    assert_equal(trainer.model.layers[0].state_dict(), before, "the frozen layer")
+    parts = trainer.parts()
+    return {n: copy.deepcopy(dict(parts[n])) for n in ("model", "optimizer", "workers")}, told
+
+
+def test_workers_grow_and_freeze_with_the_model() -> None:
+    """They did not: the new layer was never trained, and what was frozen went on."""
+    straight, told = agreed([model()], grown_and_frozen)
+    again, more = agreed([model() for _ in range(3)], grown_and_frozen)
+    assert_equal(again, straight, "3 ranks")
+    assert more == told
+
+
 def test_one_worker_is_a_shared_run_between_the_meetings() -> None:
     """What a worker of several shards does in its steps is what a trainer of as many shards does."""
     alone = Trainer(model("softmax"), TrainConfig(**{**SETTINGS, "sync_every": None}))

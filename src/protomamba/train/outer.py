@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +109,7 @@ class OuterTrainer(Trainer):
         tokens = sum(targets_BL.numel() for _, targets_BL, _ in batches)
         self.tokens_seen += tokens
         self.skipped_total += int(skipped)
-        if self.global_step % (self.config.sync_every or 1) == 0 or self.global_step == self.target_step:
+        if self._met or self.global_step == self.target_step:
             self._meet()
         return StepStats(
             step=self.global_step,
@@ -120,6 +120,31 @@ class OuterTrainer(Trainer):
             grad_norm=math.sqrt(square / self.count) if self._last.bp_applied else None,
             skipped_update=bool(skipped),
         )
+
+    @property
+    def _met(self) -> bool:
+        """Whether the workers meet after the step before this one."""
+        return self.global_step % (self.config.sync_every or 1) == 0
+
+    def grow(self, target: int, placement: str = "append", seed: int | None = None) -> None:
+        """As of any Trainer, after a meeting: old layers of a worker keep its moments, new ones are alike in all."""
+        self._change(lambda trainer: Trainer.grow(trainer, target, placement, seed))
+
+    expand = grow
+
+    def freeze(self, policy: str = "none", embedding: bool = False) -> None:
+        """As of any Trainer, after a meeting: what is frozen stays as the workers have it in common."""
+        self._change(lambda trainer: Trainer.freeze(trainer, policy, embedding))
+
+    def _change(self, change: Callable[[Trainer], None]) -> None:
+        """Change this model's layers and those of the workers alike."""
+        if not self._met:
+            self._meet()
+        change(self)
+        for trainer in self.workers.values():
+            with torch.random.fork_rng(devices=[]):
+                change(trainer)
+        self._hand_out()
 
     def _work(self, worker: int, batches: Sequence[MicroBatch]) -> tuple[float, float, float, float]:
         """One step of a worker: its loss times its targets, its targets, its norm squared, whether it was skipped."""
@@ -147,6 +172,12 @@ class OuterTrainer(Trainer):
         self.comm.spread()
         self.model.head.post_step()
         self.zero_grad()
+        self._hand_out()
+
+    @torch.no_grad()
+    def _hand_out(self) -> None:
+        """All workers go on from this model's weights."""
+        weights = dict(self.model.named_parameters())
         for trainer in self.workers.values():
             for name, p in trainer.model.named_parameters():
                 p.copy_(weights[name])
