@@ -1,4 +1,4 @@
-"""make bench-compare: pairs of turns, an interval of their ratio, and what goes wrong with another commit."""
+"""make bench-compare: pairs of measurements, an interval of their ratio, and what goes wrong with another commit."""
 
 from __future__ import annotations
 

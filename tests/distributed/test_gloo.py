@@ -42,7 +42,7 @@ def test_sums_and_weights_over_gloo_are_those_of_one_process(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("killed", "rank 1 gone without a word: killed (out of memory?), or its machine or link is down\n"),
+        ("killed", "rank 1 gone without an error message: killed (out of memory?), or its machine or link is down\n"),
         slow("raises", "rank 1: no-such-file.bin: cannot be read\n"),
         slow("stopped", "no response from rank 1 for 7 s\n"),
         slow("without_memory", "rank 1: RuntimeError: [enforce fail at alloc_cpu.cpp"),

@@ -51,7 +51,7 @@ def test_after_a_kill_the_next_start_says_so(
     assert server.run(run, Plan(at_batch=3, signal=signal.SIGKILL)).code == -signal.SIGKILL
     told = "the last run here (pid "
     again = server.run([*run, "--resume", "auto"])
-    assert again.code == 0 and told in again.output and "ended without a word" in again.output, again.output
+    assert again.code == 0 and told in again.output and "ended without a final record" in again.output, again.output
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(told in event.get("text", "") for event in events if event["event"] == "warning")
     assert told not in server.run([*run, "--resume", "auto", "--steps", "1"]).output

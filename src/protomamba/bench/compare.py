@@ -81,7 +81,7 @@ class Build:
 
 
 def compare(old: Path, new: Path, task: dict[str, Any], pairs: int) -> Comparison:
-    """`pairs` pairs of turns of the packages in two source folders, after one turn of each that is not counted."""
+    """`pairs` pairs of measurements of the packages in two source folders, after a warm-up of each."""
     with ExitStack() as stack:
         builds = [Build(source, task) for source in (old, new)]
         for build in builds:
@@ -158,11 +158,13 @@ def task_of(shape: Shape, precision: str, threads: int, clock: str) -> dict[str,
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench-compare", description="time the step of two commits in turns")
+    parser = argparse.ArgumentParser(
+        prog="bench-compare", description="time the training step of two commits alternately"
+    )
     parser.add_argument("ref", help="the commit to compare with, or a folder with a built checkout")
     parser.add_argument("--shapes", default="S,M,L,demo", help="as in protomamba bench [%(default)s]")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="[%(default)s]")
-    parser.add_argument("--pairs", type=int, default=30, metavar="N", help="pairs of turns [%(default)s]")
+    parser.add_argument("--pairs", type=int, default=30, metavar="N", help="pairs of measurements [%(default)s]")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch's threads [%(default)s]")
     parser.add_argument("--clock", default="wall", choices=tuple(child.CLOCKS), help="[%(default)s]")
     found = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """The floor: what no implementation of a training step can leave out. The matrix products of its blocks (in_proj,
 x_proj, dt_proj, out_proj), forward and both backward ones, on dense tensors of the step's shapes.
 
-Once as anybody would write them with torch (F.linear and mm), once through `kernels.matmul`, which takes the faster of
+Once as one would write them with torch (F.linear and mm), once through `kernels.matmul`, which takes the faster of
 torch's two BLAS libraries: where the two floors differ, a step may well be below the first one. The second holds the
 head's three products too, over as many classes as its sample has.
 """

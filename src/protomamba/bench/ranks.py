@@ -53,7 +53,9 @@ def launched(world: int, request: list[Any]) -> list[dict[str, Any]]:
         command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if done.returncode:
-        raise UserError(f"bench: {world} ranks failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+        raise UserError(
+            f"bench: {world} ranks failed: {(done.stderr.strip().splitlines() or ['no error message'])[-1]}"
+        )
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
 

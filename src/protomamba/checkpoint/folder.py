@@ -9,7 +9,7 @@
     lock                      see `run_lock`
 
 Each checkpoint notes the step and the id of its run. Only files that carry this run's id are ever deleted, and the
-numbered ones are always older than `latest`: a run that goes on from an earlier step abandons what came after it.
+numbered ones are always older than `latest`: a run that resumes from an earlier step abandons what came after it.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _run_and_explain(arguments: Sequence[str]) -> int:
         return 1
 
 
-# Their work is files: it is done whoever listens.
+# What they produce is files: lost console output does not make them fail.
 MAKES_FILES = ("train", "prepare", "export")
 
 

@@ -139,7 +139,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def memory_finding(info: dict[str, int], limits: Limits) -> Finding:
-    """How much memory a run can have; little of it is told, because the system kills what takes more."""
+    """How much memory a run can have; a warning if it is little, because the system kills a process that exceeds it."""
     total, free = info.get("MemTotal"), info.get("MemAvailable")
     if total is None or free is None:
         return Finding("memory", "note", "unknown on this system")

@@ -1,6 +1,6 @@
 """Keeps freed memory in the process.
 
-A training step frees and asks for the same tens of megabytes over and over. Given back to the system each time, every
+A training step frees and requests the same tens of megabytes over and over. Given back to the system each time, every
 page comes back as a fault and a cleared page: a fifth of a block's time as measured.
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# RMS of the error over RMS of the float64 result. Loosening an entry needs its reason beside it.
+# RMS of the error over RMS of the float64 result. Loosening an entry needs a written reason.
 TOLERANCES = {
     ("forward", torch.float64): 1e-12,
     ("gradient", torch.float64): 1e-11,

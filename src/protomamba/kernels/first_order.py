@@ -1,4 +1,4 @@
-"""Backward passes that cannot be differentiated themselves, and say so when somebody tries."""
+"""Backward passes that cannot be differentiated themselves, and say so when that is tried."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def passes_through(dropout: nn.Module) -> bool:
-    """Whether leaving out a dropout changes nothing: it is torch's own, nobody watches it, and it drops nothing now."""
+    """Whether leaving out a dropout changes nothing: it is torch's own, it has no hook, and it drops nothing now."""
     return is_plain(dropout, nn.Dropout) and (not dropout.training or getattr(dropout, "p", 0) == 0)
 
 
 def any_global_hook() -> bool:
-    """Whether somebody watches every module of the process."""
+    """Whether a global hook is registered on every module of the process."""
     return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 

@@ -22,7 +22,7 @@ from protomamba.model.sequence_model import SequenceModel
 
 def load_pretrained(path: Path) -> SequenceModel:
     """The model, in evaluation mode, of a checkpoint, a run folder (its latest checkpoint), a folder of weights or a
-    transformers Mamba folder. Raises UserError for what is none of these, or names code that nobody has imported."""
+    transformers Mamba folder. Raises UserError for anything else, or where it names code that has not been imported."""
     if not path.exists():
         raise UserError(f"{path}: there is no such checkpoint or folder")
     if not path.is_dir() or (path / LATEST).is_file():

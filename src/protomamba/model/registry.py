@@ -171,7 +171,7 @@ def _single(options: Options) -> Iterator[tuple[str | None, str, Any]]:
 
 
 def merged_options(recorded: Options, given: Options) -> Options:
-    """The options of a checkpoint, by kind, with those that somebody gives over them."""
+    """The options of a checkpoint, by kind, overridden by those that are given."""
     merged = dict(given)
     for kind, values in recorded.items():
         over = {**{k: v for k, v in given.items() if k in values}, **given.get(kind, {})}
@@ -213,7 +213,7 @@ def load_named(name: str, what: str) -> None:
 
 
 def refuse_unnamed(name: str, what: str, flags: str | None = None) -> None:
-    """For a name that a file gave: UserError where it would import code that nobody has named or imported yet.
+    """For a name that a file gave: UserError where it would import code that has not been named or imported yet.
 
     An import runs the module. Which modules run is for the user to say, not for a checkpoint. flags: what to add to the
     command line to name it, `--what name` if not given.

@@ -40,7 +40,7 @@ def run(config: RunConfig, steps: int | None = None) -> Report:
     if config.resume is not None:
         raise ConfigError("parity growth builds models of its own: leave --resume out (--init-from gives them weights)")
     if config.final_layers == config.base_layers and not config.init_from:
-        raise ConfigError("parity growth: nothing grows: give --target-layers more than --base-layers")
+        raise ConfigError("parity growth: nothing grows: give a --target-layers above --base-layers")
     steps = max(steps or UPDATES * config.bp_cadence_steps, 2 * config.bp_cadence_steps)
     if config.steps < steps:
         raise ConfigError(f"--steps {config.steps}: the probe needs {steps}, for two updates by backpropagation")

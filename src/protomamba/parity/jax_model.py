@@ -3,7 +3,7 @@
     python jax_model.py INPUTS.npz OUTPUTS.npz
 
 reads parameters, batches and hyperparameters, and writes what JAX makes of them. It imports jax and numpy only, so that
-it can be read, run and doubted on its own. The kind of block and of head is told by the names of the parameters; every
+it can be read, run and doubted on its own. The names of the parameters say which kind of block and head it is; every
 size by their shapes.
 
 Sources: Gu & Dao 2023 (arXiv 2312.00752), section 3 and algorithm 2; Mettes et al. 2019 (arXiv 1901.10514), equation

@@ -1,6 +1,6 @@
 """`protomamba parity transformers`: weights there and back, and the same numbers on both sides.
 
-Everything is random and local: nothing is downloaded, and transformers is told that it is offline.
+Everything is random and local: nothing is downloaded, and transformers is set to offline.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def make_callback(name: str) -> Callback:
     try:
         made: Callback = kind()
     except TypeError as error:
-        raise ConfigError(f"--callback {name}: cannot be made without arguments: {error}") from None
+        raise ConfigError(f"--callback {name}: cannot be constructed without arguments: {error}") from None
     return made
 
 

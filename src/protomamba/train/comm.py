@@ -1,7 +1,7 @@
 """One process or many, seen from the training loop: who computes which shard, and sums in one fixed order.
 
 A step is a function of (weights, moments, step, number of gradient shards), never of the number of ranks: the design
-is in docs/scale-out.md. Without torch's launcher there is one rank, which does the same with nobody to send to.
+is in docs/scale-out.md. Without torch's launcher there is one rank, which does the same without sending anything.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Comm:
         """UserError, naming rank and both values, unless all ranks give the same facts."""
         different = self.differences(facts)
         if different:
-            raise UserError("the ranks differ in what decides the numbers:\n  " + "\n  ".join(different))
+            raise UserError("the ranks differ in something that changes the numbers:\n  " + "\n  ".join(different))
 
     def differences(self, facts: Mapping[str, str]) -> list[str]:
         """In words, each fact in which a rank differs from rank 0."""

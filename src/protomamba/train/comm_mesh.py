@@ -58,7 +58,7 @@ class Alone:
     rank, world, sent_bytes, launch = 0, 1, 0, None
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
-        raise RuntimeError("one process alone has nobody to send to")
+        raise RuntimeError("a single process has no other rank to send to")
 
     receive = send
 
@@ -89,7 +89,7 @@ class Gloo:
         try:
             store, self.rank, self.world = next(rendezvous("env://", timeout=limit))
         except dist.DistError as error:
-            raise RankFailed(f"the ranks did not meet: {error}; start them with torchrun") from error
+            raise RankFailed(f"the ranks did not connect: {error}; start them with torchrun") from error
         self.launch = store.compare_set("protomamba/launch", "", secrets.token_hex(8)).decode()
         # The launcher's store outlives a restart, and holds the addresses of the processes before it.
         store = PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

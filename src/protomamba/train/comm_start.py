@@ -32,7 +32,7 @@ def refuse_unshareable(config: RunConfig, comm: Comm) -> None:
     if shards > config.batch_size:
         raise ConfigError(
             f"{shards} gradient shards of a batch of {config.batch_size} rows: each needs a row; raise --batch-size "
-            "(the rows of all ranks together), or take fewer ranks or --grad-shards"
+            "(the rows of all ranks together), or use fewer ranks or --grad-shards"
         )
 
 
@@ -55,7 +55,7 @@ def find_together(config: RunConfig, comm: Comm) -> Resumed | None:
 
 
 def _again(config: RunConfig) -> RunConfig:
-    """The same command line once more, which goes on from its own run."""
+    """The same command line again, resuming its own run."""
     return config.replace(resume="auto", out_dir=run_folder(config))
 
 
@@ -64,14 +64,14 @@ def check_ranks(comm: Comm, config: RunConfig, training: Source, resumed: Resume
     differences = comm.differences(facts(config, training, resumed))
     if differences and not config.allow_mixed_ranks:
         raise UserError(
-            "the ranks differ in what decides the numbers (--allow-mixed-ranks 1 goes on all the same):\n  "
+            "the ranks differ in something that changes the numbers (--allow-mixed-ranks 1 trains anyway):\n  "
             + "\n  ".join(differences)
         )
     return [f"--allow-mixed-ranks 1: {difference}" for difference in differences]
 
 
 def facts(config: RunConfig, training: Source, resumed: Resumed | None) -> dict[str, str]:
-    """What all ranks must have the same of, for a step to be the same whoever computes a part of it."""
+    """What must be the same on all ranks, so that it does not matter which of them computes which part of a step."""
     path = kernels.describe()
     settings = {name: value for name, value in config.to_json().items() if name not in OF_THE_MACHINE}
     found: dict[str, Any] = {

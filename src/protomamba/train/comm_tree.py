@@ -1,4 +1,4 @@
-"""The order in which the gradients of a step's shards are added: one binary tree, whoever computes which leaf.
+"""The order in which the gradients of a step's shards are added: one binary tree, whichever rank computes which leaf.
 
     level 0: the leaves 0 .. count - 1      level k + 1: pairs (0, 1), (2, 3), ... of level k; a lone one is carried up
 

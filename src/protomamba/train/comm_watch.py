@@ -60,7 +60,7 @@ class Watch:
 
     def _beat(self) -> None:
         count = 0
-        # The store goes with the launcher; then there is nobody left to tell.
+        # The store ends with the launcher; then no rank is left to report to.
         with contextlib.suppress(RuntimeError):
             while not self._stop.is_set():
                 self.store.set(f"beat/{self.rank}", str(count))
@@ -87,7 +87,7 @@ class Watch:
                 raise RankFailed(self.store.get("reason").decode())
             silent = self._silent(self.silence_s)
         except RuntimeError as error:
-            raise RankFailed("the launcher is gone (its store does not answer)") from error
+            raise RankFailed("the launcher is gone (its store does not respond)") from error
         if silent:
             self._accuse(reason := f"no response from {_ranks(silent)} for {self.silence_s:g} s")
             raise RankFailed(reason)
@@ -113,7 +113,9 @@ class Watch:
         except (RankFailed, RuntimeError) as found:
             return found if isinstance(found, RankFailed) else RankFailed(str(found))
         who = f"{_ranks(gone)} gone" if gone else f"the link to another rank broke ({error})"
-        self._accuse(reason := f"{who} without a word: killed (out of memory?), or its machine or link is down")
+        self._accuse(
+            reason := f"{who} without an error message: killed (out of memory?), or its machine or link is down"
+        )
         return RankFailed(reason)
 
 

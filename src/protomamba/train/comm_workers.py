@@ -30,12 +30,14 @@ def outer_workers(config: TrainFields, shards: int) -> int | None:
     workers = config.workers_outer
     if config.sync_every is None:
         if workers is not None:
-            raise ConfigError(f"--workers-outer {workers}: workers meet every --sync-every steps; give that as well")
+            raise ConfigError(
+                f"--workers-outer {workers}: workers synchronise every --sync-every steps; give that flag as well"
+            )
         return None
     if workers is not None and shards % workers:
         raise ConfigError(
-            f"--workers-outer {workers}: does not divide --grad-shards {shards}; each worker has as many shards as "
-            f"the others: give a divisor of {shards}, or leave --grad-shards out"
+            f"--workers-outer {workers}: does not divide --grad-shards {shards}; every worker needs the "
+            f"same number of shards: give a divisor of {shards}, or leave --grad-shards out"
         )
     return workers or shards
 

@@ -45,7 +45,7 @@ def evaluate_checkpoint(
     held = Held(source, stream_spec(data, config.seed), batches)
     found = evaluate(model, held, calibrate=False, exact=True)
     if not found.targets:
-        raise UserError("the batches to evaluate hold no target")
+        raise UserError("the batches to evaluate contain no targets")
     judged = judge(model, held, source.info, inputs.training)
     return Evaluation({**_figures(found, source, called), "step": loaded.parts["trainer"]["step"]}, judged)
 
@@ -81,7 +81,7 @@ def _data_config(path: Path, loaded: Checkpoint, given: Mapping[str, Any], model
     base = dict(loaded.config.get("run") or {})
     given_tokens = given.keys() & {"token_file", "token_dir"}
     if not base and not given_tokens:
-        raise ConfigError(f"{path}: holds no run (the library saved it): give --token-file or --token-dir")
+        raise ConfigError(f"{path}: contains no run (it was saved by the library): give --token-file or --token-dir")
     labelled = bool(base.get("label_file")) or model.n_class is not None
     if given.get("label_file") and not labelled:
         raise ConfigError(

@@ -89,8 +89,8 @@ def grown_vocabulary(weights: InitialWeights, vocabulary: Vocabulary | None, siz
             raise UserError(f"--init-from {weights.source}: knows {held:,} tokens, the data has {size:,}")
     elif not (vocabulary.begins_with(own) or own.begins_with(vocabulary)):
         raise UserError(
-            f"--init-from {weights.source}: its items have other tokens than those of the data: prepare the data with "
-            f"prepare events --vocab-from {weights.source}"
+            f"--init-from {weights.source}: its items have different tokens from those of the data: prepare the data "
+            f"with prepare events --vocab-from {weights.source}"
         )
     return max(size, held)
 
@@ -120,7 +120,7 @@ def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[st
     notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
     if appended:
         new = model.config.vocab_size - weights.model.vocab_size
-        notes.append(f"{new:,} items are new: their rows start fresh, all others are the weights' own")
+        notes.append(f"{new:,} items are new: their rows start fresh, all others keep their trained rows")
     if not same_head:
         notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts from scratch")
     return notes, moments
@@ -145,7 +145,7 @@ def refuse_other_kinds(model: ModelConfig, weights: InitialWeights) -> None:
     kinds, held = model.kinds(model.n_layer), weights.model.kinds(weights.model.n_layer)
     if kinds != held:
         raise ConfigError(
-            f"--layers: {weights.source} has {','.join(held)}, and the places they come to are for {','.join(kinds)}"
+            f"--layers: {weights.source} has {','.join(held)}, and the places they would take are for {','.join(kinds)}"
         )
 
 

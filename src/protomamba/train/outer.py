@@ -95,7 +95,9 @@ class OuterTrainer(Trainer):
 
     def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
         if self.config.sparse_rows:
-            raise ConfigError("--sparse-rows 1: the mean of what workers moved is dense; leave it or --sync-every out")
+            raise ConfigError(
+                "--sparse-rows 1: the mean change of the workers is dense; leave out --sparse-rows or --sync-every"
+            )
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         return Nesterov(self.comm.lay(named), None), RowTables({}, None, decays)
 

@@ -153,8 +153,8 @@ def require_rows(batches: Sequence[MicroBatch], shards: int) -> None:
     fewest = min(len(inputs) for inputs, _, _ in batches)
     if fewest < shards:
         raise ConfigError(
-            f"--grad-shards {shards}: a micro-batch of {fewest} rows cannot be shared out; raise --batch-size, or "
-            "take fewer shards"
+            f"--grad-shards {shards}: a micro-batch of {fewest} rows cannot be divided among them; raise "
+            "--batch-size, or use fewer shards"
         )
 
 

@@ -1,7 +1,7 @@
 """What a run is like where only its data is given: sizes, rate and steps from how much data there is, and of what kind.
 
 The rules start from recipes that were measured (the demo's, docs/labelled-sequences.md) and grow the model with the
-data. They stand below a configuration file and flags, and are told.
+data. A configuration file and flags take precedence over them, and the run header lists them.
 """
 
 from __future__ import annotations

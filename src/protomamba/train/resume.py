@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what the flags given with it may change."""
+"""Which checkpoint a run resumes from, and what the flags given with it may change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from protomamba.schema import flag
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint a run goes on from, and the configuration it then has."""
+    """The checkpoint a run resumes from, and the configuration it then has."""
 
     found: Resumable
     config: RunConfig
@@ -49,7 +49,8 @@ def resume_from(config: RunConfig, found: Resumable) -> Resumed:
     path, loaded = found.path, found.checkpoint
     if "run" not in loaded.config or "stream" not in loaded.parts:
         raise UserError(
-            f"{path}: holds no run to resume (the library saved it); start from its weights with --init-from {path}"
+            f"{path}: contains no run to resume (it was saved by the library); start from its weights with "
+            f"--init-from {path}"
         )
     saved = RunConfig.recorded(loaded.config["run"])
     n_layer = ModelConfig(**loaded.config["model"]).n_layer

@@ -46,7 +46,10 @@ class RowAdamW:
 
     @torch.no_grad()
     def update(self, lr: float, scale: float = 1.0) -> None:
-        """One update at rate `lr`; the gradient is multiplied by `scale`. Without a gradient only time goes on."""
+        """One update at rate `lr`; the gradient is multiplied by `scale`.
+
+        Without a gradient only the step count advances.
+        """
         slots = self.slots
         slots["step"].add_(1)
         slots["log_decay"].add_(math.log1p(-lr * self.weight_decay))

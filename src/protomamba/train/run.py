@@ -41,9 +41,9 @@ class Run:
     - `folder`: where checkpoints and metrics.jsonl go; None keeps nothing. An open `RunDir`, whose lock the caller
       holds, is taken as it is.
     - `comm`: the ranks that train together; None and the trainer's own are the same, another is refused.
-    - `resume`: None starts fresh and refuses a folder that holds a run, "auto" goes on if it does, a path or
-      `Resumable` goes on from that checkpoint.
-    - `further_steps`: train that many more after a resume, on a schedule of their own; None goes on to the recorded
+    - `resume`: None starts fresh and refuses a folder that holds a run, "auto" resumes it, a path or
+      `Resumable` resumes from that checkpoint.
+    - `further_steps`: train that many more after a resume, on a schedule of their own; None trains to the recorded
       target.
     - `prefetch`: threads that read ahead, and batches they keep ready.
     - `record`, `tensors`: plain values, and parts of tensors by name, that each checkpoint is to carry along.
@@ -74,7 +74,9 @@ class Run:
         stop: StopRequest | None = None,
     ) -> None:
         if validation is not None and iter(validation) is validation:
-            raise TypeError("validation: each validation reads it anew, but it can be iterated only once; give a list")
+            raise TypeError(
+                "validation: each validation iterates over it again, but it can be iterated only once; give a list"
+            )
         if comm is not None and comm is not trainer.comm and not type(comm) is type(trainer.comm) is Local:
             raise ValueError("comm: the trainer was made for other ranks; give it these: Trainer(model, config, comm)")
         self.trainer, self.stream, self.validation = trainer, stream, validation
@@ -166,7 +168,10 @@ class Run:
             for note in notes:
                 self.note(note)
             if self.folder is not None and (who := left_behind(self.folder.folder)):
-                self.warn(f"the last run here ({who}) ended without a word: killed (for memory?), or its machine was")
+                self.warn(
+                    f"the last run here ({who}) ended without a final record: it was killed (out of memory?), or its "
+                    "machine went down"
+                )
             with Prefetcher(self.stream, *self.prefetch) as self._batches:
                 self._reset_clock()
                 reason = self._loop()
@@ -234,7 +239,7 @@ class Run:
             return False
         result = self.trainer.evaluate(self.validation, calibrate=True, exact=False)
         if not result.targets:
-            raise UserError("the validation batches hold no target")
+            raise UserError("the validation batches contain no targets")
         result.bytes_per_token = getattr(self.validation, "bytes_per_token", None)
         self.callbacks.tell(self, "on_validation", result)
         self._reset_clock()
@@ -272,10 +277,10 @@ class Run:
             self._tolerate(error)
 
     def _tolerate(self, error: SaveError) -> None:
-        """Warn of a save that failed, where the run goes on all the same; else raise."""
+        """Warn of a save that failed, where the run continues regardless; else raise."""
         if self.on_save_error == "stop":
             raise error
-        self.warn(f"{error}; training goes on (--on-save-error continue)")
+        self.warn(f"{error}; training continues (--on-save-error continue)")
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """Everything a checkpoint of this run holds."""

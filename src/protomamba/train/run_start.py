@@ -48,7 +48,7 @@ class Start:
         loaded, trainer = found.checkpoint, run.trainer
         notes = [*found.warnings, *version_notes(loaded)]
         if "stream" not in loaded.parts:
-            raise UserError(f"{found.path}: holds no run to resume; it has weights and optimizer state only")
+            raise UserError(f"{found.path}: contains no run to resume, only weights and optimizer state")
         trainer.restore(loaded)
         run.stream.load_state_dict(loaded.parts["stream"])
         notes += run.callbacks.load_state(loaded.parts.get("callbacks", {}))

@@ -65,7 +65,7 @@ class Trainer:
     """Updates a SequenceModel: AdamW with schedule, clipping and accumulation, local updates between, non-finite guard.
 
     The schedule covers `config.steps` steps from `schedule_start` on. Making one lets the process keep the memory it
-    frees (`kernels.keep_freed_memory`): a step asks for the same memory as the one before.
+    frees (`kernels.keep_freed_memory`): a step allocates the same memory as the one before.
     """
 
     def __init__(self, model: SequenceModel, config: TrainConfig | None = None, comm: Comm | None = None) -> None:
@@ -116,7 +116,7 @@ class Trainer:
         if any(each.dtype == torch.float16 for each in self.model.norm_f.parameters()):
             raise ConfigError(
                 "the model's parameters are float16, whose gradients underflow: train in float32 (model.float()); "
-                "TrainConfig(precision='bf16') has the matrix products in bfloat16"
+                "TrainConfig(precision='bf16') computes the matrix products in bfloat16"
             )
         backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
         lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
@@ -237,7 +237,7 @@ class Trainer:
         if culprit is not None:
             raise NonFiniteError(
                 f"step {self.global_step}: NaN or Inf in {culprit}, in rows that no step has read: not saved; the "
-                "earlier checkpoint is whole"
+                "earlier checkpoint is intact"
             )
 
     def _guard(self, culprit: str | None) -> None:
@@ -250,7 +250,7 @@ class Trainer:
         self.skipped_total += 1
         if self.config.fail_on_non_finite:
             raise NonFiniteError(
-                f"step {self.global_step}: NaN or Inf in {culprit}; stopped as --fail-on-non-finite asks"
+                f"step {self.global_step}: NaN or Inf in {culprit}; stopped because of --fail-on-non-finite"
             )
         if self.skipped_in_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
@@ -354,7 +354,7 @@ class Trainer:
             if key != "steps" and key in loaded.config[part] and loaded.config[part][key] != value
         ]
         if wrong:
-            raise UserError("the checkpoint is of another trainer:\n  " + "\n  ".join(wrong))
+            raise UserError("the checkpoint was made by a different trainer:\n  " + "\n  ".join(wrong))
         self.model.load_state_dict(loaded.parts["model"])
         self.load_slots(loaded.parts["optimizer"]["moments"])
         self.load_state_dict(loaded.parts["trainer"])
@@ -369,7 +369,7 @@ class Trainer:
         return optimizer, RowTables(tables, optimizer.config, decays)
 
     def _wants_rows(self, table: Tensor) -> bool:
-        """Whether a table that can be row-sparse is to be. ConfigError where the run asks for it and cannot have it."""
+        """Whether a table that can be row-sparse is to be. ConfigError where it is requested and not possible."""
         asked = self.config.sparse_rows
         possible = issubclass(optimizer_class(self.config), AdamW | Muon)
         if asked and not possible:

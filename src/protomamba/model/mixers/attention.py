@@ -76,7 +76,7 @@ class Attention(Mixer):
         return MixerOutput(y_BLD.to(x_BLD.dtype), state)
 
     def stack_states(self, states: Sequence[State]) -> Cache:
-        """Caches of different lengths, each filled up on the left with places that nobody sees."""
+        """Caches of different lengths, each filled up on the left with masked positions."""
         caches = [Cache(*state) for state in states]
         longest = max(cache.position_BS.shape[1] for cache in caches)
         padded = [_padded(cache, longest - cache.position_BS.shape[1]) for cache in caches]

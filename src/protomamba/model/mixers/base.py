@@ -36,12 +36,12 @@ class MixerOutput(NamedTuple):
 class ForwardContext:
     """How one call of a mixer or block runs. Everything has a default: `mixer(x)` starts without a state."""
 
-    state: State | None = None  # what an earlier call returned: the sequence goes on from there
+    state: State | None = None  # what an earlier call returned: the sequence continues from there
     reset_BL: Tensor | None = None  # True where a document starts: nothing crosses into that position
     return_state: bool = False
     precision: str = "fp32"  # or bf16: matrix products in bf16
     activation_hook: ActivationHook | None = None  # receives what `local_weight` multiplies (B, L, E), detached
-    recompute: str = "cheap"  # what the backward pass makes again instead of keeping it: none, cheap or blocks
+    recompute: str = "cheap"  # what the backward pass recomputes instead of keeping it: none, cheap or blocks
     activations: str = "fp32"  # or bf16: what a fused block keeps for the backward pass is kept in bf16
 
 

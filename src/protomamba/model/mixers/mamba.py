@@ -1,6 +1,6 @@
 """The Mamba block (Gu & Dao 2023, arXiv 2312.00752) and the compact block, under published parameter names and shapes.
 
-Written module by module, as anybody may wrap and hook them; where nobody has, one kernel, `kernels.mamba_block`, runs
+Written module by module, so that each can be wrapped and hooked; where none is, one kernel, `kernels.mamba_block`, runs
 the whole block.
 """
 

@@ -40,7 +40,7 @@ class LastJudgement(Callback):
         try:
             self._judge(run)
         except Exception as error:  # the run itself is over and saved: its exit code must not depend on a table
-            run.warn(f"the best model was not judged: {type(error).__name__}: {error}")
+            run.warn(f"the best model was not evaluated: {type(error).__name__}: {error}")
 
     def _judge(self, run: Run) -> None:
         info = self.validation.source.info

@@ -1,4 +1,4 @@
-"""Holds what a run needs against what a control group or ulimit allows: the kernel kills without a word."""
+"""Compares what a run needs with what a control group or ulimit allows: the system kills without warning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MemoryWatch(Callback):
         needed = limit.held + _to_come(run)
         text = f"at least {needed:,} bytes are needed, and {limit.by} allows {limit.allowed:,}"
         if needed > NEAR * limit.allowed:
-            run.warn(f"{text}: the run may be killed without a word; give it more, or a smaller model")
+            run.warn(f"{text}: the run may be killed without warning; allow more memory, or use a smaller model")
         else:
             run.note(text)
 
@@ -40,7 +40,7 @@ class MemoryWatch(Callback):
         if peak > NEAR * self._limit.allowed:
             run.warn(
                 f"step {stats.step} took the process to {peak:,} bytes, and {self._limit.by} allows "
-                f"{self._limit.allowed:,}: beyond them it is killed without a word; a smaller --batch-size needs less"
+                f"{self._limit.allowed:,}: beyond that it is killed without warning; a smaller --batch-size needs less"
             )
         self._limit = None
 

@@ -3,12 +3,12 @@
 Rules
 - A line is written with one system call and ends with a newline. What a kill leaves torn behind the last newline is
   removed when the file is opened again, so every line parses.
-- A run that goes on from step S cuts the file in front of the first line with a step beyond S, and appends what it cuts
+- A run that resumes from step S cuts the file in front of the first line with a step beyond S, and appends what it cuts
   to metrics.superseded.jsonl. A fresh run cuts everything. So each step stands once, steps only rise, nothing is lost.
 - Lines of the events in `SYNCED` are on the disk when `log` returns: a `checkpoint` line acknowledges a save.
-- A full disk does not stop training: the line is kept, the user is told once, and it is written, in order, as soon as
-  there is room. What still cannot be written at the end is told by number. Only a `checkpoint` line that the disk
-  refuses stops a run, if it asks for that (`must_acknowledge`): a save that nothing acknowledges has failed.
+- A full disk does not stop training: the line is kept, the user is warned once, and it is written, in order, as soon as
+  there is room. At the end the number of lines that still could not be written is reported. Only a `checkpoint` line
+  that the disk refuses stops a run, if that is requested (`must_acknowledge`): a save that nothing acknowledges has failed.
 - The file may be moved away or cut to nothing while it is written (log rotation): lines go on after whatever is there.
 """
 
@@ -32,7 +32,7 @@ MAX_PENDING = 10_000
 
 
 class MetricsLog:
-    """Appends events to `path`. `resumed_step`: the step of the checkpoint the run goes on from; None for a fresh run.
+    """Appends events to `path`. `resumed_step`: the step of the checkpoint the run resumes from; None for a fresh run.
 
     `warn` gets a line for people when the disk refuses a line, and when it takes them again. UserError if the file
     cannot be opened. One process writes at a time, the run's lock sees to that; its threads may all log.

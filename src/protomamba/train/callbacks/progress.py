@@ -40,7 +40,7 @@ class Progress(Callback):
     def _lost(self, run: Run, error: OSError) -> None:
         run.output_lost(error)
         record = f", its record is {run.folder.metrics}" if run.folder else ""
-        print(f"protomamba: standard output: {error.strerror}; the run goes on{record}", file=safe(sys.stderr))
+        print(f"protomamba: standard output: {error.strerror}; the run continues{record}", file=safe(sys.stderr))
 
     def on_message(self, run: Run, text: str, warning: bool) -> None:
         if warning:

@@ -14,7 +14,7 @@ REPORT = "report.html"
 
 
 class ReportWriter(Callback):
-    """Writes the report however the run ended; one that cannot be written is told, and changes nothing else."""
+    """Writes the report however the run ended; a failure to write it is reported, and changes nothing else."""
 
     name = "report"
 

@@ -1,7 +1,7 @@
 """TensorBoard, trackio and Weights & Biases: a run's curves in the tool that a user already looks at.
 
 metrics.jsonl stays the record. What a tracker gets is what stands there, so that `protomamba track` can replay a run
-that has ended, or whose tracker failed: one that raises is told once and switched off, and the run goes on.
+that has ended, or whose tracker failed: one that raises is reported once and switched off, and the run continues.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ PROJECT = "protomamba"
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told at its start.
+    """What a tracker is given at its start.
 
-    identity: the same for all sessions of one run, so that a resume goes on in the tracker too. first_step: the step
-    before the first that will come; what the tracker has beyond it was abandoned.
+    identity: the same for all sessions of one run, so that a resumed run continues in the tracker too. first_step: the
+    step before the first that will come; what the tracker has beyond it was abandoned.
     """
 
     name: str
@@ -148,7 +148,7 @@ def new_identity() -> str:
 
 
 class TrackerCallback(Callback):
-    """Tells the tracker `kind` what metrics.jsonl is told of steps and validations."""
+    """Sends the tracker `kind` what metrics.jsonl records of steps and validations."""
 
     def __init__(self, kind: str) -> None:
         require_tracker(kind)
