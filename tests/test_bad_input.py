@@ -243,7 +243,7 @@ def test_eval_of_what_a_model_was_not_made_for_is_refused(tmp_path: Path, capsys
     model = SequenceModel(ModelConfig(vocab_size=13, d_model=8, d_state=4, n_layer=1), seed=0)
     Trainer(model).save_checkpoint(tmp_path / "alone.safetensors")
     assert main(["eval", str(tmp_path / "alone.safetensors")]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no run" in capsys.readouterr().err
     labels = tmp_path / "labels.txt"
     labels.write_text("0\n")
     given = ["--token-file", str(token_file(tmp_path)), "--label-file", str(labels)]

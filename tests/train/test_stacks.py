@@ -105,6 +105,6 @@ def test_weights_keep_their_kinds_and_settings(
     assert found.kinds(5) == ["mamba", "mamba", "attention", "attention", "compact"]
     capsys.readouterr()
     assert train(tmp_path / "no", tokens, *start, "--layers", "mamba*3") == 2
-    assert "the places they come to are for mamba,mamba,mamba" in capsys.readouterr().err
+    assert "the places they would take are for mamba,mamba,mamba" in capsys.readouterr().err
     assert train(tmp_path / "no", tokens, *start, "--layer-option", "n_head=4") == 2
     assert "--layer-option attention.n_head" in capsys.readouterr().err

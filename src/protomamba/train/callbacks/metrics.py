@@ -8,7 +8,8 @@ Rules
 - Lines of the events in `SYNCED` are on the disk when `log` returns: a `checkpoint` line acknowledges a save.
 - A full disk does not stop training: the line is kept, the user is warned once, and it is written, in order, as soon as
   there is room. At the end the number of lines that still could not be written is reported. Only a `checkpoint` line
-  that the disk refuses stops a run, if that is requested (`must_acknowledge`): a save that nothing acknowledges has failed.
+  that the disk refuses stops a run, if that is requested (`must_acknowledge`): a save that nothing
+  acknowledges has failed.
 - The file may be moved away or cut to nothing while it is written (log rotation): lines go on after whatever is there.
 """
 
