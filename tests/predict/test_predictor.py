@@ -99,6 +99,20 @@ def test_batches_are_of_like_length_and_hold_every_row_once() -> None:
     assert [lengths[rows[0]] for rows in found] == sorted((lengths[rows[0]] for rows in found), reverse=True)
 
 
+def test_many_windows_ask_for_products_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's library keeps memory for each number of rows that it has seen: predict grew with its input."""
+    for name, value in (("WINDOW_ROWS", 50), ("BATCH_STEPS", 1_000), ("CHUNK_STEPS", 2_048)):
+        monkeypatch.setattr(batching, name, value)
+    net, drawn = model(), np.random.default_rng(0)
+    scored, shapes = list[int](), list[tuple[int, ...]]()
+    logits = net.head.logits
+    monkeypatch.setattr(net.head, "logits", lambda z: (scored.append(len(z)), logits(z))[1])
+    net.norm_f.register_forward_hook(lambda _, given, found: shapes.append(tuple(found.shape[:2])))
+    rows = [drawn.integers(1, 40, length) for length in drawn.integers(8, 120, 2_000)]
+    assert sum(found.count for found in Predictor(net).log_likelihoods(rows)) == sum(map(len, rows)) - len(rows)
+    assert len(shapes) > 150 and len(set(shapes)) < 80 and len(set(scored)) < 80
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -6,6 +6,7 @@ goes on at a window does with it what the job that was never interrupted did, to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ WINDOW_STEPS = 1 << 20
 BATCH_STEPS = 1 << 13
 BATCH_ROWS = 256
 CHUNK_STEPS = 2_048
+ALIKE = 8  # steps that any two sequences of a batch may differ by
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,27 @@ def windows(items: Iterable[Item], steps_of: Callable[[Item], int]) -> Iterator[
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The numbers of the sequences, longest first, so many at a time that a batch stays near BATCH_STEPS steps."""
+    """The numbers of the sequences, longest first, so many at a time that a batch stays near BATCH_STEPS steps.
+
+    A power of two of them, none much shorter than half the longest. With `padded_length` that leaves few shapes: the
+    library of the products keeps memory for each it has seen, up to a thousand of them.
+    """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     start = 0
     while start < len(order):
-        size = min(BATCH_ROWS, max(1, BATCH_STEPS // max(1, lengths[order[start]])))
+        longest = padded_length(lengths[order[start]])
+        most = min(BATCH_ROWS, max(1, BATCH_STEPS // max(1, longest)))
+        fits = itertools.takewhile(lambda row: lengths[row] >= longest // 2 - ALIKE, order[start : start + most])
+        size = 1 << (sum(1 for _ in fits).bit_length() - 1)
         yield order[start : start + size]
         start += size
+
+
+def padded_length(length: int) -> int:
+    """The length rounded up to a multiple of a sixteenth to an eighth of it, of its last chunk's where it has several."""
+    whole, rest = divmod(length, CHUNK_STEPS)
+    step = 1 << max(0, rest.bit_length() - 4)
+    return whole * CHUNK_STEPS + -(-rest // step) * step
 
 
 @torch.no_grad()
@@ -97,8 +113,8 @@ def run(model: SequenceModel, window: Sequence[Array]) -> Iterator[Chunk]:
 
 
 def _padded(sequences: Sequence[Array]) -> Tensor:
-    """(B, longest + 1, ...): one step of padding at least, so that every step has one after it."""
-    longest = max(len(sequence) for sequence in sequences)
+    """(B, padded length + 1, ...): one step of padding at least, so that every step has one after it."""
+    longest = padded_length(max(len(sequence) for sequence in sequences))
     padded = np.zeros((len(sequences), longest + 1, *sequences[0].shape[1:]), sequences[0].dtype)
     for row, sequence in enumerate(sequences):
         padded[row, : len(sequence)] = sequence

@@ -148,8 +148,9 @@ class Predictor:
         reserved = torch.tensor(self.reserved, dtype=torch.int64)
         for chunk in run(self.model, window):
             judged_BL = chunk.has_next() & ~torch.isin(chunk.next_BL, reserved)
-            found_BL = torch.zeros(judged_BL.shape, dtype=torch.float64)
-            found_BL[judged_BL] = self._log_likelihoods(chunk.z_BLD[judged_BL], chunk.next_BL[judged_BL])
+            # Of padding too: the number of rows of a product that is another each time would cost memory each time.
+            found_T = self._log_likelihoods(chunk.z_BLD.flatten(0, 1), chunk.next_BL.flatten())
+            found_BL = torch.where(judged_BL, found_T.view(judged_BL.shape), 0.0)
             for row, found_L, judged_L in zip(chunk.rows, found_BL.numpy(), judged_BL.numpy(), strict=True):
                 steps = slice(chunk.start, chunk.start + len(found_L))
                 count = len(logs[row][steps])  # what is behind is padding
