@@ -6,7 +6,6 @@ goes on at a window does with it what the job that was never interrupted did, to
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,8 +80,8 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     while start < len(order):
         longest = padded_length(lengths[order[start]])
         most = min(BATCH_ROWS, max(1, BATCH_STEPS // max(1, longest)))
-        fits = itertools.takewhile(lambda row: lengths[row] >= longest // 2 - ALIKE, order[start : start + most])
-        size = 1 << (sum(1 for _ in fits).bit_length() - 1)
+        fits = sum(lengths[row] >= longest // 2 - ALIKE for row in order[start : start + most])
+        size = 1 << (fits.bit_length() - 1)
         yield order[start : start + size]
         start += size
 
