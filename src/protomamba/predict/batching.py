@@ -87,7 +87,7 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def padded_length(length: int) -> int:
-    """The length rounded up to a multiple of a sixteenth to an eighth of it, of its last chunk's where it has several."""
+    """The length rounded up by at most an eighth, of its last chunk where it has several."""
     whole, rest = divmod(length, CHUNK_STEPS)
     step = 1 << max(0, rest.bit_length() - 4)
     return whole * CHUNK_STEPS + -(-rest // step) * step
