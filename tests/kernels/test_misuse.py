@@ -24,7 +24,7 @@ ANY_DIMENSIONS = [
     ("add_rms_norm", "residual_BLD"),
     ("mamba_step", "x_BLD"),
 ]
-WHOLE = ("targets_T", "sample_S", "reset_BL")
+WHOLE = ("targets_T", "sample_S", "reserved_R", "reset_BL")
 
 
 def refused(op: str, inputs: Inputs) -> str:

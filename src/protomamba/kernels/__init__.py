@@ -8,13 +8,14 @@ from protomamba.kernels import matmul, native, reference
 from protomamba.kernels.adamw import adamw
 from protomamba.kernels.allocator import keep_freed_memory
 from protomamba.kernels.conv import causal_conv
+from protomamba.kernels.judge_block import judge_block
 from protomamba.kernels.mamba_block import mamba_block
 from protomamba.kernels.mamba_step import DecodeStepper, MambaStepper, mamba_step
 from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.prototype_loss import prototype_loss
-from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, LogitProjection
+from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, Judging, LogitProjection
 from protomamba.kernels.sampled_softmax_loss import sampled_softmax_loss
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
@@ -27,6 +28,7 @@ __all__ = [
     "BlockState",
     "BlockWeights",
     "DecodeStepper",
+    "Judging",
     "LogitProjection",
     "MambaStepper",
     "adamw",
@@ -35,6 +37,7 @@ __all__ = [
     "causal_conv",
     "describe",
     "get_kernels",
+    "judge_block",
     "keep_freed_memory",
     "mamba_block",
     "mamba_step",

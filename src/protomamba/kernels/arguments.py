@@ -126,6 +126,10 @@ OPS = {
     ),
     "sphere_turn": Arguments("T D: int", "unit inverse gradient: pointer"),
     "sphere_unit": Arguments("T D: int", "x unit inverse: pointer"),
+    "judge_block": Arguments(
+        "T C K R start row: int", "factor: float",
+        "scores values classes log_sum own targets reserved rank: pointer",
+    ),
     "adamw": Arguments(
         "count: int", "lr scale beta1 beta2 eps: float",
         "sizes parameters gradients exp_avg exp_avg_sq steps decay spoilt: pointer",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from protomamba.kernels.reference import BlockState, BlockWeights
+from protomamba.kernels.reference import BlockState, BlockWeights, Judging
 
 Inputs = dict[str, Tensor]
 
@@ -142,6 +142,13 @@ def _product(s: Sizes, g: Generator | None) -> Inputs:
     return {"x_TI": torch.randn(min(s.T, 8), s.D, generator=g), "w_OI": torch.randn(s.V, s.D, generator=g)}
 
 
+def _judged(s: Sizes, g: Generator | None) -> Inputs:
+    scores_TC, targets_T = torch.randn(s.T, s.V, generator=g), torch.randint(0, s.V, (s.T,), generator=g)
+    own_T = scores_TC.gather(1, targets_T[:, None])[:, 0]
+    reserved_R = torch.arange(min(2, s.V))
+    return {"scores_TC": scores_TC, "own_T": own_T, "targets_T": targets_T, "reserved_R": reserved_R}
+
+
 def block_weights(s: Sizes, compact: bool = False, generator: Generator | None = None) -> Inputs:
     """The tensors of BlockWeights by name, matrices scaled so that activations stay of size 1; compact: D = E."""
     width = s.E if compact else s.D
@@ -210,6 +217,17 @@ def _call_step(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     return (*outs, *state)
 
 
+def _call_judge(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+    """In two blocks; up to ten of the best. The one optional input comes with `own_T`."""
+    scores_TC, rest = inputs["scores_TC"], {name: x for name, x in inputs.items() if name != "scores_TC"}
+    half, width = (scores_TC.shape[-1] + 1) // 2, scores_TC.shape[-1]
+    judging = Judging.empty(len(scores_TC), min(10, width), scores_TC.dtype)
+    for start, stop in ((0, half), (half, width)):
+        if start < stop or start == 0:
+            ops.judge_block(scores_TC[..., start:stop], start, judging, factor=3.0, **rest)
+    return tuple(x for x in judging if x is not None)
+
+
 _CARRIED = frozenset({"initial_state_BEN", "initial_state_BKE", "conv_BKE", "ssm_BEN", "reset_BL"})
 _BLOCK = ("x_BLD", *BlockWeights._fields, *BlockState._fields)
 
@@ -239,6 +257,7 @@ CASES = {
         _called("separated_prototype_loss"),
         ("z_TD", "prototypes_VD", "log_scale"),
     ),
+    "judge_block": Case(_judged, _call_judge, (), optional=frozenset({"reserved_R"})),
     "product": Case(_product, _called("product"), ()),
     "mamba_block": Case(_block(False), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "compact_block": Case(_block(True), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Of these each element is a whole number, of `reset` a truth value, of all else a real number.
-WHOLE = ("targets", "sample", "tokens")
+WHOLE = ("targets", "sample", "tokens", "classes", "reserved", "rank")
 
 
 def check_shapes(

@@ -3,6 +3,7 @@
 #include "adamw.h"
 #include "conv.h"
 #include "cpu.h"
+#include "judge_block.h"
 #include "norm.h"
 #include "product.h"
 #include "scan_backward.h"
@@ -56,6 +57,7 @@ PM_OP(prototype_loss_backward, PrototypeLossArgs, prototype_loss_backward(*a))
 PM_OP(sphere_softmax, SphereSoftmaxArgs, sphere_softmax(*a))
 PM_OP(sphere_turn, SphereTurnArgs, sphere_turn(*a))
 PM_OP(sphere_unit, SphereUnitArgs, sphere_unit(*a))
+PM_OP(judge_block, JudgeBlockArgs, judge_block(*a))
 PM_OP(adamw, AdamWArgs, adamw(*a))
 PM_OP(square_sums, SquareSumsArgs, square_sums(*a))
 PM_OP(product, ProductArgs, product(*a))

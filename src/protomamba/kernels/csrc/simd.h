@@ -95,6 +95,18 @@ PM_INLINE float sum(vf v) {
     return lanes[0];
 }
 
+// The first n lanes of x, in the others `rest`.
+PM_INLINE vf first_lanes(vf x, int n, float rest) {
+    for (int i = n; i < W; i++) x[i] = rest;
+    return x;
+}
+
+PM_INLINE float largest_lane(vf x) {
+    float largest = x[0];
+    for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
 // p * 2^i for integral |i| <= 128 and p in [0.7, 1.5): adds i to the exponent of p. Of a NaN it makes anything.
 PM_INLINE vf scale_by_bits(vf p, vi i) { return (vf)((vu)p + ((vu)i << 23)); }
 

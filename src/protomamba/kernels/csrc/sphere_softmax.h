@@ -19,18 +19,6 @@ struct SphereSoftmaxArgs {
 };
 PM_FIELDS(SphereSoftmaxArgs, T, S, scale, rows, log_chance, place, own, rate, down, dlog_scale)
 
-// The first n lanes of x, in the others `rest`.
-PM_INLINE vf first_lanes(vf x, int n, float rest) {
-    for (int i = n; i < W; i++) x[i] = rest;
-    return x;
-}
-
-PM_INLINE float largest_lane(vf x) {
-    float largest = x[0];
-    for (int i = 1; i < W; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
-}
-
 // One token; returns its part of the gradient of log s. Scores stand relative to that of the own class, which counts once
 // and without correction: its exponent is exactly 0.
 inline double sphere_softmax_row(const SphereSoftmaxArgs& a, int64_t t) {

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from protomamba.kernels import Judging, judge_block
+
 # Scores held at once: 16 MiB of float32.
 BLOCK_SCORES = 4_194_304
 # From this number of classes on, what need not be exact is judged on a part of the targets.
@@ -33,22 +35,16 @@ class Judged:
 
 
 def judge(scores: ClassScores, targets: int, classes: int, k: int = 1, factor: float = 1.0) -> Judged:
-    """One pass over all classes. Of equal scores the class with the lower number comes first."""
-    best: tuple[Tensor, Tensor] | None = None
-    log_sum_T: Tensor | None = None
+    """One pass over all classes. Of equal scores the class with the lower number comes first, and NaN before all."""
+    judging: Judging | None = None
     for start, stop in class_blocks(targets, classes):
         scores_TC = scores(start, stop)
-        found = scores_TC.topk(min(k, stop - start), dim=1)
-        block_sum_T = (factor * scores_TC).logsumexp(1)
-        if best is None or log_sum_T is None:
-            best, log_sum_T = (found.values, found.indices + start), block_sum_T
-            continue
-        values, indices = torch.cat([best[0], found.values], 1), torch.cat([best[1], found.indices + start], 1)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, : min(k, classes)]
-        best = values.gather(1, order), indices.gather(1, order)
-        log_sum_T = torch.logaddexp(log_sum_T, block_sum_T)
-    assert best is not None and log_sum_T is not None, "there is no class"
-    return Judged(*best, log_sum_T)
+        if judging is None:
+            judging = Judging.empty(targets, min(k, classes), scores_TC.dtype)._replace(rank_T=None)
+        judge_block(scores_TC, start, judging, factor=factor)
+    assert judging is not None and judging.values_TK is not None, "there is no class"
+    assert judging.classes_TK is not None and judging.log_sum_T is not None
+    return Judged(judging.values_TK, judging.classes_TK, judging.log_sum_T.to(judging.values_TK.dtype))
 
 
 def class_blocks(targets: int, classes: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from protomamba.kernels import Judging, judge_block
 from protomamba.model.heads.base import Head, valid_positions
 from protomamba.model.heads.many import MANY, class_blocks
 
@@ -41,23 +42,28 @@ def ranks_of_targets(head: Head, z_BLD: Tensor, targets_BL: Tensor, reserved: Se
 
 
 def _ranks_by_classes(head: Head, z_TD: Tensor, targets_T: Tensor, reserved: Sequence[int]) -> Tensor:
-    """`ranks` over very many classes, in two passes over blocks of them: each target's own score, then those above it.
+    """`ranks` over very many classes, in two passes over blocks of them: each target's own score, then those not below it.
 
     Both passes take a score from the same product, so that a class never outranks itself by rounding.
     """
-    own_T, better_T = torch.full((len(z_TD),), float("nan")), torch.zeros(len(z_TD), dtype=torch.int64)
+    own_T, wanted = _own_scores(head, z_TD, targets_T), torch.tensor(sorted(set(reserved)), dtype=torch.int64)
+    judging = Judging(rank_T=torch.empty(len(z_TD), dtype=torch.int64))
+    left_out = wanted if len(wanted) else None
+    for start, stop in class_blocks(len(z_TD), head.classes):
+        scores_TC = cast(Tensor, head.class_scores(z_TD, start, stop))
+        judge_block(scores_TC, start, judging, own_T=own_T, targets_T=targets_T, reserved_R=left_out)
+    return cast(Tensor, judging.rank_T)
+
+
+def _own_scores(head: Head, z_TD: Tensor, targets_T: Tensor) -> Tensor:
+    """(T,): each target's own score, from the products that the others come from."""
+    own_T: Tensor | None = None
     for start, stop in class_blocks(len(z_TD), head.classes):
         inside_T = (targets_T >= start) & (targets_T < stop)
         scores_TC = cast(Tensor, head.class_scores(z_TD, start, stop))
-        own_T[inside_T] = scores_TC[inside_T, targets_T[inside_T] - start].float()
-    left_out = torch.tensor(list(reserved), dtype=torch.int64)
-    for start, stop in class_blocks(len(z_TD), head.classes):
-        at_least_TC = ~(cast(Tensor, head.class_scores(z_TD, start, stop)) < own_T[:, None])
-        inside_T = (targets_T >= start) & (targets_T < stop)
-        at_least_TC[inside_T, targets_T[inside_T] - start] = True
-        at_least_TC[:, left_out[(left_out >= start) & (left_out < stop)] - start] = False
-        better_T += at_least_TC.sum(1)
-    return better_T
+        own_T = scores_TC.new_full((len(z_TD),), float("nan")) if own_T is None else own_T
+        own_T[inside_T] = scores_TC[inside_T, targets_T[inside_T] - start]
+    return cast(Tensor, own_T)
 
 
 def ranking_figures(ranks_T: Tensor, cuts: Sequence[int] = CUTS) -> dict[str, float]:
