@@ -1,4 +1,4 @@
-"""judge_block: the best classes, the log of the sum and the rank of the target, as all scores at once would give them."""
+"""judge_block: the best classes, log of the sum and rank of the target, as all scores at once give them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assert_judged(found: Judging, scores_TV: Tensor, k: int, factor: float = 1.0
     torch.testing.assert_close(found.log_sum_T, expected_T, rtol=1e-6, atol=2e-6, equal_nan=True)
     targets_T = torch.arange(len(scores_TV)) * 5 % scores_TV.shape[1]
     counted_TV = ~(exact_TV < exact_TV.gather(1, targets_T[:, None]))
-    counted_TV[:, RESERVED[RESERVED < scores_TV.shape[1]]] = False
+    counted_TV[:, RESERVED[scores_TV.shape[1] > RESERVED]] = False
     assert found.rank_T is not None and torch.equal(found.rank_T, counted_TV.sum(1))
 
 

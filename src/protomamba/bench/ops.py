@@ -21,8 +21,9 @@ from protomamba.kernels.cases import CASES, Case, Inputs, Sizes
 REFERENCE_LENGTH, REFERENCE_ROUNDS = 64, 3
 SAMPLED = 512  # classes of a sample
 
-# What a step has of each: the other way to call it is for decoding.
-OPS = {name: case for name, case in CASES.items() if case.differentiable}
+# What training and validation have of each: the other ways to call it are for decoding.
+DECODING = ("product", "mamba_step")
+OPS = {name: case for name, case in CASES.items() if name not in DECODING}
 
 
 def sizes_of(shape: Shape) -> Sizes:
@@ -48,8 +49,8 @@ def _inputs(case: Case, shape: Shape) -> Inputs:
 def measure_op(name: str, shape: Shape, rounds: int, clock: str) -> dict[str, Any]:
     """One row: forward and backward of a native op, and what the reference path takes. UserError if the op is wrong.
 
-    GB/s counts each input, output and gradient once: what has to be moved, not what is. "/ floor" is against the
-    matrix products of one block (own floor).
+    An op without gradients has a forward alone. GB/s counts each input, output and gradient once: what has to be moved,
+    not what is. "/ floor" is against the matrix products of one block (own floor).
     """
     if name not in OPS:
         raise ConfigError(f"--op {name!r}: expected one of {', '.join(OPS)}")
@@ -57,20 +58,20 @@ def measure_op(name: str, shape: Shape, rounds: int, clock: str) -> dict[str, An
     small = replace(shape, length=min(shape.length, REFERENCE_LENGTH))
     short = _timed(name, small)
     _check(name, small)
-    reference = interleave({m: _on(m, short["forward + backward"]) for m in ("reference", "native")}, REFERENCE_ROUNDS)
+    whole = list(short)[-1]
+    reference = interleave({m: _on(m, short[whole]) for m in ("reference", "native")}, REFERENCE_ROUNDS)
     runs = _timed(name, shape)
     floor = own_floor(products(replace(shape, layers=1)))
     samples = interleave({**runs, "floor": floor}, rounds, clock)
     moved = _bytes(name, shape)
-    both = samples.median("forward + backward")
     return {
         "op": name,
         "shape": shape.text,
         "forward_ms": 1e3 * samples.median("forward"),
-        "forward_backward_ms": 1e3 * both,
-        "gb_per_s": moved / both / 1e9,
+        "forward_backward_ms": 1e3 * samples.median(whole),
+        "gb_per_s": moved / samples.median(whole) / 1e9,
         "forward / own floor": samples.ratio("forward", "floor"),
-        "forward + backward / own floor": samples.ratio("forward + backward", "floor"),
+        "forward + backward / own floor": samples.ratio(whole, "floor"),
         "reference / native": reference.ratio("reference", "native").median,
         "reference_at": f"{small.batch} x {small.length}",
     }
@@ -91,7 +92,7 @@ def _timed(name: str, shape: Shape) -> dict[str, Callable[[], object]]:
     def both() -> None:
         torch.autograd.grad(case.call(kernels, wanted)[0], leaves, dy)
 
-    return {"forward": forward, "forward + backward": both}
+    return {"forward": forward, "forward + backward": both} if leaves else {"forward": forward}
 
 
 def _on(mode: str, run: Callable[[], object]) -> Callable[[], object]:
@@ -112,8 +113,10 @@ def _check(name: str, shape: Shape) -> None:
         wanted = case.wanting(inputs)
         with kernels_set(mode):
             outputs = case.call(kernels, wanted)
-            directions = directions or [torch.randn_like(y) for y in outputs]
-            gradients = case.gradients(outputs, wanted, directions)
+            gradients: Inputs = {}
+            if case.differentiable:
+                directions = directions or [torch.randn_like(y) for y in outputs]
+                gradients = case.gradients(outputs, wanted, directions)
         values = {f"result {i}": y.detach() for i, y in enumerate(outputs)}
         found[mode] = {**values, **{f"gradient of {k}": g for k, g in gradients.items()}}
     assert_close(f"{name} ({shape.name})", found["native"], found["reference"], TOLERANCES["fp32"])
@@ -125,4 +128,5 @@ def _bytes(name: str, shape: Shape) -> int:
     with torch.no_grad():
         results = case.call(kernels, inputs)
     # Forward reads the inputs, writes the results; backward reads inputs and its gradient, writes the inputs' ones.
-    return 4 * (3 * sum(x.numel() for x in inputs.values()) + 2 * sum(x.numel() for x in results))
+    reads, writes = (3, 2) if case.differentiable else (1, 1)
+    return 4 * (reads * sum(x.numel() for x in inputs.values()) + writes * sum(x.numel() for x in results))

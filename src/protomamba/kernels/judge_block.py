@@ -25,8 +25,8 @@ def judge_block(
 ) -> None:
     """Adds the scores of the C classes from `start` on to `judging`, in place: see `reference.judge_block`.
 
-    One pass over scores that are still in the cache, no memory of its own, the same bits for any number of threads. Native
-    for float32. reserved_R: in rising order, without one twice. ValueError for what does not fit.
+    One pass over scores that are still in the cache, no memory of its own, the same bits for any number of threads.
+    Native for float32. reserved_R: in rising order, without one twice. ValueError for what does not fit.
     """
     sizes = _check(scores_TC, start, judging, own_T, targets_T, reserved_R)
     library = native.select("judge_block", scores_TC, (torch.float32,))
@@ -57,9 +57,10 @@ def judge_block(
 def _check(scores_TC: Tensor, start: int, judging: Judging, *wanted: Tensor | None) -> dict[str, int]:
     """The size of each letter. ValueError, in one line, for what does not fit."""
     own_T, targets_T, reserved_R = wanted
-    written = judging._asdict()
+    written: dict[str, Tensor | None] = judging._asdict()
     read = {"own_T": own_T, "targets_T": targets_T, "reserved_R": reserved_R}
-    sizes = check_shapes("judge_block", scores_TC=scores_TC, **read, **written)
+    given = {"scores_TC": scores_TC, **read, **written}
+    sizes = check_shapes("judge_block", sizes=None, like=None, **given)
     for name, tensor in written.items():
         dtype = _WRITTEN.get(name, scores_TC.dtype)
         if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
@@ -68,7 +69,7 @@ def _check(scores_TC: Tensor, start: int, judging: Judging, *wanted: Tensor | No
     if start < 0:
         raise ValueError(f"judge_block: start: expected a class, 0 or more, got {start}")
     for names in (("values_TK", "classes_TK"), ("rank_T", "own_T", "targets_T")):
-        if len({({**read, **written})[name] is None for name in names}) > 1:
+        if len({given[name] is None for name in names}) > 1:
             raise ValueError(f"judge_block: {' and '.join(names)}: expected all of them or none")
     if reserved_R is not None and not bool((reserved_R.diff() > 0).all()):
         raise ValueError("judge_block: reserved_R: expected classes in rising order, without one twice")

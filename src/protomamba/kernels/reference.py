@@ -451,9 +451,9 @@ def judge_block(
 ) -> None:
     """Adds the scores of the C classes from `start` on to `judging`, in place. No gradient.
 
-    Blocks come in rising order from class 0 on, without gaps: at `start` 0 whatever `judging` held is forgotten. Of its K
-    best, the first min(K, classes so far) are written. rank_T counts by `own_T`, the target's own score: every class k
-    with not (score_k < own), so NaN counts, and the target itself in any case; those in `reserved_R` never do.
+    Blocks come in rising order from class 0 on, without gaps: at `start` 0 whatever `judging` held is forgotten. Of its
+    K best, the first min(K, classes so far) are written. rank_T counts by `own_T`, the target's own score: every class
+    k with not (score_k < own), so NaN counts, and the target itself in any case; those in `reserved_R` never do.
     """
     values_TK, classes_TK, log_sum_T, rank_T = judging
     if values_TK is not None and classes_TK is not None:

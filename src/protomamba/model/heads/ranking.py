@@ -42,7 +42,7 @@ def ranks_of_targets(head: Head, z_BLD: Tensor, targets_BL: Tensor, reserved: Se
 
 
 def _ranks_by_classes(head: Head, z_TD: Tensor, targets_T: Tensor, reserved: Sequence[int]) -> Tensor:
-    """`ranks` over very many classes, in two passes over blocks of them: each target's own score, then those not below it.
+    """`ranks` over very many classes, in two passes: each target's own score, then those not below it.
 
     Both passes take a score from the same product, so that a class never outranks itself by rounding.
     """
