@@ -135,6 +135,11 @@ def test_public_names_resolve_and_match_what_type_checkers_see() -> None:
         assert getattr(protomamba, name) is getattr(home, name), f"{name}: a module of the same name hides it"
 
 
+def test_every_public_name_is_on_the_page_of_the_library() -> None:
+    shown = set(re.findall(r"^\.\. auto\w+:: (\w+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert shown - {"protomamba"} == set(protomamba.__all__) - {"__version__"}
+
+
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Tariner'"):
         _ = protomamba.Tariner
