@@ -78,6 +78,7 @@ def test_words_of_the_command_line_are_options() -> None:
         ({"layer_options": {"compact": {"d_state": 3}}}, "the model has no compact"),
         ({"head_options": {"prototype": "fixed"}}, "hpn has no such setting .did you mean prototypes?"),
         ({"head": "softmax", "head_options": {"prototypes": "fixed"}}, "it has sample, tie_embedding"),
+        ({"layer": f"{OWN}s"}, f"has no {OWN.partition(':')[2]}s .did you mean {OWN.partition(':')[2]}?"),
         ({"layer_options": {"expand": 99}}, "--layer-option of mamba: --expand 99: expected an integer >= 1 and <= 16"),
     ],
 )

@@ -86,10 +86,11 @@ def resolve(name: str, registered: Mapping[str, type], base: type, what: str) ->
         known = " or ".join([*filter(None, [", ".join(registered)]), "package.module:Class"])
         raise ConfigError(f"--{what} {name}: expected {known}{nearest(name, registered)}")
     module_name, _, class_name = name.partition(":")
-    try:
-        found: Any = getattr(_imported(module_name, name, what), class_name)
-    except AttributeError:
-        raise ConfigError(f"--{what} {name}: {module_name} has no {class_name}") from None
+    module = _imported(module_name, name, what)
+    found: Any = getattr(module, class_name, None)
+    if found is None:
+        parts = [key for key, each in vars(module).items() if isinstance(each, type) and issubclass(each, base)]
+        raise ConfigError(f"--{what} {name}: {module_name} has no {class_name}{nearest(class_name, parts)}")
     if isinstance(found, type) and issubclass(found, base):
         return found
     raise ConfigError(f"--{what} {name}: expected a subclass of {base.__name__}, found {found!r}")
