@@ -97,5 +97,5 @@ def _token_name(tokenizer: dict[str, Any], number: int) -> str:
     vocab = tokenizer["model"].get("vocab", {})
     names |= {n: name for name, n in vocab.items()} if isinstance(vocab, dict) else dict(enumerate(v[0] for v in vocab))
     if number not in names:
-        raise UserError(f"tokenizer: has no token {number}, which is said to end a document")
+        raise UserError(f"tokenizer: has no token {number}, which should end a document")
     return str(names[number])

@@ -53,7 +53,7 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     asked = next((found[1] for pattern in _ASKED if (found := pattern.search(text))), None)
     needed = f"{int(asked):,} bytes" if asked and asked.isdecimal() else asked or "an unknown number of bytes"
-    return f"out of memory: {needed} more were needed; {_given()}; what was saved before is whole: " + (
+    return f"out of memory: {needed} more were needed; {_given()}; what was saved before is intact: " + (
         "go on with a smaller --batch-size or --seq-len, or with more memory"
     )
 

@@ -94,7 +94,7 @@ def make_folder(folder: Path) -> None:
         for each in missing:  # its name is in the folder above it
             DISK.fsync_dir(each.parent)
     except OSError as error:
-        raise NotCommittedError(f"{folder}: the folder cannot be made: {_reason(error)}") from error
+        raise NotCommittedError(f"{folder}: the folder cannot be created: {_reason(error)}") from error
 
 
 def write_all(fd: int, data: memoryview, disk: Disk = DISK) -> None:

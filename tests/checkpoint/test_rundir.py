@@ -254,5 +254,5 @@ def test_json_is_atomic_readable_and_strict(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_line_for_people(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="the folder cannot be made"):
+    with pytest.raises(UserError, match="the folder cannot be created"):
         RunDir(tmp_path / "file" / "run")

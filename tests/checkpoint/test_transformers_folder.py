@@ -308,5 +308,5 @@ def test_models_that_have_no_place_in_the_layout(tmp_path, change, message):
 def test_unwritable_folder(tmp_path):
     values, state = read_transformers_folder(make_folder(tmp_path / "hf"))
     (tmp_path / "out").write_text("")
-    with pytest.raises(UserError, match=r"out: the folder cannot be made"):
+    with pytest.raises(UserError, match=r"out: the folder cannot be created"):
         write_transformers_folder(tmp_path / "out", ModelConfig(**values), state)

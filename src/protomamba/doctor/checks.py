@@ -115,7 +115,7 @@ def _threads() -> Iterator[Finding]:
     yield threads_finding(torch.get_num_threads(), len(allowed_cpus()), physical_cores(allowed_cpus()), group_limits())
     load = os.getloadavg()[0]
     if load > len(allowed_cpus()):
-        found = f"load {load:.1f} on {len(allowed_cpus())} processors: other programs use the processors"
+        found = f"load {load:.1f} on {len(allowed_cpus())} processors: other programs are using them"
         yield Finding("load", "slow", found, "wait, or stop them; bench with --clock cpu")
 
 

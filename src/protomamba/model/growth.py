@@ -27,7 +27,9 @@ def new_positions(placement: str, base: int, target: int) -> list[int]:
     if kind == "insert":
         numbers = _indices(placement, rest, PLACEMENTS, "--placement")
         if len(numbers) != 1 or numbers[0] > base:
-            raise ConfigError(f"--placement {placement}: expected one index from 0 to {base} (the layers there are)")
+            raise ConfigError(
+                f"--placement {placement}: expected one index from 0 to {base} (the number of existing layers)"
+            )
         return list(range(numbers[0], numbers[0] + count))
     if kind == "specific":
         return _specific(placement, _indices(placement, rest, PLACEMENTS, "--placement"), count, target)
@@ -72,7 +74,9 @@ def frozen_layers(policy: str, n_layer: int) -> set[int]:
     numbers = _indices(policy, rest, FREEZES, "--freeze")
     if kind == "first":
         if len(numbers) != 1 or numbers[0] > n_layer:
-            raise ConfigError(f"--freeze {policy}: expected a count from 0 to {n_layer} (the layers there are)")
+            raise ConfigError(
+                f"--freeze {policy}: expected a count from 0 to {n_layer} (the number of existing layers)"
+            )
         return set(range(numbers[0]))
     if max(numbers) >= n_layer:
         raise ConfigError(f"--freeze {policy}: there is no layer {max(numbers)} among {n_layer} (counted from 0)")

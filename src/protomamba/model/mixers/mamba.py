@@ -103,7 +103,7 @@ class ScanMixer(Mixer):
             if isinstance(self.conv1d, CausalConv1d):
                 raise
             raise TypeError(
-                f"conv1d is {type(self.conv1d).__name__}, which knows no state and no document starts: expected a "
+                f"conv1d is {type(self.conv1d).__name__}, which keeps no state and ignores document starts: expected a "
                 "CausalConv1d of protomamba.model.mixers.mamba, or a module called like one, conv1d(u_BLE, state_BKE, "
                 "reset_BL, return_state), that returns the activated output and the state"
             ) from error
