@@ -50,7 +50,7 @@ def demo_config(head: str, folder: Path) -> RunConfig:
 
 
 def show(heads: Sequence[str], folder: Path, console: Console) -> None:
-    """What each run learned, on held-out windows, beside always guessing the commonest byte; and a sample."""
+    """What each run learned, on held-out windows, beside always guessing the most common byte; and a sample."""
     rows = []
     for head in heads:
         config = demo_config(head, folder)
@@ -67,7 +67,7 @@ def show(heads: Sequence[str], folder: Path, console: Console) -> None:
         console.line(sample(trainer))
     console.line("")
     console.table(
-        ("head", "step", "training s", "loss", "perplexity", "accuracy", "commonest byte"),
+        ("head", "step", "training s", "loss", "perplexity", "accuracy", "most common byte"),
         rows,
         title=f"Held-out next-byte prediction, {found.targets:,} bytes",
     )

@@ -22,7 +22,7 @@ class Validation:
     """Held-out figures: mean loss and accuracy (nearest prototype) over `targets`.
 
     nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
-    majority: the share of the commonest target, which is the accuracy of always predicting it.
+    majority: the share of the most common target, which is the accuracy of always predicting it.
     best: whether it is the best of its run so far. more: further fields for its line in metrics.jsonl.
     bytes_per_token: of the raw text, where text was prepared.
     """

@@ -21,7 +21,7 @@ class CollapseWatch(Callback):
     """Warns if a head's prototypes have drifted together, or if the loss falls while predictions do not improve.
 
     The documented loss of prototypes, (1 - cos)^2, goes to 0 in a collapse and says nothing: what is watched is the
-    distance of the prototypes, the accuracy beside the commonest class's share, and the cross entropy.
+    distance of the prototypes, the accuracy beside the most common class's share, and the cross entropy.
     """
 
     name = "collapse_watch"
