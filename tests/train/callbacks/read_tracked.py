@@ -11,8 +11,9 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-Figures = dict[str, dict[int, float]]
+Figures = dict[str, dict[int, Any]]
 BLOCK = 32_768
 
 
@@ -21,7 +22,11 @@ def tensorboard(folder: Path) -> Figures:
 
     events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0})
     events.Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    figures: Figures = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    if "sample/text_summary" in events.Tags()["tensors"]:
+        written = events.Tensors("sample/text_summary")
+        figures["sample"] = {e.step: e.tensor_proto.string_val[0].decode() for e in written}
+    return figures
 
 
 def trackio(folder: Path) -> Figures:
@@ -29,15 +34,15 @@ def trackio(folder: Path) -> Figures:
 
     (run,) = SQLiteStorage.get_runs("protomamba")
     rows = SQLiteStorage.get_logs("protomamba", run)
-    return gathered([row for row in rows if any("/" in name for name in row)])
+    return gathered([row for row in rows if any("/" in name or name == "sample" for name in row)])
 
 
-def gathered(rows: list[dict[str, float]]) -> Figures:
+def gathered(rows: list[dict[str, Any]]) -> Figures:
     found: Figures = {}
     for row in rows:
         step = int(row.get("step", row.get("_step", -1)))
         for name, value in row.items():
-            if "/" in name:
+            if "/" in name or name == "sample":
                 found.setdefault(name, {})[step] = value
     return found
 

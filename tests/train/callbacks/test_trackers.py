@@ -28,6 +28,7 @@ class Notebook:
 
     begun: list[Tracked]
     lines: list[tuple[int, dict[str, float]]]
+    texts: list[tuple[int, dict[str, str]]]
     closed: int
     fails_at: int | None
 
@@ -41,20 +42,81 @@ class Notebook:
         if len(self.lines) == self.fails_at:
             raise RuntimeError("the service is down")
 
+    def write(self, step: int, texts: Mapping[str, str], seconds: float) -> None:
+        self.texts.append((step, dict(texts)))
+
     def close(self) -> None:
         type(self).closed += 1
 
 
 @pytest.fixture
 def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
-    made = type("Fresh", (Notebook,), {"begun": [], "lines": [], "closed": 0, "fails_at": None})
+    made = type("Fresh", (Notebook,), {"begun": [], "lines": [], "texts": [], "closed": 0, "fails_at": None})
     monkeypatch.setitem(trackers.TRACKERS, "wandb", trackers.TrackerKind("json", made))
     return made
 
 
 def expected(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    events = (event for event in read_metrics(folder / "metrics.jsonl") if event["event"] in ("train", "validation"))
+    tracked = ("train", "validation", "ranking", "classification")
+    events = (event for event in read_metrics(folder / "metrics.jsonl") if event["event"] in tracked)
     return [(event["step"], tracked_figures(event)) for event in events]
+
+
+TINY = {"d-model": 8, "base-layers": 1, "target-layers": 1, "steps": 4, "batch-size": 2, "write-report": 0}
+
+
+def judged_run(folder: Path, kind: str, *flags: str) -> Path:
+    """A run on a prepared folder, whose best model is judged at its end."""
+    tables = {
+        "labels": ["label,text", *(f"{'odd' if n % 2 else 'even'},word {n}" for n in range(40))],
+        "events": ["user,item", *(f"u{n // 5},i{n % 7}" for n in range(60))],
+        "text": [f"line {n} of a text" for n in range(300)],
+    }
+    columns = {"labels": ["--label", "label", "--text", "text"], "events": ["--group", "user", "--item", "item"]}
+    file = folder / ("in.txt" if kind == "text" else "in.csv")
+    file.write_text("\n".join(tables[kind]) + "\n")
+    sizes = [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
+    named = [kind, str(file), *columns[kind]] if kind in columns else [str(file)]
+    assert main(["prepare", *named, "--out-dir", str(folder / "data")]) == 0
+    assert main(["train", str(folder / "data"), "--out-dir", str(folder / "run"), *sizes, *flags]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("labels", {"classification/validation/accuracy", "classification/validation/f1/odd"}),
+        ("events", {"ranking/validation/hit@10", "ranking/validation/popularity/mrr"}),
+        ("text", set()),
+    ],
+)
+def test_the_judgement_of_the_best_model_is_tracked_live_and_replayed(
+    tmp_path: Path, notebook: type[Notebook], kind: str, names: set[str]
+) -> None:
+    run = judged_run(tmp_path, kind, "--track", "wandb")
+    live, texts = list(notebook.lines), list(notebook.texts)
+    assert live == expected(run) and live[-1][0] == 4
+    assert names <= {name for _, figures in live for name in figures}
+    samples = metrics(run, "sample")
+    assert len(samples) == (kind == "text")
+    assert texts == [(4, {"sample": sample["prompt"] + sample["text"]}) for sample in samples]
+    notebook.lines.clear(), notebook.texts.clear()
+    assert main(["track", str(run), "--to", "wandb"]) == 0
+    assert (notebook.lines, notebook.texts) == (live, texts)
+
+
+def test_figures_of_a_confusion_matrix() -> None:
+    event = {
+        "event": "classification",
+        "step": 4,
+        "split": "test",
+        "classes": ["a", "b"],
+        "confusion": [[3, 1], [0, 0]],
+    }
+    figures = tracked_figures(event)
+    assert figures["classification/test/accuracy"] == 0.75
+    assert figures["classification/test/f1/a"] == pytest.approx(6 / 7) and figures["classification/test/f1/b"] == 0
+    assert figures["classification/test/mean_f1"] == pytest.approx(3 / 7)
 
 
 def test_a_tracker_is_told_what_metrics_jsonl_is(tmp_path: Path, notebook: type[Notebook]) -> None:
@@ -109,7 +171,7 @@ def test_a_replay_gives_the_same_lines_by_rising_steps(tmp_path: Path, notebook:
         ranking = {"event": "ranking", "step": 8, "split": "test", "figures": {"mrr": 0.5}}
         file.write(json.dumps(ranking) + "\n")
     assert main(["track", str(tmp_path / "run"), "--to", "wandb", "--name", "again"]) == 0
-    assert notebook.lines == [*expected(tmp_path / "run"), (8, {"ranking/test/mrr": 0.5})]
+    assert notebook.lines == expected(tmp_path / "run") and notebook.lines[-1] == (8, {"ranking/test/mrr": 0.5})
     assert notebook.begun[0].name == "again" and notebook.begun[0].config["vocab_size"] == 13
     assert replay([], Notebook.__new__(notebook)) == 0
     assert main(["track", str(tmp_path), "--to", "wandb"]) == 1
@@ -150,3 +212,20 @@ def test_the_real_library_offline(tmp_path: Path, kind: str, how: str) -> None:
     assert found.keys() == wanted.keys()
     for name, values in wanted.items():
         assert found[name] == pytest.approx(values, rel=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensorboard", "trackio", "wandb"])
+@pytest.mark.parametrize("data", ["labels", "text"])
+def test_the_real_library_keeps_the_judgement(tmp_path: Path, kind: str, data: str) -> None:
+    pytest.importorskip(kind)
+    run = judged_run(tmp_path, data)
+    in_a_process("-m", "protomamba", "track", str(run), "--to", kind, folder=tmp_path)
+    found = json.loads(in_a_process(str(READER), kind, str(run), folder=tmp_path).splitlines()[-1])
+    for step, figures in expected(run):
+        for name, value in figures.items():
+            assert found[name][str(step)] == pytest.approx(value, rel=1e-6)
+    for sample in metrics(run, "sample"):
+        kept = found["sample"]["4"]  # trackio's Markdown is an object
+        kept = kept["_value"] if isinstance(kept, dict) else kept
+        assert all(line.strip() in kept for line in (sample["prompt"] + sample["text"]).splitlines())

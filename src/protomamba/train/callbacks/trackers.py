@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from protomamba.errors import ConfigError, UserError
 from protomamba.metrics_file import curve_values
 from protomamba.train.callbacks.base import Callback
+from protomamba.train.judging import per_class
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from protomamba.train.validation import Validation
 
 PROJECT = "protomamba"
+CLASSES_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class Tracked:
 
 
 class Tracker(Protocol):
-    """One tool. Steps rise; figures are finite; seconds since 1970."""
+    """One tool. Steps never fall; figures are finite; texts by name; seconds since 1970."""
 
     def log(self, step: int, figures: Mapping[str, float], seconds: float) -> None: ...
+
+    def write(self, step: int, texts: Mapping[str, str], seconds: float) -> None: ...
 
     def close(self) -> None: ...
 
@@ -65,6 +69,10 @@ class TensorBoard:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step, walltime=seconds)
 
+    def write(self, step: int, texts: Mapping[str, str], seconds: float) -> None:
+        for name, text in texts.items():  # shown as Markdown, which four spaces leave as it is
+            self._writer.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step, walltime=seconds)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -76,12 +84,16 @@ class Trackio:
         import trackio
 
         name = f"{run.name}-{run.identity}"
+        self._markdown = trackio.Markdown
         self._run = trackio.init(
             PROJECT, name=name, config=dict(run.config), resume="allow", auto_log_gpu=False, auto_log_cpu=False
         )
 
     def log(self, step: int, figures: Mapping[str, float], seconds: float) -> None:
         self._run.log(dict(figures), step=step)
+
+    def write(self, step: int, texts: Mapping[str, str], seconds: float) -> None:
+        self._run.log({name: self._markdown(f"```\n{text}\n```") for name, text in texts.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -107,6 +119,9 @@ class WeightsAndBiases:
 
     def log(self, step: int, figures: Mapping[str, float], seconds: float) -> None:
         self._run.log(dict(figures), step=step)
+
+    def write(self, step: int, texts: Mapping[str, str], seconds: float) -> None:
+        self._run.log(dict(texts), step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -182,6 +197,10 @@ class TrackerCallback(Callback):
     def on_validation(self, run: Run, result: Validation) -> None:
         self._log(run, {"event": "validation", "step": run.trainer.global_step, **result.fields()})
 
+    def on_event(self, run: Run, event: str, fields: Mapping[str, Any]) -> None:
+        if event in JUDGEMENTS:
+            self._log(run, {"event": event, "step": run.trainer.global_step, **fields})
+
     def on_end(self, run: Run, reason: str) -> None:
         if self._tracker is not None:
             self._guarded(run, self._tracker.close)
@@ -189,8 +208,8 @@ class TrackerCallback(Callback):
 
     def _log(self, run: Run, event: Mapping[str, Any]) -> None:
         if self._tracker is not None:
-            log, figures = self._tracker.log, tracked_figures(event)
-            self._guarded(run, lambda: log(int(event["step"]), figures, time.time()))
+            tracker = self._tracker
+            self._guarded(run, lambda: tell(tracker, event, time.time()))
 
     def _guarded(self, run: Run, call: Callable[[], None]) -> None:
         try:
@@ -213,20 +232,57 @@ def plain_settings(run: Run) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
 
 
+def tell(tracker: Tracker, event: Mapping[str, Any], seconds: float) -> None:
+    """Give a tracker the figures and texts of a line of metrics.jsonl."""
+    figures, texts = tracked_figures(event), tracked_texts(event)
+    if figures:
+        tracker.log(int(event["step"]), figures, seconds)
+    if texts:
+        tracker.write(int(event["step"]), texts, seconds)
+
+
 def tracked_figures(event: Mapping[str, Any]) -> dict[str, float]:
     """What a tracker gets of a line: "train/loss", "validation/val_nll", "ranking/test/hit@10"."""
-    kind = event["event"]
-    if kind == "ranking":
-        kind, values = f"ranking/{event.get('split', 'validation')}", dict(event["figures"])
-    else:
-        values = curve_values(event)
-    return {f"{kind}/{name}": value for name, value in values.items() if math.isfinite(value)}
+    kind, values = event["event"], curve_values(event)
+    if kind in JUDGEMENTS:
+        kind, values = f"{kind}/{event.get('split', 'validation')}", JUDGEMENTS[kind](event)
+    return {f"{kind}/{name}": float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def tracked_texts(event: Mapping[str, Any]) -> dict[str, str]:
+    """What the model wrote: "sample", the prompt and what follows it."""
+    return {"sample": f"{event.get('prompt', '')}{event['text']}"} if event["event"] == "sample" else {}
+
+
+def _ranking(event: Mapping[str, Any]) -> dict[str, float]:
+    baselines = event.get("baselines", {})
+    return {
+        **event["figures"],
+        **{f"{who}/{name}": value for who, figures in baselines.items() for name, value in figures.items()},
+    }
+
+
+def _classification(event: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy, the mean F1 of the classes, and where they are few enough to look at, each one's."""
+    table = per_class(event["classes"], event["confusion"])
+    right = sum(row[place] for place, row in enumerate(event["confusion"]))
+    count = sum(there for *_, there in table)
+    each = {f"f1/{name}": f1 for name, _, _, f1, _ in table[:CLASSES_SHOWN]}
+    return {"accuracy": right / max(1, count), "mean_f1": sum(row[3] for row in table) / max(1, len(table)), **each}
+
+
+# The lines that judge the best model, and the figures of each.
+JUDGEMENTS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
+    "ranking": _ranking,
+    "classification": _classification,
+    "sample": lambda event: {},
+}
 
 
 def replay(events: Iterable[Mapping[str, Any]], tracker: Tracker) -> int:
-    """Give a tracker the curves of a run that is over, by rising steps; the number of lines given."""
-    shown = [event for event in events if event["event"] in ("train", "validation", "ranking")]
+    """Give a tracker the curves, tables and texts of a run that is over, by rising steps; the number of lines given."""
+    shown = [event for event in events if event["event"] in ("train", "validation", *JUDGEMENTS)]
     for event in sorted(shown, key=lambda event: event["step"]):
-        tracker.log(int(event["step"]), tracked_figures(event), float(event.get("time", 0.0)))
+        tell(tracker, event, float(event.get("time", 0.0)))
     tracker.close()
     return len(shown)
