@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from protomamba.data.source import DataInfo
 from protomamba.errors import ConfigError
 from protomamba.train import presets
 from protomamba.train.budget import Costs, events_within, seconds_of, steps_within
+from protomamba.train.callbacks.last_judgement import LastJudgement
 
 SMALL = ["--d-model", "8", "--seq-len", "16", "--batch-size", "2", "--threads", "1", "--eval-batches", "2"]
 
@@ -101,10 +103,20 @@ def test_the_steps_that_fit() -> None:
     costs = Costs(step=0.1, validation=1.0, save=1.0)
     assert steps_within(100.0, costs, 100, 100, 0) == 825  # 99 s of 0.12 s each
     assert steps_within(100.0, costs, None, None, 5) == 890
+    assert steps_within(100.0, replace(costs, judgement=9.0), None, None, 5) == 800
     assert events_within(100.0, costs, 20) == 10 and events_within(1e6, costs, 20) == 20
     assert events_within(1.0, costs, 20) == 1
     with pytest.raises(ConfigError, match="too short"):
         steps_within(1.0, Costs(2.0, 0.0, 0.0), 10, 10, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_the_judgement_at_the_end_is_extrapolated_from_few_batches(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    timed = list[int]()
+    monkeypatch.setattr(LastJudgement, "_batches", lambda self, model: range(count))
+    monkeypatch.setattr(LastJudgement, "_timed", lambda self, model, few: (timed.append(len(few)), 2 + len(few) / 2)[1])
+    assert LastJudgement(None, None).seconds(None) == pytest.approx(2 + count / 2)  # type: ignore[arg-type]
+    assert max(timed) <= 5
 
 
 @pytest.mark.parametrize("targets", [1_000, 10_000_000, 10**9])

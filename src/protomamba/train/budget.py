@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from protomamba.data.prefetch import BatchSource
 from protomamba.errors import ConfigError
+from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.trainer import Trainer
 
 WARM_UP, MEASURED, AT_LEAST_S = 3, 5, 1.0
@@ -31,11 +32,12 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one step, one validation, one save."""
+    """Seconds of one step, one validation, one save, and of the judgement at the end."""
 
     step: float
     validation: float
     save: float
+    judgement: float = 0.0
 
 
 def seconds_of(text: str) -> float:
@@ -44,13 +46,21 @@ def seconds_of(text: str) -> float:
 
 
 def measure(
-    trainer: Trainer, stream: BatchSource, validation: Iterable[Any] | None, grad_accum: int, folder: Path
+    trainer: Trainer,
+    stream: BatchSource,
+    validation: Iterable[Any] | None,
+    grad_accum: int,
+    folder: Path,
+    judgement: Callable[[SequenceModel], float] | None = None,
 ) -> Costs:
     """Time a copy of the trainer on the run's own batches; neither the trainer nor the random numbers change."""
     with torch.random.fork_rng(devices=[]):
         twin = copy.deepcopy(trainer)
         found = Costs(
-            _step_seconds(twin, stream, grad_accum), _validation_seconds(twin, validation), _save_seconds(twin, folder)
+            _step_seconds(twin, stream, grad_accum),
+            _validation_seconds(twin, validation),
+            _save_seconds(twin, folder),
+            judgement(twin.model) if judgement and trainer.comm.rank == 0 else 0.0,
         )
         return Costs(*trainer.comm.tell(astuple(found))[0])
 
@@ -101,7 +111,7 @@ def steps_within(seconds: float, costs: Costs, val_every: int | None, save_every
     val_every, save_every: steps between them; None where `events` of them are spread over the run.
     ConfigError where not even one step fits.
     """
-    left, a_step = seconds * (1 - RESERVE), costs.step
+    left, a_step = seconds * (1 - RESERVE) - costs.judgement, costs.step
     for every, cost in ((val_every, costs.validation), (save_every, costs.save)):
         if every is None:
             left -= events * cost
@@ -111,6 +121,7 @@ def steps_within(seconds: float, costs: Costs, val_every: int | None, save_every
     if steps < 1:
         raise ConfigError(
             f"--time-budget: {max(0.0, seconds):.0f} s are left after the start, which is too short: a step takes "
-            f"{costs.step:.2f} s, a validation {costs.validation:.1f} s, a checkpoint {costs.save:.1f} s"
+            f"{costs.step:.2f} s, a validation {costs.validation:.1f} s, a checkpoint {costs.save:.1f} s, "
+            f"the judgement at the end {costs.judgement:.1f} s"
         )
     return steps

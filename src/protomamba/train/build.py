@@ -220,7 +220,8 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     notes += trainer.model.head.notes
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
-    config, further, length_notes = settle_length(config, resumed, (trainer, stream, validation), started)
+    measured = (trainer, stream, validation, None if validation is None else LastJudgement(inputs, validation))
+    config, further, length_notes = settle_length(config, resumed, measured, started)
     config = config.replace(
         grad_shards=trainer.grad_shards, workers_outer=outer_workers(trainer.config, trainer.grad_shards)
     )
@@ -268,21 +269,25 @@ def adopt_data_preset(
     return config.replace(preset=preset, **taken), [presets.described(preset, derived, set(taken))]
 
 
+# What a run spends its time on: steps, validations, and the judgement at its end.
+MeasuredParts = tuple[Trainer, BatchStream, Held | None, LastJudgement | None]
+
+
 def settle_length(
-    config: RunConfig, resumed: Resumed | None, parts: tuple[Trainer, BatchStream, Held | None], started: float
+    config: RunConfig, resumed: Resumed | None, parts: MeasuredParts, started: float
 ) -> tuple[RunConfig, int | None, list[str]]:
     """The steps of --epochs or --time-budget, laid as the trainer's schedule; after a resume, as further steps.
 
     Returns the configuration with them recorded, the further steps of a resume, and what to tell.
     """
-    trainer, stream, validation = parts
+    trainer, stream, *_ = parts
     if (config.epochs, config.time_budget) == (None, None) or (resumed and not resumed.new_length):
         return config, resumed.further_steps if resumed else None, []
     if config.epochs is not None:
         config = config.replace(steps=max(1, math.ceil(config.epochs * stream.steps_per_epoch / config.grad_accum)))
         notes = [f"{config.epochs:g} epochs are {config.steps:,} steps"]
     else:
-        config, notes = _budgeted(config, trainer, stream, validation, started)
+        config, notes = _budgeted(config, parts, started)
     if resumed:
         return config, config.steps, notes
     trainer.config = trainer.config.replace(steps=config.steps)
@@ -290,11 +295,11 @@ def settle_length(
     return config, None, notes
 
 
-def _budgeted(
-    config: RunConfig, trainer: Trainer, stream: BatchStream, validation: Held | None, started: float
-) -> tuple[RunConfig, list[str]]:
+def _budgeted(config: RunConfig, parts: MeasuredParts, started: float) -> tuple[RunConfig, list[str]]:
     """The configuration with the steps that fit into --time-budget from `started` on, and their prediction."""
-    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir)
+    trainer, stream, validation, judgement = parts
+    judged = judgement.seconds if judgement else None
+    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir, judged)
     spent = trainer.comm.tell(time.perf_counter() - started)[0]
     left = budget.seconds_of(str(config.time_budget)) - spent
     events = budget.events_within(left, costs, presets.EVENTS)
@@ -305,7 +310,8 @@ def _budgeted(
     cadence = {name: max(1, math.ceil(steps / events)) for name in spread}
     told = (
         f"{config.time_budget}: {steps:,} steps of {1e3 * costs.step:.1f} ms fit, with validations of "
-        f"{costs.validation:.1f} s and checkpoints of {costs.save:.2f} s; measured now, on this machine, and recorded"
+        f"{costs.validation:.1f} s, checkpoints of {costs.save:.2f} s and {costs.judgement:.1f} s for the judgement at the "
+        "end; measured now, on this machine, and recorded"
     )
     return config.replace(steps=steps, **cadence), [told]
 

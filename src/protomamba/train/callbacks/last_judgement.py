@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import Sampling
 from protomamba.data.tokenizer import Tokenizer, tokenizer_from_json
+from protomamba.data.windows import Batch
 from protomamba.decode import generate
 from protomamba.model.pretrained import build_model
 from protomamba.model.sequence_model import SequenceModel
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 # Ranks look at every class for every target: so many of both at most.
 MOST_SCORES = 4_000_000_000
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 160
+SAMPLED = 4  # batches that are timed beyond the first
 
 
 class LastJudgement(Callback):
@@ -42,18 +46,34 @@ class LastJudgement(Callback):
         except Exception as error:  # the run itself is over and saved: its exit code must not depend on a table
             run.warn(f"the best model was not evaluated: {type(error).__name__}: {error}")
 
+    def seconds(self, model: SequenceModel) -> float:
+        """What the judgement of such a model takes, extrapolated from its first batches. Nothing is logged."""
+        batches = list(self._batches(model))
+        one, few = (self._timed(model, batches[:count]) for count in (1, 1 + SAMPLED))
+        each = max(0.0, few - one) / max(1, min(SAMPLED, len(batches) - 1))
+        return one + each * (len(batches) - 1)
+
+    def _timed(self, model: SequenceModel, batches: Sequence[Batch]) -> float:
+        started = time.perf_counter()
+        for _ in self._lines(model, batches):
+            pass
+        return time.perf_counter() - started
+
     def _judge(self, run: Run) -> None:
+        model = _best_model(run)
+        for event, fields in self._lines(model, self._batches(model)):
+            run.log(event, **fields)
+
+    def _lines(self, model: SequenceModel, batches: Iterable[Batch]) -> Iterator[tuple[str, dict[str, Any]]]:
         info = self.validation.source.info
         tokenizer = tokenizer_from_json(self.inputs.tokenizer) if self.inputs.tokenizer else None
         writes = tokenizer is not None and info.n_class is None
         if info.n_class is None and info.preset != "events" and not writes:
             return
-        model = _best_model(run)
-        found = judge(model, self._batches(model), info, self.inputs.training)
-        for event, fields in found.lines().items():
-            run.log(event, **fields)
+        found = judge(model, batches, info, self.inputs.training)
+        yield from found.lines().items()
         if tokenizer is not None and writes:
-            run.log("sample", **self._sample(model, tokenizer))
+            yield "sample", self._sample(model, tokenizer)
 
     def _batches(self, model: SequenceModel) -> Held:
         """Those of a validation, fewer where there are very many classes."""
