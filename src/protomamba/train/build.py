@@ -310,8 +310,8 @@ def _budgeted(config: RunConfig, parts: MeasuredParts, started: float) -> tuple[
     cadence = {name: max(1, math.ceil(steps / events)) for name in spread}
     told = (
         f"{config.time_budget}: {steps:,} steps of {1e3 * costs.step:.1f} ms fit, with validations of "
-        f"{costs.validation:.1f} s, checkpoints of {costs.save:.2f} s and {costs.judgement:.1f} s for the judgement at the "
-        "end; measured now, on this machine, and recorded"
+        f"{costs.validation:.1f} s, checkpoints of {costs.save:.2f} s, and {costs.judgement:.1f} s for the judgement "
+        "at the end; measured now, on this machine, and recorded"
     )
     return config.replace(steps=steps, **cadence), [told]
 
