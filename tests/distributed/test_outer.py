@@ -115,7 +115,7 @@ def test_shards_follow_the_workers_where_they_are_not_given() -> None:
     ("settings", "message"),
     [
         ({"sync_every": 2, "workers_outer": 3, "grad_shards": 4}, "--workers-outer 3: does not divide --grad-shards 4"),
-        ({"workers_outer": 2}, "--workers-outer 2: workers meet every --sync-every steps"),
+        ({"workers_outer": 2}, "--workers-outer 2: workers synchronise every --sync-every steps"),
     ],
 )
 def test_workers_that_cannot_be_are_refused_by_name(settings: dict[str, int], message: str) -> None:

@@ -59,7 +59,7 @@ def test_after_a_kill_the_next_start_says_so(
     counted.finish()
 
 
-@pytest.mark.parametrize(("allowed", "kind"), [(10**13, "note:"), (10**4, "may be killed without a word")])
+@pytest.mark.parametrize(("allowed", "kind"), [(10**13, "note:"), (10**4, "may be killed without warning")])
 def test_what_is_needed_is_held_against_the_limit(
     allowed: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
