@@ -120,6 +120,8 @@ def _explain(schema: type[Schema], error: ErrorDetails) -> str:
         return f"unknown field {name!r} of {schema.__name__}{nearest(name, schema.model_fields)}"
     if error["type"] == "missing":
         return f"{schema.__name__} needs {name}"
+    if name not in schema.model_fields:
+        return f"{name}: {error['msg']}"
     return f"{flag(name)} {error['input']!r}: expected {describe_bounds(schema, name)}"
 
 

@@ -102,8 +102,19 @@ def _spins(path: Path) -> None:
         pass
 
 
+class _TwoLines(UserError):
+    def __str__(self) -> str:
+        return "two\nlines"
+
+
 def _talks(path: Path) -> None:
-    raise UserError("two\nlines")
+    raise _TwoLines("what a UserError itself no longer does")
+
+
+def test_a_message_stays_one_line_whatever_it_quotes() -> None:
+    """A key of two line ends, escapes for the terminal; lists of our own are indented, and stay lists."""
+    assert str(UserError("found \n\n, \x1b[2J, \u202e")) == r"found \n\n, \x1b[2J, \u202e"
+    assert str(UserError("wrong:\n  a\n  b é ☃")) == "wrong:\n  a\n  b é ☃"
 
 
 @pytest.mark.parametrize(

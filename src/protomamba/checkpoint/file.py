@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -65,6 +65,9 @@ class Checkpoint:
     info: dict[str, Any]
     version: int
 
+
+# What is, where it is there, made of names and values in a configuration that a trainer or a run wrote.
+SECTIONS = frozenset({"model", "train", "run", "data"})
 
 # What a file of version n lacks to be one of version n + 1 is done by MIGRATIONS[n], on the decoded parts and config.
 FORMAT_VERSION = 2
@@ -192,9 +195,23 @@ def _decode(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Checkp
     try:
         config, info = _mapping(decode(header.config, {})), _mapping(decode(header.info, {}))
         parts = {name: _mapping(decode(node, tensors)) for name, node in _mapping(header.parts).items()}
-        return Checkpoint(config, parts, info, header.version)
+        for section in SECTIONS & {name for name, value in config.items() if value is not None}:
+            config[section] = _Named(path, section, _mapping(config[section]))
+        named = {name: _Named(path, name, part) for name, part in parts.items()}
+        return Checkpoint(_Named(path, "config", config), _Named(path, "parts", named), info, header.version)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "header", f"malformed ({type(error).__name__}: {error})") from error
+
+
+class _Named(dict[Any, Any]):
+    """What a file says by name: a name that it lacks is a defect of the file."""
+
+    def __init__(self, path: Path, part: str, content: Mapping[Any, Any]) -> None:
+        super().__init__(content)
+        self._place = path, part
+
+    def __missing__(self, key: Any) -> NoReturn:
+        raise CheckpointError(*self._place, f"{key!r} is missing; it was written by another program, or changed")
 
 
 def _mapping(value: Any) -> dict[Any, Any]:

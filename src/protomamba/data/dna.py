@@ -37,7 +37,7 @@ class DnaTokenizer:
     eos_token = BOUNDARY
 
     def __post_init__(self) -> None:
-        if self.k < 1 or len(self.letters) ** self.k > MAX_SIZE:
+        if not 1 <= self.k <= 20 or len(self.letters) ** self.k > MAX_SIZE:
             most = next(k for k in range(20, 0, -1) if len(self.letters) ** k <= MAX_SIZE)
             raise ConfigError(f"--kmer {self.k}: expected 1 to {most}, as there are {len(self.letters)}^K words")
 

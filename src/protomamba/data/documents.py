@@ -87,8 +87,9 @@ def _files_in(folder: Path) -> list[tuple[Path, str]]:
     if (folder / DATASET_STATE).is_file():
         return _dataset_files(folder)
     if (folder / DATASET_SPLITS).is_file():
-        splits = ", ".join(str(folder / str(name)) for name in read_json(folder / DATASET_SPLITS).get("splits", ()))
-        raise UserError(f"{folder}: a dataset of several splits: name the one to train on: {splits}")
+        splits = read_json(folder / DATASET_SPLITS).get("splits")
+        names = ", ".join(str(folder / str(name)) for name in splits) if isinstance(splits, list) else "unknown"
+        raise UserError(f"{folder}: a dataset of several splits: name the one to train on: {names}")
     found = [path.relative_to(folder) for path in _walk(folder)]
     return [(folder / path, path.as_posix()) for path in sorted(found, key=lambda path: path.as_posix())]
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ def reference(path: Path) -> FileRef:
     """Examine a file now. The status is taken before the contents, so a later change cannot hide behind it."""
     status = check_regular_file(path)
     return FileRef.of(path, status, sha256_of(path))
+
+
+def check_kinds(entry: Any) -> None:
+    """TypeError unless the fields of a dataclass that are int or str hold that: a file that was edited may say else."""
+    for field in fields(entry):
+        value = getattr(entry, field.name)
+        if field.type in ("int", "str") and type(value).__name__ != field.type:
+            raise TypeError(f"{field.name}: expected {field.type}, found {str(value)[:40]}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def _sidecar_dtype(path: Path) -> str | None:
     if not sidecar.exists():
         return None
     name = read_json(sidecar).get("dtype")
-    if name not in SIDECAR_DTYPES:
+    if not isinstance(name, str) or name not in SIDECAR_DTYPES:
         raise UserError(f'{sidecar}, key "dtype": expected "uint16" or "uint32", found {name!r}')
     return SIDECAR_DTYPES[name]
 

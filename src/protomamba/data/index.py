@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from protomamba.data.files import (
     FileRef,
+    check_kinds,
     check_regular_file,
     read_json,
     reference,
@@ -100,9 +101,14 @@ def _convert(path: Path, folders: list[Path]) -> Indexed:
             reason = str(error)
             continue
         _check_unchanged(source)
-        layout = Layout("txt", "<u4", HEADER_BYTES, writer.tokens)
+        layout = _converted(writer.tokens)
         return _save([folder], Indexed(source, reference(store), layout, writer.max_token, examined_ns))
     return _convert_in_memory(source, examined_ns, reason)
+
+
+def _converted(tokens: int) -> Layout:
+    """Where the tokens of a text file stand once they are parsed."""
+    return Layout("txt", "<u4", HEADER_BYTES, tokens)
 
 
 def _convert_in_memory(source: FileRef, examined_ns: int, reason: str) -> Indexed:
@@ -156,8 +162,12 @@ def _load(folder: Path, path: Path) -> Indexed | None:
         layout = Layout(**entry["layout"])
         store = folder / f"{path.name}.tokens" if layout.kind == "txt" else path
         files = (FileRef(path, **entry["source"]), FileRef(store, **entry["store"]))
+        for each in (layout, *files):
+            check_kinds(each)
+        if layout.kind == "txt" and layout != _converted((files[1].size - HEADER_BYTES) // 4):
+            return None
         return Indexed(*files, layout, int(entry["max_token"]), int(entry["examined_ns"]))
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

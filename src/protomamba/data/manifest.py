@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.files import read_json
+from protomamba.data.files import check_kinds, read_json
 from protomamba.data.tokenizer import TOKENIZER_FILE
 from protomamba.errors import UserError
 from protomamba.storage import write_json
@@ -27,6 +27,9 @@ class ShardEntry:
     bytes: int
     max_token: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,13 @@ class Manifest:
                 )
 
 
+def _kind_or_none(body: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = body.get(key)
+    if value is not None and type(value) is not kind:
+        raise TypeError(f"{key}: expected {kind.__name__}, found {str(value)[:40]}")
+    return value
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder, or None if it has none of ours. UserError if it is damaged or of a newer version."""
     path = folder / MANIFEST
@@ -117,8 +127,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             dict(body["tokenizer"]),
             dict(body["source"]),
             shards,
-            body.get("preset"),
-            body.get("raw_bytes"),
+            _kind_or_none(body, "preset", str),
+            _kind_or_none(body, "raw_bytes", int),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: damaged: {type(error).__name__}: {error}; make the folder again") from error

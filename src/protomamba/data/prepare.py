@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,14 +158,22 @@ def _load_state(folder: Path, plan: str, other: str) -> _State:
         if body.get("shards"):
             raise UserError(other)
         return state  # a call that failed before its first shard: nothing of it is worth keeping
-    for entry, place in zip(body["shards"], body["next_places"], strict=True):
-        shard = ShardEntry(**entry)
+    for shard, place in _done(folder / PROGRESS_FILE, body):
         path = folder / shard.name
         if not path.is_file() or sha256_of(path) != shard.sha256:
             break  # made again, and all after it
         state.shards.append(shard)
-        state.next_places.append((int(place[0]), int(place[1])))
+        state.next_places.append(place)
     return state
+
+
+def _done(path: Path, body: Mapping[str, Any]) -> list[tuple[ShardEntry, tuple[int, int]]]:
+    """The finished shards, each with where the next begins. UserError where the file is damaged."""
+    try:
+        pairs = zip(body["shards"], body["next_places"], strict=True)
+        return [(ShardEntry(**entry), (int(unit), int(token))) for entry, (unit, token) in pairs]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: damaged: {error}; remove the folder and make it again") from error
 
 
 def _tokenizer(

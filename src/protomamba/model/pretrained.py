@@ -16,6 +16,7 @@ from protomamba.checkpoint.transformers_folder import read_transformers_folder
 from protomamba.checkpoint.weights_folder import is_weights_folder, read_weights_folder, write_weights_folder
 from protomamba.config import ModelConfig
 from protomamba.errors import UserError
+from protomamba.memory import out_of_memory
 from protomamba.model.registry import refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
 
@@ -70,10 +71,25 @@ def freeze_as(model: SequenceModel, frozen: Any) -> None:
         parameters[name].requires_grad_(False)
 
 
+def _sized(config: ModelConfig, state: Mapping[str, Tensor]) -> SequenceModel:
+    """A fresh model. UserError for sizes that are not the state's, told before memory is asked for where possible."""
+    table, expected = state.get("embedding.weight"), (config.vocab_size, config.d_model)
+    if table is not None and tuple(table.shape) != expected:
+        raise UserError(f"the weights do not fit their configuration: embedding {tuple(table.shape)}, not {expected}")
+    if config.n_layer > len(state):
+        raise UserError(f"the weights do not fit their configuration: {len(state)} tensors for {config.n_layer} layers")
+    try:
+        return SequenceModel(config)
+    except (RuntimeError, MemoryError) as error:
+        if told := out_of_memory(error):
+            raise UserError(f"the model of this configuration: {told}") from None
+        raise
+
+
 def model_of(config: ModelConfig, state: Mapping[str, Tensor]) -> SequenceModel:
     """A model with this state, in the state's dtypes. UserError where the two do not fit."""
     refuse_unnamed_parts(config)
-    model = SequenceModel(config)
+    model = _sized(config, state)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
     shared = {"head.weight": state["embedding.weight"]} if config.tie_embedding and "embedding.weight" in state else {}

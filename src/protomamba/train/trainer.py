@@ -294,7 +294,10 @@ class Trainer:
         return {stored: getattr(self, name) for stored, name in TRAINER_STATE.items()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take over the counts. ValueError where one of them is no whole number."""
         for stored, name in TRAINER_STATE.items():
+            if type(state[stored]) is not int or state[stored] < 0:
+                raise ValueError(f"{stored}: expected a whole number, found {str(state[stored])[:40]}")
             setattr(self, name, state[stored])
 
     def parts(self) -> dict[str, Mapping[str, Any]]:
@@ -355,10 +358,14 @@ class Trainer:
         ]
         if wrong:
             raise UserError("the checkpoint was made by a different trainer:\n  " + "\n  ".join(wrong))
-        self.model.load_state_dict(loaded.parts["model"])
-        self.load_slots(loaded.parts["optimizer"]["moments"])
-        self.load_state_dict(loaded.parts["trainer"])
-        torch.set_rng_state(loaded.parts["rng"]["torch"])
+        try:
+            self.model.load_state_dict(loaded.parts["model"])
+            self.load_slots(loaded.parts["optimizer"]["moments"])
+            self.load_state_dict(loaded.parts["trainer"])
+            torch.set_rng_state(loaded.parts["rng"]["torch"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise UserError(f"the checkpoint holds what no trainer writes ({type(error).__name__}: {told})") from error
 
     def _new_optimizer(self) -> tuple[Optimizer, RowTables]:
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

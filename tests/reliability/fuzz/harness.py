@@ -94,6 +94,7 @@ def fuzz(name: str, first: int, count: int) -> Iterator[tuple[int, str | None]]:
             found = problem_with(reader, path, variant(reader, good, seed), idle)
             if found:
                 yield seed, found
+                idle = peak_bytes()  # a peak stays: the files behind are held against it, not each called a failure
             _tidy(path.parent, kept)
 
 

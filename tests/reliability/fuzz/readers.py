@@ -153,6 +153,64 @@ def _read_labels(path: Path) -> None:
     open_labelled(path.parent / "seq.txt", path.parent / "labels.txt")
 
 
+def _sidecar(folder: Path) -> Path:
+    _bin(folder).write_bytes(np.arange(90, dtype=np.uint16).tobytes())
+    (folder / "t.bin.json").write_text('{"dtype": "uint16"}')
+    return folder / "t.bin.json"
+
+
+def _text_index(folder: Path) -> Path:
+    (folder / "t.txt").write_bytes(_TEXT)
+    _read_tokens(folder / "t.txt")
+    return next(folder.glob("*/t.txt.json"))
+
+
+def _progress(folder: Path) -> Path:
+    """What a `prepare` that was stopped behind its shards leaves."""
+    from protomamba.data import prepare
+    from protomamba.data.manifest import read_manifest
+
+    out = _prepared("manifest.json")(folder).parent
+    manifest = read_manifest(out)
+    assert manifest is not None
+    state = prepare._State("plan", [*manifest.shards], [(0, 100 * n) for n, _ in enumerate(manifest.shards)])
+    (out / "manifest.json").unlink()
+    state.write(out)
+    return out / prepare.PROGRESS_FILE
+
+
+def _go_on(path: Path) -> None:
+    from protomamba.data import prepare
+
+    prepare._open_folder(path.parent, "plan")
+
+
+def _datasets(name: str, content: dict[str, Any]) -> Callable[[Path], Path]:
+    return file_of(name, json.dumps(content).encode())
+
+
+def _documents(path: Path) -> None:
+    from protomamba.data import documents
+
+    documents._files_in(path.parent)
+
+
+# Weights
+
+
+def _weights(folder: Path) -> Path:
+    from protomamba.model.pretrained import save_pretrained
+
+    save_pretrained(_model(), folder / "weights")
+    return folder / "weights" / "config.json"
+
+
+def _load_weights(path: Path) -> None:
+    from protomamba.model.pretrained import load_pretrained
+
+    load_pretrained(path.parent)
+
+
 # The rest
 
 
@@ -212,5 +270,14 @@ READERS: dict[str, Reader] = {
     "sequences": Reader(_labels("seq.txt"), _read_labels, BYTES),
     "labels": Reader(_labels("labels.txt"), _read_labels, BYTES),
     "tokenizer": Reader(_tokenizer, _read_tokenizer, mutate.either(BYTES, JSON, JSON, JSON), True),
+    "bin sidecar": Reader(_sidecar, lambda path: _read_tokens(path.with_suffix("")), mutate.either(BYTES, JSON, JSON)),
+    "text index": Reader(
+        _text_index, lambda path: _read_tokens(path.parents[1] / "t.txt"), mutate.either(BYTES, JSON, JSON)
+    ),
+    "prepare progress": Reader(_progress, _go_on, mutate.either(BYTES, JSON, JSON)),
+    "datasets state": Reader(
+        _datasets("state.json", {"_data_files": [{"filename": "a.arrow"}]}), _documents, mutate.either(BYTES, JSON)
+    ),
+    "weights config": Reader(_weights, _load_weights, mutate.either(BYTES, JSON, JSON)),
     **INPUTS,
 }
