@@ -23,7 +23,7 @@ def export_transformers(source: Path, out_dir: Path) -> list[Path]:
     Raises UserError for a file that is no sound checkpoint, and as `write_transformers_folder` does.
     """
     loaded = checkpoint.load(source)
-    refuse_inexpressible(ModelConfig(**loaded.config["model"]))
+    refuse_inexpressible(ModelConfig(**loaded.section("model")))
     model = build_model(loaded)
     description = loaded.config.get("tokenizer")
     return write_transformers_folder(

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from protomamba.checkpoint import layout
 from protomamba.checkpoint.encode import TreeEncoder, decode, tensor_names
 from protomamba.checkpoint.layout import CheckpointError, Header, TensorRecord
 from protomamba.checkpoint.migrations import MIGRATIONS
+from protomamba.errors import UserError
 from protomamba.storage import DISK, Disk, DurabilityUnknownError, NotCommittedError, SaveError, commit
 
 __all__ = [
@@ -65,9 +66,21 @@ class Checkpoint:
     info: dict[str, Any]
     version: int
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A part of the configuration. UserError where the file has no such names and values."""
+        return _named("configuration", name, self.config)
 
-# What is, where it is there, made of names and values in a configuration that a trainer or a run wrote.
-SECTIONS = frozenset({"model", "train", "run", "data"})
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of the state. UserError where the file has none of this name."""
+        return _named("state", name, self.parts)
+
+
+def _named(of: str, name: str, all_of: Mapping[str, Any]) -> dict[str, Any]:
+    found = all_of.get(name)
+    if not isinstance(found, dict):
+        raise UserError(f"the checkpoint's {of} has no {name!r}: it was written by another program, or changed")
+    return found
+
 
 # What a file of version n lacks to be one of version n + 1 is done by MIGRATIONS[n], on the decoded parts and config.
 FORMAT_VERSION = 2
@@ -195,23 +208,9 @@ def _decode(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Checkp
     try:
         config, info = _mapping(decode(header.config, {})), _mapping(decode(header.info, {}))
         parts = {name: _mapping(decode(node, tensors)) for name, node in _mapping(header.parts).items()}
-        for section in SECTIONS & {name for name, value in config.items() if value is not None}:
-            config[section] = _Named(path, section, _mapping(config[section]))
-        named = {name: _Named(path, name, part) for name, part in parts.items()}
-        return Checkpoint(_Named(path, "config", config), _Named(path, "parts", named), info, header.version)
+        return Checkpoint(config, parts, info, header.version)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "header", f"malformed ({type(error).__name__}: {error})") from error
-
-
-class _Named(dict[Any, Any]):
-    """What a file says by name: a name that it lacks is a defect of the file."""
-
-    def __init__(self, path: Path, part: str, content: Mapping[Any, Any]) -> None:
-        super().__init__(content)
-        self._place = path, part
-
-    def __missing__(self, key: Any) -> NoReturn:
-        raise CheckpointError(*self._place, f"{key!r} is missing; it was written by another program, or changed")
 
 
 def _mapping(value: Any) -> dict[Any, Any]:

@@ -24,4 +24,4 @@ def refuse_other_code(loaded: Checkpoint, config: RunConfig) -> None:
 
     load_named_code(config)
     named = {what: getattr(config, what) for what in CODE_FLAGS if what in config.given}
-    refuse_other_parts(ModelConfig(**loaded.config["model"]), named)
+    refuse_other_parts(ModelConfig(**loaded.section("model")), named)

@@ -245,7 +245,7 @@ def vocabulary_from(path: Path) -> Vocabulary:
     loaded = checkpoint.load(file) if file.is_file() else None
     if loaded is None or "vocabulary" not in loaded.parts:
         raise UserError(f"--vocab-from {path}: has no items: expected a folder of `prepare events`, or a run on one")
-    return Vocabulary.from_state(loaded.parts["vocabulary"], str(path))
+    return Vocabulary.from_state(loaded.part("vocabulary"), str(path))
 
 
 def _show(manifest: PreparedManifest, figures: dict[str, str]) -> None:

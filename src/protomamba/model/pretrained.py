@@ -49,7 +49,7 @@ def save_pretrained(model: SequenceModel, folder: Path) -> list[Path]:
 
 def build_model(loaded: checkpoint.Checkpoint) -> SequenceModel:
     """The model of a checkpoint with its weights, their dtypes, and what of them is frozen."""
-    model = model_of(ModelConfig(**loaded.config["model"]), loaded.parts["model"])
+    model = model_of(ModelConfig(**loaded.section("model")), loaded.part("model"))
     freeze_as(model, loaded.config.get("frozen"))
     return model
 

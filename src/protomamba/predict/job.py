@@ -104,7 +104,7 @@ def predict_file(path: Path, job: Job) -> Summary:
     """Answer every row of job.source in job.out. Raises UserError and ConfigError."""
     gathered = lines_path(job.out)
     loaded = checkpoint.load(path)
-    refuse_other_parts(ModelConfig(**loaded.config["model"]), job.code)
+    refuse_other_parts(ModelConfig(**loaded.section("model")), job.code)
     facts = known(loaded)
     predictor = Predictor(build_model(loaded), facts.reserved)
     del loaded  # the optimizer's moments are twice the model

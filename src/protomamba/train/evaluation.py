@@ -36,7 +36,7 @@ def evaluate_checkpoint(
     split: the part of a prepared folder. batches: so many, spread evenly over the data; None for all.
     """
     model = build_model(loaded)  # without a trainer: an optimizer of the user's own need not be imported
-    model.precision = loaded.config["train"]["precision"]
+    model.precision = loaded.section("train")["precision"]
     config = _data_config(path, loaded, given, model.config)
     use_machine(config.threads, config.kernels)
     data = config.project(DataFields)
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     if not found.targets:
         raise UserError("the batches to evaluate contain no targets")
     judged = judge(model, held, source.info, inputs.training)
-    return Evaluation({**_figures(found, source, called), "step": loaded.parts["trainer"]["step"]}, judged)
+    return Evaluation({**_figures(found, source, called), "step": loaded.part("trainer")["step"]}, judged)
 
 
 def _figures(found: Validation, source: Source, called: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def read_initial_weights(path: Path) -> InitialWeights:
     moments = loaded.parts.get("optimizer", {}).get("moments", {})
     names = loaded.parts.get("vocabulary")
     vocabulary = Vocabulary.from_state(names, str(path)) if names else None
-    return InitialWeights(path, ModelConfig(**loaded.config["model"]), loaded.parts["model"], moments, vocabulary)
+    return InitialWeights(path, ModelConfig(**loaded.section("model")), loaded.part("model"), moments, vocabulary)
 
 
 def adapt_to_weights(config: RunConfig, weights: InitialWeights) -> RunConfig:

@@ -52,8 +52,8 @@ def resume_from(config: RunConfig, found: Resumable) -> Resumed:
             f"{path}: contains no run to resume (it was saved by the library); start from its weights with "
             f"--init-from {path}"
         )
-    saved = RunConfig.recorded(loaded.config["run"])
-    n_layer = ModelConfig(**loaded.config["model"]).n_layer
+    saved = RunConfig.recorded(loaded.section("run"))
+    n_layer = ModelConfig(**loaded.section("model")).n_layer
     contradictions = [
         f"{flag(name)}: the checkpoint has {getattr(saved, name)}, given {getattr(config, name)}"
         for name in RunConfig.model_fields

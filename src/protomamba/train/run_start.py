@@ -50,7 +50,7 @@ class Start:
         if "stream" not in loaded.parts:
             raise UserError(f"{found.path}: contains no run to resume, only weights and optimizer state")
         trainer.restore(loaded)
-        run.stream.load_state_dict(loaded.parts["stream"])
+        run.stream.load_state_dict(loaded.part("stream"))
         notes += run.callbacks.load_state(loaded.parts.get("callbacks", {}))
         run.resumed_from = found.path
         if self.further_steps is not None:

@@ -338,7 +338,7 @@ class Trainer:
     @classmethod
     def from_checkpoint(cls, loaded: checkpoint.Checkpoint, comm: Comm | None = None) -> Self:
         """A trainer from a checkpoint already read and verified."""
-        config = TrainConfig.recorded(loaded.config["train"])
+        config = TrainConfig.recorded(loaded.section("train"))
         refuse_unnamed(config.optimizer, "optimizer")
         trainer = cls(build_model(loaded), config, comm)
         trainer.restore(loaded)
@@ -351,18 +351,18 @@ class Trainer:
         """
         mine = self.configs()
         wrong = [
-            f"{key}: the checkpoint has {loaded.config[part].get(key)!r}, this trainer {value!r}"
+            f"{key}: the checkpoint has {loaded.section(part).get(key)!r}, this trainer {value!r}"
             for part in ("model", "train")
             for key, value in mine[part].items()
-            if key != "steps" and key in loaded.config[part] and loaded.config[part][key] != value
+            if key != "steps" and key in loaded.section(part) and loaded.section(part)[key] != value
         ]
         if wrong:
             raise UserError("the checkpoint was made by a different trainer:\n  " + "\n  ".join(wrong))
         try:
-            self.model.load_state_dict(loaded.parts["model"])
-            self.load_slots(loaded.parts["optimizer"]["moments"])
-            self.load_state_dict(loaded.parts["trainer"])
-            torch.set_rng_state(loaded.parts["rng"]["torch"])
+            self.model.load_state_dict(loaded.part("model"))
+            self.load_slots(loaded.part("optimizer")["moments"])
+            self.load_state_dict(loaded.part("trainer"))
+            torch.set_rng_state(loaded.part("rng")["torch"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             told = " ".join(str(error).split())[:200]
             raise UserError(f"the checkpoint holds what no trainer writes ({type(error).__name__}: {told})") from error
