@@ -150,6 +150,15 @@ def test_a_bad_table_is_refused_by_row_and_column(
     assert words in capsys.readouterr().err
 
 
+def test_a_table_without_the_items_is_refused(events: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first other column was read as items, all of them unknown."""
+    model = events / "run" / "latest.safetensors"
+    (tmp_path / "mail.csv").write_text("label,text\na,hello\n")
+    assert run("predict", model, tmp_path / "mail.csv", "--out", tmp_path / "out.jsonl") == 1
+    assert "mail.csv: no column 'item', the items of the table" in (error := capsys.readouterr().err)
+    assert "its columns are label, text; name others with --group and --item" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("kmer", [1, 2])
 def test_dna_gets_the_likelihood_of_each_record(tmp_path: Path, kmer: int) -> None:
     drawn = random.Random(3)

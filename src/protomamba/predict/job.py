@@ -139,6 +139,8 @@ def _rows(job: Job, facts: Known, reader: ExampleReader, scratch: Path) -> Itera
     if columns is not None:
         reader.columns = Columns(columns.item, columns.group)
         return event_rows(job.source, columns, facts.vocabulary, scratch, job.skip_bad)
+    if facts.recipe.get("kind") == "events" and job.sequence_column is None and first is not None:
+        _require_items(job, first, facts.recipe)
     if facts.recipe.get("kind") == "labels" and is_series(job.source):
         return series_rows(job.source, facts.recipe)
     step_flags = StepFlags(job.key_column, job.order_column, job.sequence_column, job.value_columns)
@@ -159,6 +161,17 @@ def _rows(job: Job, facts: Known, reader: ExampleReader, scratch: Path) -> Itera
         reader.sequence_column = LINE
         return wide_rows(rows, job.source, _step_columns(job, facts.recipe), facts.recipe)
     return rows
+
+
+def _require_items(job: Job, first: Row, recipe: Mapping[str, Any]) -> None:
+    """UserError for a table without the items: any other column would be read as items that nobody knows."""
+    item, names = str(recipe.get("item")), list(first.fields)
+    lists = any(isinstance(value, list) for value in first.fields.values())
+    if names and not lists and not {item, "items", "tokens", "sequence", LINE} & set(names):
+        raise UserError(
+            f"{job.source}: no column {item!r}, the items of the table the model was trained on: its columns are "
+            f"{', '.join(names)}; name others with --group and --item"
+        )
 
 
 def _step_columns(job: Job, recipe: Mapping[str, Any]) -> Sequence[str]:
