@@ -202,15 +202,6 @@ def test_second_derivatives_are_refused_or_right_never_left_out(head: str) -> No
         kernels.set_kernels("auto")
 
 
-def test_autocast_is_bf16_products() -> None:
-    model, (tokens_BL, targets_BL) = make(), batch()
-    exact = model(tokens_BL, targets_BL)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = model(tokens_BL, targets_BL)
-    model.precision = "bf16"
-    assert same(cast.detach(), model(tokens_BL, targets_BL).detach()) and not same(cast.detach(), exact.detach())
-
-
 @pytest.mark.parametrize("head", ["hpn", "softmax"])
 def test_a_model_in_float64_trains_and_its_checkpoint_goes_on_to_the_bit(head: str, tmp_path: Path) -> None:
     trainer = Trainer(make(head=head).to(torch.float64), TrainConfig(lr=1e-2))

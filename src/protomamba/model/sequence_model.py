@@ -80,8 +80,8 @@ class SequenceModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """z (B, L, D), what the head sees, and the state after the last position (empty unless asked for).
 
-        precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets, or bf16 under
-        torch.autocast("cpu").
+        precision: of the matrix products, fp32 or bf16; None for that of the model, which a trainer sets.
+        torch.autocast changes nothing.
         activation_hook: called with (layer index, u (B, L, E)) for each layer that has a trainable local weight.
         """
         if torch.compiler.is_compiling():
@@ -95,7 +95,7 @@ class SequenceModel(nn.Module):
         x_BLD = self.dropout(x_BLD)
         if state and len(state) != len(self.layers):
             raise ValueError(f"state: expected one entry per layer, {len(self.layers)} of them, got {len(state)}")
-        precision, states = precision or self._products(), ModelState()
+        precision, states = precision or self.precision, ModelState()
         for index, block in enumerate(self.blocks()):
             hooked = activation_hook is not None and trainable(block.mixer.local_weight())
             hook = partial(activation_hook, index) if hooked and activation_hook else None
@@ -324,11 +324,6 @@ class SequenceModel(nn.Module):
                 "it first (torch's remove_parametrizations, prune.remove, peft's merge_and_unload), or keep "
                 "model.state_dict() yourself"
             )
-
-    def _products(self) -> str:
-        """The precision of the matrix products where nothing else is given."""
-        under_autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return "bf16" if under_autocast else self.precision
 
     def _parameter_names(self) -> frozenset[str]:
         return frozenset(name for name, _ in self.named_parameters())
