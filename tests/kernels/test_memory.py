@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protomamba.kernels import native
+from protomamba.kernels import matmul, native
 
 MIB = 1 << 20
 MANY = 4 * MIB  # rows or channels, so that what one call needs is more than the heap has free
@@ -135,3 +137,27 @@ def test_after_memory_was_refused_a_thread_asks_for_it_anew(library: native.Libr
             CALLS["conv_forward, a thread's"](library)
 
     assert without_memory(twice, library) == "nothing was refused"
+
+
+GROWTH = """
+import torch
+from protomamba.kernels import matmul
+torch.set_num_threads(1)
+w_OI = torch.randn(2048, 128)
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1])
+matmul.linear(torch.randn(600, 128), w_OI)
+for rows in range(600, 100, -1):
+    matmul.linear(torch.randn(rows, 128), w_OI)
+    if rows == 400:
+        before = held()
+print((held() - before) * 4096 >> 20)
+"""
+
+
+@pytest.mark.skipif(matmul.backend() != "onednn", reason="products are not oneDNN's")
+def test_products_of_many_shapes_do_not_take_memory_for_ever() -> None:
+    """oneDNN keeps what it compiled for each number of rows: 300 more of them took hundreds of MiB."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], check=True, capture_output=True, text=True, timeout=300)
+    assert int(done.stdout) < 32

@@ -21,6 +21,11 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 
 BACKENDS = ("torch", "onednn")
+# oneDNN, and torch around it, keep what they compiled for each shape of a product, 1,024 of them: where the number of
+# rows differs from step to step (targets of events, rows of a file) that is hundreds of megabytes, which no step asks
+# for again. A step's own products are a few dozen, and stay. Both caches read these when they are first used.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 # Up to this many rows a product is bound by reading the matrix, which no BLAS does at the memory's speed.
 FEW_ROWS = 8
 
