@@ -135,11 +135,8 @@ class Recorder:
             place = self._find(x.data_ptr()) if x.numel() else None
             if place is None or content(x.untyped_storage()) != self.buffers[place[0]].known:
                 continue
-            where = (
-                integers(place[1], x.element_size())
-                + counted(integers(*x.shape), 8)
-                + counted(integers(*x.stride()), 8)
-            )
+            size = -x.element_size() if x.dtype == torch.int64 else x.element_size()  # below 0: whole numbers
+            where = integers(place[1], size) + counted(integers(*x.shape), 8) + counted(integers(*x.stride()), 8)
             self._hold("E", name, place[0], b"", where, TOLERANCES[kind, dtype], expected[name])
 
     def map(self, which: int, name: str, x: Tensor, ulp: float, exact: Tensor) -> None:

@@ -97,7 +97,9 @@ void call(const Case& c, const Event& e, const Buffers& buffers, void* library) 
     if (op(packed.get())) wrong(c, "pm_" + e.name + " was refused memory");
 }
 
+// `element`: bytes of a float, or -8 for an int64.
 double number(const char* data, int64_t element) {
+    if (element == -8) return double(*reinterpret_cast<const int64_t*>(data));
     if (element == 8) return *reinterpret_cast<const double*>(data);
     uint32_t bits = 0;
     std::memcpy(element == 2 ? reinterpret_cast<char*>(&bits) + 2 : reinterpret_cast<char*>(&bits), data, element);
@@ -113,7 +115,7 @@ double rms_ratio(const Event& e, const Memory& memory) {
     for (double expected : e.expected) {
         int64_t offset = 0;
         for (size_t k = 0; k < at.size(); k++) offset += at[k] * e.strides[k];
-        double actual = number(memory.data() + e.offset + offset * e.element, e.element);
+        double actual = number(memory.data() + e.offset + offset * std::abs(e.element), e.element);
         error += (actual - expected) * (actual - expected);
         size += expected * expected;
         for (size_t k = at.size(); k-- > 0 && ++at[k] == e.shape[k];) at[k] = 0;
