@@ -88,6 +88,16 @@ def test_workers_grow_and_freeze_with_the_model() -> None:
     assert more == told
 
 
+def test_growing_behind_the_last_step_moves_no_weight() -> None:
+    """The workers met after it, at the run's end; growing made them meet again, by momentum alone."""
+    trainer = OuterTrainer(model(), TrainConfig(**SETTINGS))
+    for step in range(5):
+        trainer.train_step(*batches(step))
+    before = copy.deepcopy(trainer.model.layers[:2].state_dict())
+    trainer.grow(3, seed=5)
+    assert_equal(trainer.model.layers[:2].state_dict(), before, "the layers there were")
+
+
 def test_one_worker_is_a_shared_run_between_the_meetings() -> None:
     """What a worker of several shards does in its steps is what a trainer of as many shards does."""
     alone = Trainer(model("softmax"), TrainConfig(**{**SETTINGS, "sync_every": None}))

@@ -111,7 +111,7 @@ class OuterTrainer(Trainer):
         tokens = sum(targets_BL.numel() for _, targets_BL, _ in batches)
         self.tokens_seen += tokens
         self.skipped_total += int(skipped)
-        if self._met or self.global_step == self.target_step:
+        if self._meets:
             self._meet()
         return StepStats(
             step=self.global_step,
@@ -124,9 +124,9 @@ class OuterTrainer(Trainer):
         )
 
     @property
-    def _met(self) -> bool:
-        """Whether the workers meet after the step before this one."""
-        return self.global_step % (self.config.sync_every or 1) == 0
+    def _meets(self) -> bool:
+        """Whether the workers meet after the step that was the last."""
+        return self.global_step % (self.config.sync_every or 1) == 0 or self.global_step == self.target_step
 
     def grow(self, target: int, placement: str = "append", seed: int | None = None) -> None:
         """As of any Trainer, after a meeting: old layers of a worker keep its moments, new ones are alike in all."""
@@ -140,7 +140,7 @@ class OuterTrainer(Trainer):
 
     def _change(self, change: Callable[[Trainer], None]) -> None:
         """Change this model's layers and those of the workers alike."""
-        if not self._met:
+        if not self._meets:  # else they have: a second meeting would move the weights by momentum alone
             self._meet()
         change(self)
         for trainer in self.workers.values():
