@@ -61,12 +61,22 @@ def test_every_number_of_workers_on_every_number_of_ranks(workers: int, world: i
         assert again + more == told
 
 
+@torch.no_grad()
+def set_alike(layer: torch.nn.Module) -> None:
+    """Ranks are threads here, which share one stream of random numbers: what each drew for it is left to luck."""
+    for number, parameter in enumerate(layer.parameters()):
+        drawn = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.copy_(0.1 * drawn)
+
+
 def grown_and_frozen(comm: Comm, made: Any) -> Any:
     """Three steps, of which the workers have met after two; then a third layer, and the first one stays as it is."""
     trainer = OuterTrainer(made, TrainConfig(**SETTINGS), comm)
     for step in range(3):
         trainer.train_step(*batches(step))
     trainer.grow(3, seed=5)
+    for each in (trainer, *trainer.workers.values()):
+        set_alike(each.model.layers[2])
     trainer.freeze("first:1")
     before = copy.deepcopy(trainer.model.layers[0].state_dict())
     told = [trainer.train_step(*batches(step)) for step in range(3, 5)]
