@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from protomamba.cli.main import main
-from protomamba.train.judging import per_class
 from protomamba.train.validation import bits_per_byte
 from tests.runs import metrics
 
@@ -91,10 +90,5 @@ def test_a_part_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     assert "has no test part" in capsys.readouterr().err
 
 
-def test_figures_of_a_confusion_matrix() -> None:
-    assert per_class(["a", "b", "c"], [[3, 1, 0], [1, 5, 0], [0, 0, 0]]) == [
-        ("a", 0.75, 0.75, 0.75, 4),
-        ("b", 5 / 6, 5 / 6, 5 / 6, 6),
-        ("c", 0.0, 0.0, 0.0, 0),
-    ]
+def test_bits_per_byte() -> None:
     assert bits_per_byte(None, 1.0) is None and bits_per_byte(0.6931471805599453, 2.0) == pytest.approx(0.5)

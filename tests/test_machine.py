@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
+from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores, process_start
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -69,3 +71,13 @@ def test_cores_and_memory(tmp_path: Path) -> None:
     assert physical_cores({0, 1, 2}, tmp_path / "none") == 3
     assert memory_info(root) == {"MemTotal": 2 << 20, "MemAvailable": 1 << 20} and memory_info(tmp_path / "none") == {}
     assert allowed_cpus()
+
+
+def test_when_the_process_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 50.0)
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: 1_000.0)
+    assert process_start(tmp_path) == 50  # no /proc: from now
+    (tmp_path / "proc/self").mkdir(parents=True)
+    ticks = 997 * os.sysconf("SC_CLK_TCK")  # three seconds ago
+    (tmp_path / "proc/self/stat").write_text(f"7 (a ) b) R {' '.join(['1'] * 18)} {ticks} 5 6\n")
+    assert process_start(tmp_path) == 47

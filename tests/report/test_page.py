@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from protomamba.cli.main import main
-from protomamba.report.judged import class_figures, classification
+from protomamba.report.classes import accuracy, class_figures, macro_f1
+from protomamba.report.judged import classification
 from protomamba.report.page import MAX_BYTES, page
 from protomamba.report.panels import panels
 from protomamba.report.record import Series, read_run, read_runs
@@ -184,6 +185,17 @@ def test_class_figures_and_many_classes() -> None:
     counts = [[90 if i == j else 7 if j == (i + 1) % count else 0 for j in range(count)] for i in range(count)]
     html = classification({"classes": [f"k{i}" for i in range(count)], "confusion": counts})
     assert "matrix" not in html and "Commonest mistakes of 60 classes" in html and "lowest F1" in html
+
+
+def test_macro_f1_counts_the_classes_that_occur_at_all() -> None:
+    # b has no sequence but is predicted, d is neither: scikit-learn's f1_score(average="macro") leaves out d alone.
+    # Page and trackers told two other figures before: of the classes with a sequence, and of all.
+    event = {"classes": ["a", "b", "c", "d"], "confusion": [[3, 1, 0, 0], [0, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 0]]}
+    found = class_figures(event)
+    assert [one.f1 for one in found] == pytest.approx([6 / 7, 0, 1, 0]) and accuracy(event) == 7 / 8
+    assert macro_f1(found) == pytest.approx((6 / 7 + 0 + 1) / 3)
+    assert f"macro F1 {macro_f1(found):.4f}" in classification(event)
+    assert macro_f1([]) == 0
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,9 +101,10 @@ def test_a_wall_time_is_measured_once_and_recorded(prepared: Path, tmp_path: Pat
 def test_the_steps_that_fit() -> None:
     assert (seconds_of("90s"), seconds_of("1.5m"), seconds_of("2h")) == (90, 90, 7200)
     costs = Costs(step=0.1, validation=1.0, save=1.0)
-    assert steps_within(100.0, costs, 100, 100, 0) == 825  # 99 s of 0.12 s each
-    assert steps_within(100.0, costs, None, None, 5) == 890
-    assert steps_within(100.0, replace(costs, judgement=9.0), None, None, 5) == 800
+    assert steps_within(100.0, costs, 100, 100, 0) == 829  # 99.5 s of 0.12 s each
+    assert steps_within(100.0, costs, None, None, 5) == 895
+    assert steps_within(100.0, replace(costs, judgement=9.0), None, None, 5) == 805
+    assert steps_within(1000.0, costs, None, None, 0) == 9950
     assert events_within(100.0, costs, 20) == 10 and events_within(1e6, costs, 20) == 20
     assert events_within(1.0, costs, 20) == 1
     with pytest.raises(ConfigError, match="too short"):

@@ -57,8 +57,8 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def _show(figures: Mapping[str, Any], judged: Judgement) -> None:
+    from protomamba.report.classes import class_figures
     from protomamba.train.callbacks.console import Console
-    from protomamba.train.judging import per_class
 
     console = Console()
     console.header({name: _shown(value) for name, value in figures.items() if value is not None})
@@ -67,7 +67,10 @@ def _show(figures: Mapping[str, Any], judged: Judgement) -> None:
         names = list(judged.ranking["figures"])
         console.table(("", *names), [(who, *(each.get(name, 0.0) for name in names)) for who, each in rows.items()])
     if judged.classification:
-        console.table(("class", "precision", "recall", "F1", "sequences"), per_class(**judged.classification))
+        found = [
+            (one.name, one.precision, one.recall, one.f1, one.count) for one in class_figures(judged.classification)
+        ]
+        console.table(("class", "precision", "recall", "F1", "sequences"), found)
         names = judged.classification["classes"]
         if len(names) <= SHOWN_CLASSES:
             rows_of = zip(names, judged.classification["confusion"], strict=True)

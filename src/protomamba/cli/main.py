@@ -24,6 +24,7 @@ from protomamba.cli import (
 from protomamba.cli.examples import epilog
 from protomamba.cli.flags import Parser, add_fields, run_config
 from protomamba.errors import ConfigError, UserError
+from protomamba.machine import process_start
 from protomamba.memory import out_of_memory
 from protomamba.output import claim_standard_descriptors, safe_standard_streams
 from protomamba.run_config import RunConfig
@@ -47,7 +48,7 @@ def _configure_train(parser: Parser, hidden: bool = False) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from protomamba.train.build import train
 
-    return train(run_config(arguments))
+    return train(run_config(arguments), began=arguments.began)
 
 
 def _configure_parity(parser: Parser) -> None:
@@ -161,8 +162,11 @@ def _usage() -> str:
     return "usage: protomamba COMMAND [flags]   (protomamba COMMAND --help lists them)\n\n" + "\n".join(lines)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command. Raises UserError; --help and --version end by SystemExit(0)."""
+def run(arguments: Sequence[str], began: float | None = None) -> int:
+    """Run one command. Raises UserError; --help and --version end by SystemExit(0).
+
+    began: when, on the clock of time.perf_counter, if that was before now.
+    """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else 2
@@ -175,22 +179,26 @@ def run(arguments: Sequence[str]) -> int:
     name = two if two in COMMANDS else arguments[0]
     work = COMMANDS[name][2]
     parser = parser_of(name)
-    return work(parser.parse_checked(arguments[len(name.split()) :]))
+    parsed = parser.parse_checked(arguments[len(name.split()) :])
+    parsed.began = began
+    return work(parsed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `protomamba` command: the exit code, with one line on stderr for what a user can mend."""
+    # As a command of the shell the process is the command: loading Python and torch is part of its time.
+    began = process_start() if arguments is None else None
     arguments = sys.argv[1:] if arguments is None else arguments
     claim_standard_descriptors()
     with safe_standard_streams() as (out, _):
-        code = _run_and_explain(arguments)
+        code = _run_and_explain(arguments, began)
         out.flush()
         return code or _unheard(arguments, out.lost)
 
 
-def _run_and_explain(arguments: Sequence[str]) -> int:
+def _run_and_explain(arguments: Sequence[str], began: float | None) -> int:
     try:
-        return run(arguments)
+        return run(arguments, began)
     except UserError as error:
         if "--debug" in arguments:
             raise

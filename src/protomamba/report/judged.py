@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from protomamba.report.classes import ClassFigures, accuracy, class_figures, macro_f1
 from protomamba.report.markup import number, table, tag, text
 from protomamba.report.record import RunRecord
 
@@ -17,38 +17,11 @@ SAMPLES = 4
 SAMPLE_CHARACTERS = 1_500
 
 
-@dataclass(frozen=True)
-class ClassFigures:
-    """One class: its share of right answers among those given it (precision) and among its own (recall)."""
-
-    name: str
-    precision: float
-    recall: float
-    f1: float
-    count: int
-
-
-def class_figures(event: Mapping[str, Any]) -> list[ClassFigures]:
-    """Precision, recall and F1 of each class, from the counts; 0 where nothing was given or nothing was there."""
-    counts = event["confusion"]
-    given = [sum(column) for column in zip(*counts, strict=True)]
-    found = []
-    for i, name in enumerate(event["classes"]):
-        right, own = counts[i][i], sum(counts[i])
-        precision, recall = right / given[i] if given[i] else 0.0, right / own if own else 0.0
-        f1 = 2 * right / (given[i] + own) if given[i] + own else 0.0
-        found.append(ClassFigures(str(name), precision, recall, f1, own))
-    return found
-
-
 def classification(event: Mapping[str, Any]) -> str:
     """Accuracy, macro F1, the matrix or the commonest mistakes, and a line for each class."""
     found = class_figures(event)
     total = sum(one.count for one in found)
-    right = sum(event["confusion"][i][i] for i in range(len(found)))
-    present = [one for one in found if one.count]
-    macro = sum(one.f1 for one in present) / max(len(present), 1)
-    head = f"accuracy {right / max(total, 1):.4f} · macro F1 {macro:.4f} · {total:,} sequences"
+    head = f"accuracy {accuracy(event):.4f} · macro F1 {macro_f1(found):.4f} · {total:,} sequences"
     where = f" · step {event['step']:,}" if "step" in event else ""
     picture = _matrix(event) if len(found) <= MATRIX_CLASSES else _mixed_up(event)
     return tag("p", head + where, class_="soft") + tag("div", _card(picture) + _card(_by_class(found)), class_="side")

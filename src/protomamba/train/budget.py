@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from protomamba.errors import ConfigError
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.trainer import Trainer
 
-WARM_UP, MEASURED, AT_LEAST_S = 3, 5, 1.0
+WARM_UP, MEASURED = 3, 5
+# Of the budget, how long steps are measured: more than MEASURED of them where they are short.
+MEASURING, LONGEST_S = 0.03, 30.0
 SAMPLED = 4  # batches of a validation that are timed
-# Part of the budget kept for what is not measured: the last checkpoint's sync, the end of the process.
-RESERVE = 0.01
+WHOLE = 0.03  # part of the budget that a validation may take to be measured whole
+# Part of the budget kept for what is not measured, and at least so long: the report, the end of the process.
+RESERVE, RESERVE_S = 0.005, 0.5
 EVENTS_SHARE = 0.2  # of the time that validations and saves may take, where their number is free
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -51,24 +54,28 @@ def measure(
     validation: Iterable[Any] | None,
     grad_accum: int,
     folder: Path,
+    seconds: float,
     judgement: Callable[[SequenceModel], float] | None = None,
 ) -> Costs:
-    """Time a copy of the trainer on the run's own batches; neither the trainer nor the random numbers change."""
+    """Time a copy of the trainer on the run's own batches; neither the trainer nor the random numbers change.
+
+    seconds: of the whole budget, of which measuring takes a small part.
+    """
     with torch.random.fork_rng(devices=[]):
         twin = copy.deepcopy(trainer)
         found = Costs(
-            _step_seconds(twin, stream, grad_accum),
-            _validation_seconds(twin, validation),
+            _step_seconds(twin, stream, grad_accum, min(LONGEST_S, MEASURING * seconds)),
+            _validation_seconds(twin, validation, WHOLE * seconds),
             _save_seconds(twin, folder),
             judgement(twin.model) if judgement and trainer.comm.rank == 0 else 0.0,
         )
         return Costs(*trainer.comm.tell(astuple(found))[0])
 
 
-def _step_seconds(trainer: Trainer, stream: BatchSource, grad_accum: int) -> float:
+def _step_seconds(trainer: Trainer, stream: BatchSource, grad_accum: int, at_least: float) -> float:
     cadence, taken = trainer.config.bp_cadence_steps, list[float]()
     count = max(WARM_UP + MEASURED, 2 * cadence)
-    while trainer.comm.tell(len(taken) < count or sum(taken) < AT_LEAST_S)[0]:
+    while trainer.comm.tell(len(taken) < count or sum(taken) < at_least)[0]:
         first = stream.position + len(taken) * grad_accum
         started = time.perf_counter()
         trainer.train_step(*(stream.batch(first + part) for part in range(grad_accum)))
@@ -88,15 +95,23 @@ def _save_seconds(trainer: Trainer, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def _validation_seconds(trainer: Trainer, validation: Iterable[Any] | None) -> float:
-    """Of the whole, judged by its first batches."""
+def _validation_seconds(trainer: Trainer, validation: Iterable[Any] | None, most: float) -> float:
+    """Of the whole with the reading of its batches; judged by the first ones where it would take more than `most`."""
     if validation is None:
         return 0.0
-    batches = list(validation)
-    few = batches[:SAMPLED]
     started = time.perf_counter()
-    trainer.evaluate(few, calibrate=True, exact=False)
-    return (time.perf_counter() - started) * len(batches) / len(few)
+    batches = list(validation)
+    reading = time.perf_counter() - started
+    few = batches[:SAMPLED]
+    found = reading + _evaluation_seconds(trainer, few) * len(batches) / len(few)
+    told = trainer.comm.tell(found <= most)[0]
+    return reading + _evaluation_seconds(trainer, batches) if told else found
+
+
+def _evaluation_seconds(trainer: Trainer, batches: Sequence[Any]) -> float:
+    started = time.perf_counter()
+    trainer.evaluate(batches, calibrate=True, exact=False)
+    return time.perf_counter() - started
 
 
 def events_within(seconds: float, costs: Costs, most: int) -> int:
@@ -111,7 +126,7 @@ def steps_within(seconds: float, costs: Costs, val_every: int | None, save_every
     val_every, save_every: steps between them; None where `events` of them are spread over the run.
     ConfigError where not even one step fits.
     """
-    left, a_step = seconds * (1 - RESERVE) - costs.judgement, costs.step
+    left, a_step = seconds - max(RESERVE_S, RESERVE * seconds) - costs.judgement, costs.step
     for every, cost in ((val_every, costs.validation), (save_every, costs.save)):
         if every is None:
             left -= events * cost

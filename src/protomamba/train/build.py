@@ -60,11 +60,13 @@ from protomamba.train.trainer import Trainer, renamed_layers
 CODE_FLAGS = ("layer", "layers", "head", "input", "optimizer")
 
 
-def train(config: RunConfig, console: Console | None = None) -> int:
+def train(config: RunConfig, console: Console | None = None, began: float | None = None) -> int:
     """Run `protomamba train`. Returns the exit code: 0 done, 75 stopped by a signal after saving a checkpoint.
 
+    began: from when --time-budget counts, on the clock of time.perf_counter; None: from now.
     Raises UserError (exit 1) and ConfigError (exit 2).
     """
+    began = time.perf_counter() if began is None else began
     lengths = [flag(name) for name in ("steps", "epochs", "time_budget") if name in config.given]
     if len(lengths) > 1:
         raise ConfigError(f"{' and '.join(lengths)} exclude each other: give one of them")
@@ -79,7 +81,7 @@ def train(config: RunConfig, console: Console | None = None) -> int:
         resumed = find_together(config, comm)
         config = resumed.config if resumed else config
         with console or Console(progress=config.progress) as shown:
-            run = build_run(config, resumed, stop, shown, comm=comm)
+            run = build_run(config, resumed, stop, shown, comm=comm, began=began)
             reason = run.fit()
     return STOPPED_EXIT_CODE if reason == "signal" else 0
 
@@ -137,11 +139,12 @@ def build_run(
     console: Console,
     callbacks: Sequence[Callback] = (),
     comm: Comm | None = None,
+    began: float | None = None,
 ) -> Run:
     """The run that a configuration describes, or the checkpoint it resumes. The caller holds the folder's lock."""
     use_machine(config.threads, config.kernels)
     torch.manual_seed(config.seed)
-    parts = build_parts(config, resumed, comm)
+    parts = build_parts(config, resumed, comm, began)
     config, trainer = parts.config, parts.trainer
     resumed_from = str(resumed.found.path) if resumed else None
     lines = header(trainer, parts.stream.describe(), str(config.out_dir), resumed_from, parts.further_steps)
@@ -193,9 +196,11 @@ def make_callback(name: str) -> Callback:
     return made
 
 
-def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | None = None) -> Parts:
+def build_parts(
+    config: RunConfig, resumed: Resumed | None = None, comm: Comm | None = None, began: float | None = None
+) -> Parts:
     """Open the data, build the model as the flags, given weights or the checkpoint say. UserError, ConfigError."""
-    started, comm = time.perf_counter(), comm or Local()
+    began, comm = time.perf_counter() if began is None else began, comm or Local()
     refuse_unshareable(config, comm)
     weights = read_initial_weights(config.init_from) if config.init_from and not resumed else None
     config = adapt_to_weights(config, weights) if weights else config
@@ -221,7 +226,7 @@ def build_parts(config: RunConfig, resumed: Resumed | None = None, comm: Comm | 
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)
     _require_validation(validation, config)
     measured = (trainer, stream, validation, None if validation is None else LastJudgement(inputs, validation))
-    config, further, length_notes = settle_length(config, resumed, measured, started)
+    config, further, length_notes = settle_length(config, resumed, measured, began)
     config = config.replace(
         grad_shards=trainer.grad_shards, workers_outer=outer_workers(trainer.config, trainer.grad_shards)
     )
@@ -274,7 +279,7 @@ MeasuredParts = tuple[Trainer, BatchStream, Held | None, LastJudgement | None]
 
 
 def settle_length(
-    config: RunConfig, resumed: Resumed | None, parts: MeasuredParts, started: float
+    config: RunConfig, resumed: Resumed | None, parts: MeasuredParts, began: float
 ) -> tuple[RunConfig, int | None, list[str]]:
     """The steps of --epochs or --time-budget, laid as the trainer's schedule; after a resume, as further steps.
 
@@ -287,7 +292,7 @@ def settle_length(
         config = config.replace(steps=max(1, math.ceil(config.epochs * stream.steps_per_epoch / config.grad_accum)))
         notes = [f"{config.epochs:g} epochs are {config.steps:,} steps"]
     else:
-        config, notes = _budgeted(config, parts, started)
+        config, notes = _budgeted(config, parts, began)
     if resumed:
         return config, config.steps, notes
     trainer.config = trainer.config.replace(steps=config.steps)
@@ -295,13 +300,13 @@ def settle_length(
     return config, None, notes
 
 
-def _budgeted(config: RunConfig, parts: MeasuredParts, started: float) -> tuple[RunConfig, list[str]]:
-    """The configuration with the steps that fit into --time-budget from `started` on, and their prediction."""
+def _budgeted(config: RunConfig, parts: MeasuredParts, began: float) -> tuple[RunConfig, list[str]]:
+    """The configuration with the steps that fit into --time-budget from `began` on, and their prediction."""
     trainer, stream, validation, judgement = parts
     judged = judgement.seconds if judgement else None
-    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir, judged)
-    spent = trainer.comm.tell(time.perf_counter() - started)[0]
-    left = budget.seconds_of(str(config.time_budget)) - spent
+    whole = budget.seconds_of(str(config.time_budget))
+    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir, whole, judged)
+    left = whole - trainer.comm.tell(time.perf_counter() - began)[0]
     events = budget.events_within(left, costs, presets.EVENTS)
     # What the preset chose, and nobody gave, is spread over the steps there will be.
     spread = [n for n in ("val_every", "save_every") if config.preset in DATA_PRESETS and n not in config.given]

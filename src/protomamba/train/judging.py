@@ -79,13 +79,3 @@ def _classify(model: SequenceModel, batches: Iterable[Batch], info: DataInfo) ->
         confusion_CC += torch.bincount(pairs_T, minlength=classes * classes).view(classes, classes)
     names = list(info.class_names) or [str(number) for number in range(classes)]
     return {"classes": names, "confusion": confusion_CC.tolist()}
-
-
-def per_class(classes: list[str], confusion: list[list[int]]) -> list[tuple[str, float, float, float, int]]:
-    """Name, precision, recall, F1 and number of sequences of each class."""
-    table = torch.tensor(confusion, dtype=torch.float64)
-    hits, given, there = table.diagonal(), table.sum(0), table.sum(1)
-    precision, recall = hits / given.clamp_min(1), hits / there.clamp_min(1)
-    f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-300)
-    rows = zip(classes, precision.tolist(), recall.tolist(), f1.tolist(), there.long().tolist(), strict=True)
-    return list(rows)

@@ -110,13 +110,13 @@ def test_figures_of_a_confusion_matrix() -> None:
         "event": "classification",
         "step": 4,
         "split": "test",
-        "classes": ["a", "b"],
-        "confusion": [[3, 1], [0, 0]],
+        "classes": ["a", "b", "c"],
+        "confusion": [[3, 1, 0], [0, 0, 0], [0, 0, 0]],
     }
     figures = tracked_figures(event)
     assert figures["classification/test/accuracy"] == 0.75
     assert figures["classification/test/f1/a"] == pytest.approx(6 / 7) and figures["classification/test/f1/b"] == 0
-    assert figures["classification/test/mean_f1"] == pytest.approx(3 / 7)
+    assert figures["classification/test/macro_f1"] == pytest.approx(3 / 7)  # of a and b: c occurs nowhere
 
 
 def test_a_tracker_is_told_what_metrics_jsonl_is(tmp_path: Path, notebook: type[Notebook]) -> None:

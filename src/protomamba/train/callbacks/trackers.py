@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from protomamba.errors import ConfigError, UserError
 from protomamba.metrics_file import curve_values
+from protomamba.report.classes import accuracy, class_figures, macro_f1
 from protomamba.train.callbacks.base import Callback
-from protomamba.train.judging import per_class
 
 if TYPE_CHECKING:
     from protomamba.train.run import Run
@@ -263,12 +263,10 @@ def _ranking(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _classification(event: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy, the mean F1 of the classes, and where they are few enough to look at, each one's."""
-    table = per_class(event["classes"], event["confusion"])
-    right = sum(row[place] for place, row in enumerate(event["confusion"]))
-    count = sum(there for *_, there in table)
-    each = {f"f1/{name}": f1 for name, _, _, f1, _ in table[:CLASSES_SHOWN]}
-    return {"accuracy": right / max(1, count), "mean_f1": sum(row[3] for row in table) / max(1, len(table)), **each}
+    """Accuracy, macro F1, and where the classes are few enough to look at, each one's F1."""
+    found = class_figures(event)
+    each = {f"f1/{one.name}": one.f1 for one in found[:CLASSES_SHOWN]}
+    return {"accuracy": accuracy(event), "macro_f1": macro_f1(found), **each}
 
 
 # The lines that judge the best model, and the figures of each.
