@@ -200,8 +200,10 @@ def _check_version(path: Path, version: int) -> None:
             "version",
             f"format {version}, and this protomamba reads versions up to {FORMAT_VERSION}: use a newer protomamba",
         )
-    if missing := [v for v in range(version, FORMAT_VERSION) if v not in MIGRATIONS]:
-        raise CheckpointError(path, "version", f"format {version}, and there is no migration from {missing[0]}")
+    # The first that is missing ends it: a file may claim version -2^63.
+    missing = next((v for v in range(version, FORMAT_VERSION) if v not in MIGRATIONS), None)
+    if missing is not None:
+        raise CheckpointError(path, "version", f"format {version}, and there is no migration from {missing}")
 
 
 def _decode(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Checkpoint:
