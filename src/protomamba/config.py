@@ -130,7 +130,7 @@ class ModelConfig(ArchitectureFields):
     )
     n_layer: int = Field(2, ge=0, le=10_000, description="layers")
     n_class: int | None = Field(
-        None, ge=1, description="classes of the head, if they are not the tokens; auto = vocab_size"
+        None, ge=1, le=16_777_216, description="classes of the head, if they are not the tokens; auto = vocab_size"
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,9 @@ import re
 # escapes, and marks that turn the reading direction.
 _UNPRINTABLE = re.compile("\n(?!  )|[\x00-\t\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
+# What code raises that walks through a document (a header, a manifest, a line) of another shape than it was written in.
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a file, a run, a machine. Exit code 1.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 
 # Figures of a line that are no curve: counters, flags, and what another curve already shows.
 NO_CURVE = frozenset({"event", "step", "time", "epoch", "tokens", "targets", "step_ms", "best", "val_perplexity"})
@@ -73,7 +73,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def _restored(event: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     try:
         return dict(_with_non_finite(event, "", event.pop("non_finite", {})))
-    except (TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: line {number}: its non-finite numbers are not as written: {error}") from error
 
 

@@ -20,7 +20,7 @@ from protomamba.checkpoint import layout
 from protomamba.checkpoint.encode import TreeEncoder, decode, tensor_names
 from protomamba.checkpoint.layout import CheckpointError, Header, TensorRecord
 from protomamba.checkpoint.migrations import MIGRATIONS
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 from protomamba.storage import DISK, Disk, DurabilityUnknownError, NotCommittedError, SaveError, commit
 
 __all__ = [
@@ -211,7 +211,7 @@ def _decode(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Checkp
         config, info = _mapping(decode(header.config, {})), _mapping(decode(header.info, {}))
         parts = {name: _mapping(decode(node, tensors)) for name, node in _mapping(header.parts).items()}
         return Checkpoint(config, parts, info, header.version)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(path, "header", f"malformed ({type(error).__name__}: {error})") from error
 
 
@@ -226,7 +226,7 @@ def _migrate(path: Path, checkpoint: Checkpoint) -> Checkpoint:
         try:
             parts, config = MIGRATIONS[version](checkpoint.parts, checkpoint.config)
             checkpoint = replace(checkpoint, parts=parts, config=config, version=version + 1)
-        except (KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise CheckpointError(path, "version", f"migration from format {version} failed: {error!r}") from error
     return checkpoint
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from protomamba.checkpoint.encode import Json
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 
 # The bound of the stock library; a length beyond it is damage or another format, and nothing is allocated for it.
 MAX_HEADER_BYTES = 100_000_000
@@ -151,7 +151,7 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
         raise CheckpointError(path, "header", "damaged (its checksum does not match); use an older checkpoint")
     try:
         header = _parse(json.loads(head[8:]), len(head))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(path, "header", f"malformed ({type(error).__name__}: {error})") from error
     expected = header.data_start + header.data_bytes
     if file_bytes != expected:

@@ -172,6 +172,6 @@ MISSING = ["", "?", "nan", "NaN", "NA", "null", "None"]
 def _is_number(value: Any) -> bool:
     try:
         float(value if value is not None else 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True

@@ -28,7 +28,7 @@ from protomamba.data.files import (
 )
 from protomamba.data.formats import HEADER_BYTES, Layout, TokenWriter, check_token_count, read_layout, scan
 from protomamba.data.text import parse_text_file
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 from protomamba.storage import SaveError, atomic_file, make_folder, write_json
 
 CACHE_FOLDER = ".protomamba"
@@ -167,7 +167,7 @@ def _load(folder: Path, path: Path) -> Indexed | None:
         if layout.kind == "txt" and layout != _converted((files[1].size - HEADER_BYTES) // 4):
             return None
         return Indexed(*files, layout, int(entry["max_token"]), int(entry["examined_ns"]))
-    except (UserError, KeyError, TypeError, ValueError, OverflowError):
+    except (UserError, *MALFORMED):
         return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from protomamba.data.files import check_kinds, read_json
 from protomamba.data.tokenizer import TOKENIZER_FILE
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 from protomamba.storage import write_json
 
 MANIFEST = "manifest.json"
@@ -130,7 +130,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             _kind_or_none(body, "preset", str),
             _kind_or_none(body, "raw_bytes", int),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: damaged: {type(error).__name__}: {error}; make the folder again") from error
     if manifest.tokens != body.get("tokens"):
         raise UserError(f"{path}: damaged: its shards add up to {manifest.tokens} tokens, not {body.get('tokens')}")

@@ -27,7 +27,7 @@ from protomamba.data.files import FileRef, chunks_of, read_json, reference, sha2
 from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from protomamba.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer
-from protomamba.errors import ConfigError, UserError
+from protomamba.errors import MALFORMED, ConfigError, UserError
 from protomamba.storage import atomic_file, make_folder, remove_stale_temporaries, write_json
 
 Progress = Callable[[int, int], None]
@@ -172,7 +172,7 @@ def _done(path: Path, body: Mapping[str, Any]) -> list[tuple[ShardEntry, tuple[i
     try:
         pairs = zip(body["shards"], body["next_places"], strict=True)
         return [(ShardEntry(**entry), (int(unit), int(token))) for entry, (unit, token) in pairs]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: damaged: {error}; remove the folder and make it again") from error
 
 

@@ -19,7 +19,7 @@ from protomamba.data.shards import ShardSet, open_token_dir, open_token_file
 from protomamba.data.source import DataInfo, Source
 from protomamba.data.tokenizer import ByteTokenizer
 from protomamba.data.vocabulary import RESERVED, Vocabulary
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_prepared(folder: Path) -> Prepared:
         raise UserError(f"{manifest.path}: damaged: unknown kind {manifest.kind!r}; make the folder again")
     try:
         return _OPENERS[manifest.kind](manifest)
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, ArithmeticError) as error:
+    except MALFORMED as error:
         raise damaged(manifest.path, error) from error
 
 

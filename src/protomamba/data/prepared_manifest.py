@@ -18,7 +18,7 @@ import numpy.typing as npt
 from protomamba.data.arrays import load_npy
 from protomamba.data.files import read_json, sha256_of
 from protomamba.data.manifest import MANIFEST
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 from protomamba.storage import atomic_file, write_json
 
 FORMAT, VERSION = "protomamba-prepared", 1
@@ -82,7 +82,7 @@ def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
     try:
         manifest = PreparedManifest(folder, **body)
         _check_kinds(manifest)
-    except (TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise damaged(path, error) from error
     return manifest
 

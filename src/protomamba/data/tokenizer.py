@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from protomamba.data.dna import DnaTokenizer
 from protomamba.data.files import os_message
-from protomamba.errors import ConfigError, UserError
+from protomamba.errors import MALFORMED, ConfigError, UserError
 
 BYTES_EOS = 256
 TOKENIZER_FILE = "tokenizer.json"
@@ -153,7 +153,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             return HuggingFaceTokenizer(value["tokenizer"], value["eos"])
         if value["kind"] == DnaTokenizer.kind:
             return DnaTokenizer(int(value["k"]), bool(value["case"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise UserError(f"tokenizer: damaged description: {error}") from error
     raise UserError(f"tokenizer: kind {value['kind']!r}: expected bytes, huggingface or dna")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 
 BOUNDARY, UNKNOWN, RESERVED = 0, 1, 2
 
@@ -102,7 +102,7 @@ class Vocabulary:
         try:
             names, offsets = (np.asarray(state[key]) for key in ("names", "offsets"))
             integers = bool(np.asarray(state["integers"])[0])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise UserError(f"{where}: damaged: {type(error).__name__}: {error}") from error
         sound = names.dtype == np.uint8 and names.ndim == offsets.ndim == 1 and offsets.dtype.kind == "i"
         if (

@@ -73,11 +73,15 @@ def freeze_as(model: SequenceModel, frozen: Any) -> None:
 
 def _sized(config: ModelConfig, state: Mapping[str, Tensor]) -> SequenceModel:
     """A fresh model. UserError for sizes that are not the state's, told before memory is asked for where possible."""
+    if other := next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None):
+        raise UserError(f"the weights hold {other!r}, which is no tensor but {type(state[other]).__name__}")
     table, expected = state.get("embedding.weight"), (config.vocab_size, config.d_model)
     if table is not None and tuple(table.shape) != expected:
         raise UserError(f"the weights do not fit their configuration: embedding {tuple(table.shape)}, not {expected}")
     if config.n_layer > len(state):
         raise UserError(f"the weights do not fit their configuration: {len(state)} tensors for {config.n_layer} layers")
+    if config.classes > (numbers := sum(tensor.numel() for tensor in state.values())):
+        raise UserError(f"the weights do not fit their configuration: {numbers:,} numbers for {config.classes} classes")
     try:
         return SequenceModel(config)
     except (RuntimeError, MemoryError) as error:

@@ -42,7 +42,7 @@ def wide_rows(rows: Iterable[Row], path: Path, patterns: Sequence[str], recipe: 
 def _wide_row(row: Row, names: Sequence[str], recipe: Mapping[str, Any]) -> Row:
     try:
         values = np.array([_number(row.fields[name]) for name in names], dtype=np.float32)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         wrong = next(name for name in names if not _is_number(row.fields.get(name, "no such column")))
         return Row(row.number, error=f"column {wrong}: expected a number, found {str(row.fields.get(wrong))[:40]!r}")
     others = {name: value for name, value in row.fields.items() if name not in set(names)}
@@ -59,7 +59,7 @@ def _number(value: Any) -> float:
 def _is_number(value: Any) -> bool:
     try:
         _number(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return False
     return True
 

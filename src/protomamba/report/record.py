@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protomamba.errors import UserError
+from protomamba.errors import MALFORMED, UserError
 from protomamba.metrics_file import curve_values, read_metrics
 
 # Of its start, and settings that config.json has; all else in a "run" line is the run's environment.
@@ -85,7 +85,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         try:
             since = _advance_clock(record, event, since)
             _READERS.get(event["event"], _ignore)(record, event)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        except MALFORMED as error:
             raise UserError(f"{metrics}: line {number}: no event of a run ({type(error).__name__}: {error})") from error
         record.last_step = max(record.last_step, _step(event))
     return record

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
-from protomamba.errors import ConfigError, UserError
+from protomamba.errors import MALFORMED, ConfigError, UserError
 from protomamba.kernels import keep_freed_memory
 from protomamba.model.pretrained import build_model
 from protomamba.model.registry import refuse_unnamed
@@ -363,7 +363,7 @@ class Trainer:
             self.load_slots(loaded.part("optimizer")["moments"])
             self.load_state_dict(loaded.part("trainer"))
             torch.set_rng_state(loaded.part("rng")["torch"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (*MALFORMED, RuntimeError) as error:
             told = " ".join(str(error).split())[:200]
             raise UserError(f"the checkpoint holds what no trainer writes ({type(error).__name__}: {told})") from error
 
