@@ -34,7 +34,7 @@ class Plan:
     gets a line "index hash" for each batch. disk_call/disk_action: at that call of the disk fails with the errno, or
     "kill-before", "kill-after". stall: a file that is made when the first save after a stop request hangs, forever.
     disk_calls: a file that gets the names of all disk calls. audit: a file that gets what the process opened for
-    writing, connected to, or ran. memory: a file that gets "step resident-bytes open-files" lines.
+    writing, connected to, or ran. memory: a file that gets "step resident-bytes open-files threads" lines.
     starve: "step", "save" or "worker", from whose third call on the process may have 64 MB more and asks for 1 GB.
     """
 

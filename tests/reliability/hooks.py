@@ -127,7 +127,8 @@ def _watch_memory(file: Path) -> None:
         if stats.step % 20 == 0:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
             with open(file, "a") as out:
-                out.write(f"{stats.step} {resident} {len(os.listdir('/proc/self/fd'))}\n")
+                counts = (len(os.listdir(f"/proc/self/{each}")) for each in ("fd", "task"))
+                out.write(" ".join(map(str, (stats.step, resident, *counts))) + "\n")
 
     run.Run._report = watched  # type: ignore[method-assign]
 
