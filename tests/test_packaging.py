@@ -94,6 +94,27 @@ def test_the_sdist_holds_the_sources_and_nothing_built(dist: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".dylib", ".pyc")) or name.startswith((".ci", ".git/"))]
 
 
+def test_two_builds_in_two_folders_are_the_same_bytes(dist: Path, tmp_path: Path) -> None:
+    """With the same compiler and the same SOURCE_DATE_EPOCH, which is all that may change a wheel of the same sources.
+
+    One CPU level, for time: what could tell two builds apart (paths, clocks, orders) is not a matter of the level.
+    """
+    wheels = []
+    for name in ("here", "elsewhere/and-deeper"):
+        with tarfile.open(only(dist, "*.tar.gz")) as archive:
+            archive.extractall(tmp_path / name, filter="data")
+        tree = only(tmp_path / name, "protomamba-*")
+        one_level = ("-C", "cmake.define.PROTOMAMBA_LEVELS=baseline")
+        run(sys.executable, "-m", "build", "--wheel", *one_level, str(tree), SOURCE_DATE_EPOCH="1700000000")
+        wheels.append(only(tree / "dist", "*.whl"))
+    assert wheels[0].name == wheels[1].name
+    one, other = (zipfile.ZipFile(wheel) for wheel in wheels)
+    assert sum(name.endswith(SUFFIX) for name in one.namelist()) == 1
+    assert one.namelist() == other.namelist()
+    assert [name for name in one.namelist() if one.read(name) != other.read(name)] == []
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ELF")
 def test_the_libraries_need_no_newer_runtime_than_manylinux_2_28(dist: Path) -> None:
     archive = zipfile.ZipFile(only(dist, "*.whl"))

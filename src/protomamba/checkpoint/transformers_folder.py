@@ -15,7 +15,6 @@ agrees. And |z'| is about 1 (exactly 1 for a constant norm_f), so that the proba
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,7 @@ def _model_values(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for ours, (theirs, absent) in SIZES.items():
         values[ours] = _count(file, theirs, settings.get(theirs, absent))
     rank = settings.get("time_step_rank", "auto")
-    values["dt_rank"] = math.ceil(values["d_model"] / 16) if rank == "auto" else _count(file, "time_step_rank", rank)
+    values["dt_rank"] = -(-values["d_model"] // 16) if rank == "auto" else _count(file, "time_step_rank", rank)
     values["tie_embedding"] = bool(settings.get("tie_word_embeddings", True))
     inner = values["expand"] * values["d_model"]
     if (found := settings.get("intermediate_size", inner)) != inner:

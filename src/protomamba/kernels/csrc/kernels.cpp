@@ -15,6 +15,14 @@
 
 using namespace pm;
 
+// glibc 2.29 gave these new names for leaving out the old error handling; by the old names, a library built on a newer
+// system loads on an older one. What they compute is the same.
+#if defined(__linux__) && defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp,exp@GLIBC_2.2.5\n.symver log,log@GLIBC_2.2.5\n.symver pow,pow@GLIBC_2.2.5");
+#elif defined(__linux__) && defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp,exp@GLIBC_2.17\n.symver log,log@GLIBC_2.17\n.symver pow,pow@GLIBC_2.17");
+#endif
+
 #define PM_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Calls OP<float> or OP<bf16>.
