@@ -28,7 +28,7 @@ export CXX
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-heads test test-trackers test-browser test-reference test-sanitize test-arm64 test-tsan \
-	test-instructions test-reliability test-ranks fuzz test-slow lint types check bench bench-compare parity decoding \
+	test-instructions test-reliability test-ranks test-wheel fuzz test-slow lint types check bench bench-compare parity decoding \
 	levels speedrun digits study docs hooks wheel wheels sdist clean
 
 help: ## list the targets
@@ -185,6 +185,9 @@ hooks: $(READY) ## run formatting, lint, types and the house's rules before each
 
 wheel: $(READY) ## dist/*.whl for this platform, for every Python
 	@$(BIN)/python -m build --wheel
+
+test-wheel: $(READY) ## wheel and sdist: what is in them, that they run, that two builds are the same bytes (a minute or two)
+	@$(PYTEST) -m slow tests/test_packaging.py $(ARGS)
 
 wheels: $(CASES) ## dist/*.whl for x86_64 and arm64 Linux with glibc 2.17 or newer, by zig's compiler, each tried (long)
 	@$(PIP) ziglang auditwheel wheel

@@ -248,6 +248,20 @@ def test_weights_load_through_a_wrapper_and_into_a_model_on_the_meta_device() ->
         Trainer(model, TrainConfig()).train_step(tokens_BL, targets_BL)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["trace", "script", "fx"])
+def test_other_programs_of_the_model_are_refused_in_one_line(how: str) -> None:
+    """They failed inside torch, with what it found there."""
+    model, (tokens_BL, _) = make(), batch()
+    make_program = {
+        "trace": lambda: torch.jit.trace(model, (tokens_BL,)),
+        "script": lambda: torch.jit.script(model),
+        "fx": lambda: torch.fx.symbolic_trace(model),
+    }[how]
+    with pytest.raises(UserError, match=r"cannot see into the kernels; protomamba export writes"):
+        make_program()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_export_is_refused_in_one_line() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast, overload
+from typing import NoReturn, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class SequenceModel(nn.Module):
                 self, inputs, state=state, reset_BL=reset_BL, return_state=return_state,
                 activation_hook=activation_hook, precision=precision,
             )  # fmt: skip
+        if torch.jit.is_tracing() or type(inputs).__module__ == "torch.fx.proxy":  # type: ignore[attr-defined, no-untyped-call]
+            raise refused_to("A trace")
         x_BLD: Tensor = self.embedding(inputs)
         if x_BLD.ndim != 3:
             raise ValueError(f"expected {self.embedding.expected()}, got {inputs.dtype} of shape {tuple(inputs.shape)}")
@@ -347,6 +349,10 @@ class SequenceModel(nn.Module):
             scale_output_init(layer, n_layer)
         return Block(layer, config.d_model, config.dropout)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for."""
+        raise refused_to("torch.jit.script")
+
     def _table(self) -> nn.Parameter:
         """The embedding's matrix, to be shared. ConfigError where the inputs are no tokens."""
         if not isinstance(self.embedding, TokenEmbedding):
@@ -358,15 +364,18 @@ def trainable(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
+def refused_to(what: str) -> UserError:
+    """The error for what would make another program of the model than Python runs."""
+    return UserError(f"{what} cannot see into the kernels; protomamba export writes a checkpoint for other programs")
+
+
 def uncompiled(method: Callable[..., Result]) -> Callable[..., Result]:
     """A method that torch.compile leaves as it is, with all that it calls: the kernels are nothing it could see into.
 
     Only called while torch.compile runs, which has loaded its modules by then; they take a second.
     """
     if torch.compiler.is_exporting():
-        raise UserError(
-            "torch.export cannot see into the kernels; protomamba export writes a checkpoint for other programs"
-        )
+        raise refused_to("torch.export")
     left: Callable[..., Result] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
     return left
 
