@@ -22,7 +22,7 @@ from protomamba.predict import batching
 from protomamba.predict.answers import Question
 from protomamba.predict.job import Job, predict_file
 
-ROWS, ROUNDS = 2_048, 5
+ROWS, ROUNDS = 4_096, 3
 SIZES = ["--d-model", "64", "--steps", "20", "--threads", "1"]
 QUESTIONS = {
     "text": Question("likelihood"),

@@ -21,7 +21,7 @@ from protomamba.model.sequence_model import ModelState, SequenceModel
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
 
-WINDOW_ROWS = 1_024
+WINDOW_ROWS = 4_096
 WINDOW_STEPS = 1 << 20
 BATCH_STEPS = 1 << 13
 BATCH_ROWS = 256
@@ -87,9 +87,9 @@ def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def padded_length(length: int) -> int:
-    """The length rounded up by at most an eighth, of its last chunk where it has several."""
+    """The length rounded up by at most a sixteenth, of its last chunk where it has several."""
     whole, rest = divmod(length, CHUNK_STEPS)
-    step = 1 << max(0, rest.bit_length() - 4)
+    step = 1 << max(0, rest.bit_length() - 5)
     return whole * CHUNK_STEPS + -(-rest // step) * step
 
 
