@@ -108,6 +108,17 @@ def test_growing_behind_the_last_step_moves_no_weight() -> None:
     assert_equal(trainer.model.layers[:2].state_dict(), before, "the layers there were")
 
 
+def test_growing_before_further_steps_moves_no_weight() -> None:
+    """The workers had met at what was the run's end, which `further` moves: they met once more, by momentum alone."""
+    trainer = OuterTrainer(model(), TrainConfig(**SETTINGS))
+    for step in range(5):
+        trainer.train_step(*batches(step))
+    before = copy.deepcopy(trainer.model.layers[:2].state_dict())
+    trainer.further(4)
+    trainer.grow(3, seed=5)
+    assert_equal(trainer.model.layers[:2].state_dict(), before, "the layers there were")
+
+
 def test_one_worker_is_a_shared_run_between_the_meetings() -> None:
     """What a worker of several shards does in its steps is what a trainer of as many shards does."""
     alone = Trainer(model("softmax"), TrainConfig(**{**SETTINGS, "sync_every": None}))

@@ -45,7 +45,7 @@ def shard_gradients(shard: int) -> dict[str, Tensor]:
 def summed(comm: Comm) -> tuple[dict[Any, Any], Any, list[float]]:
     """The pieces this rank owns after one sum, their squares, and sums of small things."""
     named = parameters()
-    comm.lay(named)
+    comm.partition(named)
     comm.open(COUNT)
     for shard in comm.shards(COUNT):
         found = shard_gradients(shard)
@@ -94,7 +94,7 @@ def test_the_sum_is_the_tree_s() -> None:
 
 def test_one_shard_keeps_its_gradient_as_it_is() -> None:
     named, comm = parameters(), Local()
-    comm.lay(named)
+    comm.partition(named)
     comm.open(1)
     given = shard_gradients(0)
     addresses = {name: gradient.data_ptr() for name, gradient in given.items()}
@@ -107,7 +107,7 @@ def test_one_shard_keeps_its_gradient_as_it_is() -> None:
 def test_a_tall_gradient_travels_as_rows() -> None:
     def sent(comm: Comm) -> int:
         named = {"tall": nn.Parameter(torch.zeros(SHAPES["tall"]))}
-        comm.lay(named)
+        comm.partition(named)
         comm.open(comm.world)
         comm.start(comm.rank, {"tall": shard_gradients(comm.rank)["tall"]})
         comm.finish()
@@ -120,13 +120,13 @@ def test_a_tall_gradient_travels_as_rows() -> None:
 def test_updated_weights_reach_every_rank(world: int) -> None:
     def updated(comm: Comm) -> dict[str, Tensor]:
         named = parameters()
-        comm.lay(named)
+        comm.partition(named)
         draw = torch.Generator().manual_seed(1)
         target = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
         with torch.no_grad():
             for piece in comm.pieces():
                 piece.of(named[piece.name].detach()).copy_(piece.of(target[piece.name]))
-        comm.spread()
+        comm.all_gather_weights()
         assert_equal({name: p.detach() for name, p in named.items()}, target, "weights")
         return target
 
@@ -149,6 +149,6 @@ def test_facts_that_differ_are_told_with_rank_and_values() -> None:
 
 def test_gathered_tensors_come_in_the_order_of_the_ranks() -> None:
     def gather(comm: Comm) -> list[list[int]]:
-        return [part.tolist() for part in comm.gather(torch.arange(comm.rank * 2).view(-1, 2))]
+        return [part.tolist() for part in comm.all_gather(torch.arange(comm.rank * 2).view(-1, 2))]
 
     assert ranks(3, gather) == [[[], [[0, 1]], [[0, 1], [2, 3]]]] * 3

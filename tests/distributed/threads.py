@@ -69,7 +69,7 @@ class ThreadMesh:
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
 
-    def swap(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return exchange(self, tensor)
 
     def close(self, error: BaseException | None = None) -> None:

@@ -25,35 +25,35 @@ def sums_and_weights(comm: Comm, folder: Path) -> None:
 def weights(comm: Comm) -> dict[str, torch.Tensor]:
     """What each rank has after each has set its own to its number, from 1."""
     named = parameters()
-    comm.lay(named)
+    comm.partition(named)
     for piece in comm.pieces():
         piece.of(named[piece.name].detach()).fill_(1 + comm.rank)
-    comm.spread()
+    comm.all_gather_weights()
     return {name: named[name].detach() for name in SHAPES}
 
 
 def raises(comm: Comm, folder: Path) -> None:
     if comm.rank == 1:
         raise UserError("no-such-file.bin: cannot be read")
-    comm.gather(torch.zeros(1))
+    comm.all_gather(torch.zeros(1))
 
 
 def without_memory(comm: Comm, folder: Path) -> None:
     if comm.rank == 1:
         comm.mesh.run(lambda: torch.empty(1 << 50))
-    comm.gather(torch.zeros(1))
+    comm.all_gather(torch.zeros(1))
 
 
 def killed(comm: Comm, folder: Path) -> None:
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    comm.gather(torch.zeros(1))
+    comm.all_gather(torch.zeros(1))
 
 
 def stopped(comm: Comm, folder: Path) -> None:
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    comm.gather(torch.zeros(1))
+    comm.all_gather(torch.zeros(1))
 
 
 TASKS: dict[str, Callable[[Comm, Path], None]] = {

@@ -31,6 +31,8 @@ Times = tuple[float, float]  # seconds by the wall and of the processor
 WORLD, LIMIT_S = 2, 3_600
 MEMORY_WORLDS, MEMORY_STEPS = (1, 2, 4), 3
 ALONE, THREADS, SAME, MORE = "one process", f"{WORLD} threads", f"{WORLD} ranks", f"{WORLD} ranks, as many rows each"
+# What ranks could reach if they had nothing to say to one another: the rest is shared caches and memory.
+APART = f"{WORLD} unconnected processes"
 
 
 def ranks_table(names: list[str], rounds: int) -> list[dict[str, Any]]:
@@ -67,7 +69,9 @@ def memory(comm: Comm, shape: Shape) -> dict[str, Any]:
     for _ in range(MEMORY_STEPS):
         before = comm.mesh.sent_bytes
         trainer.train_step(*batch)
-    figures = comm.tell([high_water_mib(), moments_bytes(trainer) / 2**20, (comm.mesh.sent_bytes - before) / 2**20])
+    figures = comm.all_gather_object(
+        [high_water_mib(), moments_bytes(trainer) / 2**20, (comm.mesh.sent_bytes - before) / 2**20]
+    )
     peak, moments, sent = (max(column) for column in zip(*figures, strict=True))
     ranks = f"{comm.world} rank{'s' if comm.world > 1 else ''}"
     return {
@@ -84,6 +88,7 @@ def measure(comm: Comm, shape: Shape, rounds: int) -> dict[str, Any]:
     wide = replace(shape, batch=shape.batch * comm.world)
     runs = {
         ALONE: timed(comm, single, shape, threads=1, alone=True),
+        APART: timed(comm, single, shape),
         THREADS: timed(comm, single, shape, threads=comm.world, alone=True),
         SAME: timed(comm, shared, shape),
         MORE: timed(comm, shared, wide),
@@ -109,7 +114,9 @@ def described(comm: Comm, shape: Shape, times: dict[str, list[Times]], sent: int
 
     return {
         "shape": shape.text,
+        f"{APART} (x tokens/s)": gain(APART, ALONE, comm.world),
         "weak scaling (x tokens/s)": gain(MORE, ALONE, comm.world),
+        f"{APART} by processor time": gain(APART, ALONE, comm.world, clock=1),
         "weak scaling by processor time": gain(MORE, ALONE, comm.world, clock=1),
         "same batch (x tokens/s)": gain(SAME, ALONE),
         "same batch by processor time": gain(SAME, ALONE, clock=1),
@@ -139,7 +146,7 @@ def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: b
     batch = shape.batches()
 
     def run() -> Times:
-        comm.tell(None)
+        comm.all_gather_object(None)
         started, used = time.perf_counter(), time.process_time()
         if not alone or comm.rank == 0:
             torch.set_num_threads(threads)

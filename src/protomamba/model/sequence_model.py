@@ -366,7 +366,10 @@ def trainable(parameter: nn.Parameter | None) -> bool:
 
 def refused_to(what: str) -> UserError:
     """The error for what would make another program of the model than Python runs."""
-    return UserError(f"{what} cannot see into the kernels; protomamba export writes a checkpoint for other programs")
+    return UserError(
+        f"{what} cannot see into the kernels; protomamba export writes a checkpoint for other programs; within Python "
+        "use the model itself or torch.compile(model)"
+    )
 
 
 def uncompiled(method: Callable[..., Result]) -> Callable[..., Result]:

@@ -165,11 +165,12 @@ class Predictor:
         found = [torch.empty(0, dtype=torch.float64)]
         classes = self.model.head.classes
         rows = max(1, min(BLOCK_SCORES // classes, max(TOKENS_AT_LEAST, CACHED_LOGITS // classes)))
-        for z_RD, targets_R in zip(z_TD.split(rows), targets_T.split(rows), strict=True):
+        for z_RD, targets_R in zip(torch.split(z_TD, rows), torch.split(targets_T, rows), strict=True):
             logits_RV = self._logits(z_RD)
             own_R = logits_RV.gather(1, targets_R[:, None])[:, 0]
-            judge_block(logits_RV, 0, judging := Judging(log_sum_T=own_R.new_empty(len(z_RD), dtype=torch.float64)))
-            found.append(own_R.double() - judging.log_sum_T)
+            log_sum_R = torch.empty(len(z_RD), dtype=torch.float64)
+            judge_block(logits_RV, 0, Judging(log_sum_T=log_sum_R))
+            found.append(own_R.double() - log_sum_R)
         return torch.cat(found)
 
     def _logits(self, z_RD: Tensor) -> Tensor:

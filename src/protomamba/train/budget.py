@@ -69,13 +69,13 @@ def measure(
             _save_seconds(twin, folder),
             judgement(twin.model) if judgement and trainer.comm.rank == 0 else 0.0,
         )
-        return Costs(*trainer.comm.tell(astuple(found))[0])
+        return Costs(*trainer.comm.all_gather_object(astuple(found))[0])
 
 
 def _step_seconds(trainer: Trainer, stream: BatchSource, grad_accum: int, at_least: float) -> float:
     cadence, taken = trainer.config.bp_cadence_steps, list[float]()
     count = max(WARM_UP + MEASURED, 2 * cadence)
-    while trainer.comm.tell(len(taken) < count or sum(taken) < at_least)[0]:
+    while trainer.comm.all_gather_object(len(taken) < count or sum(taken) < at_least)[0]:
         first = stream.position + len(taken) * grad_accum
         started = time.perf_counter()
         trainer.train_step(*(stream.batch(first + part) for part in range(grad_accum)))
@@ -104,7 +104,7 @@ def _validation_seconds(trainer: Trainer, validation: Iterable[Any] | None, most
     reading = time.perf_counter() - started
     few = batches[:SAMPLED]
     found = reading + _evaluation_seconds(trainer, few) * len(batches) / len(few)
-    told = trainer.comm.tell(found <= most)[0]
+    told = trainer.comm.all_gather_object(found <= most)[0]
     return reading + _evaluation_seconds(trainer, batches) if told else found
 
 

@@ -306,7 +306,7 @@ def _budgeted(config: RunConfig, parts: MeasuredParts, began: float) -> tuple[Ru
     judged = judgement.seconds if judgement else None
     whole = budget.seconds_of(str(config.time_budget))
     costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir, whole, judged)
-    left = whole - trainer.comm.tell(time.perf_counter() - began)[0]
+    left = whole - trainer.comm.all_gather_object(time.perf_counter() - began)[0]
     events = budget.events_within(left, costs, presets.EVENTS)
     # What the preset chose, and nobody gave, is spread over the steps there will be.
     spread = [n for n in ("val_every", "save_every") if config.preset in DATA_PRESETS and n not in config.given]

@@ -21,9 +21,9 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm_layout import Piece
 from protomamba.train.comm_mesh import Alone, Gloo, Mesh
 from protomamba.train.comm_reduce import GradientSum, Plan
-from protomamba.train.comm_state import State, bring, collect, cut, owned_parameters, rows
+from protomamba.train.comm_state import State, collect, cut, gather_state, owned_parameters, rows
 from protomamba.train.comm_tree import fold, share
-from protomamba.train.comm_weights import spread
+from protomamba.train.comm_weights import all_gather_weights
 from protomamba.train.comm_workers import Group
 
 
@@ -40,10 +40,10 @@ def restarted() -> bool:
 class Comm:
     """The ranks of a run. All of them call the same methods in the same order.
 
-    `lay` says, at the start and whenever they change, which parameters there are. A step: `shards` says which of its
-    gradient shards are this rank's; `open` begins the sum, `start` takes a shard's gradients as they become ready,
-    `finish` leaves the sums in `.grad` of the pieces this rank owns; after their update `spread` brings every rank the
-    weights.
+    `partition` says, at the start and whenever they change, which parameters there are. A step: `shards` says which of
+    its gradient shards are this rank's; `open` begins the sum, `start` takes a shard's gradients as they become ready,
+    `finish` leaves the sums in `.grad` of the pieces this rank owns; after their update `all_gather_weights` brings
+    every rank the weights.
 
     leaves: which shards each rank computes, of how many there are in all, where they are not simply shared out.
     """
@@ -84,7 +84,7 @@ class Comm:
         """Some of the ranks as a communicator of their own, with the shards that each of them computes."""
         return Comm(Group(self.mesh, list(leaves)), list(leaves.values())) if len(leaves) > 1 else Local()
 
-    def lay(self, named: Mapping[str, nn.Parameter], whole: bool = False) -> dict[str, nn.Parameter]:
+    def partition(self, named: Mapping[str, nn.Parameter], whole: bool = False) -> dict[str, nn.Parameter]:
         """Take the parameters whose gradients are to be added, the same on every rank; what of them this rank updates.
 
         The result shares their memory: a parameter, or some rows of it. whole: no parameter is cut.
@@ -113,7 +113,7 @@ class Comm:
         self._sum = None
 
     def hand_over(self) -> None:
-        """Give the owned parts of parameters, which `lay` returned, the gradients that are in the parameters."""
+        """Give the owned parts of parameters, which `partition` returned, the gradients that are in the parameters."""
         for piece in self.pieces():
             owned, whole = self._owned[piece.name], self._plan.named[piece.name]
             owned.grad = None if whole.grad is None else rows(whole.grad, piece, whole)
@@ -127,47 +127,47 @@ class Comm:
         owned = self._plan.layout.owned_blocks(self.rank)
         blocks = [block for block in owned if named[block.name].grad is not None]
         own = kernels.square_sums([block.of(_gradient(named[block.name])) for block in blocks])
-        parts = [part.tolist() for part in self.mesh.swap(torch.tensor([count, *own], dtype=torch.float64))]
+        parts = [part.tolist() for part in self.mesh.all_gather(torch.tensor([count, *own], dtype=torch.float64))]
         return [value for part in parts for value in part[1:]], int(sum(part[0] for part in parts))
 
-    def spread(self) -> None:
+    def all_gather_weights(self) -> None:
         """Bring every rank the weights that the others have updated."""
-        spread(self._plan, self.mesh)
+        all_gather_weights(self._plan, self.mesh)
 
     def sums(self, shards_GN: Tensor) -> Tensor:
         """(N,): the sums over all shards, in the tree's order, of the rows (g, N) of this rank's, float64."""
-        leaves_GN = torch.cat(self.gather(shards_GN.double()))
+        leaves_GN = torch.cat(self.all_gather(shards_GN.double()))
         leaves = {(i, i + 1): leaf_N for i, leaf_N in enumerate(leaves_GN.unbind())}
         return fold(leaves, len(leaves), lambda a, b: a + b)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in the order of the ranks; they may differ in their first size only."""
         rows = tensor.shape[1:]
-        parts = self.mesh.swap(tensor.contiguous().view(-1))
+        parts = self.mesh.all_gather(tensor.contiguous().view(-1))
         return [part.view(-1, *rows) for part in parts]
 
     def collect(self, state: State, everywhere: bool = False) -> State:
         """The optimizer's state by whole parameters, from every rank's parts: on rank 0 alone, or everywhere."""
         return collect(self._plan, self.mesh, state, everywhere)
 
-    def bring(self, state: State) -> State:
+    def gather_state(self, state: State) -> State:
         """What every rank holds, each entry by a name of its own, together on rank 0."""
-        return bring(self.mesh, state)
+        return gather_state(self.mesh, state)
 
     def cut(self, state: Mapping[str, Mapping[str, Tensor]]) -> State:
         """What of the optimizer's state by whole parameters belongs to this rank's parts."""
         return cut(self._plan, self.rank, state)
 
-    def tell(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's plain value (as JSON has them), in the order of the ranks."""
         if self.world == 1:
             return [value]
         packed = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.tolist())) for part in self.mesh.swap(packed)]
+        return [json.loads(bytes(part.tolist())) for part in self.mesh.all_gather(packed)]
 
     def first(self, value: Any) -> Any:
         """What the first of the ranks that has something to say says, the same on every rank; None if none has."""
-        return next((each for each in self.tell(value) if each is not None), None)
+        return next((each for each in self.all_gather_object(value) if each is not None), None)
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -186,7 +186,7 @@ class Comm:
 
     def differences(self, facts: Mapping[str, str]) -> list[str]:
         """In words, each fact in which a rank differs from rank 0."""
-        told = self.tell(dict(facts))
+        told = self.all_gather_object(dict(facts))
         return [
             f"{name}: rank {rank} has {found.get(name)}, rank 0 has {told[0].get(name)}"
             for rank, found in enumerate(told)

@@ -25,7 +25,7 @@ MESSAGE_S = 1_800.0
 POLL_S = 1.0
 # Torch's words where there is no memory, which raise the same RuntimeError as a broken link.
 OUT_OF_MEMORY = "DefaultCPUAllocator"
-# Tags of messages: sizes and contents of `swap`; everything from FREE on is the caller's.
+# Tags of messages: sizes and contents of `all_gather`; everything from FREE on is the caller's.
 SIZES, CONTENTS, FREE = 1, 2, 16
 
 
@@ -48,7 +48,7 @@ class Mesh(Protocol):
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def run(self, blocking: Callable[[], T]) -> T: ...
-    def swap(self, tensor: Tensor) -> list[Tensor]: ...
+    def all_gather(self, tensor: Tensor) -> list[Tensor]: ...
     def close(self, error: BaseException | None = None) -> None: ...
 
 
@@ -65,7 +65,7 @@ class Alone:
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
 
-    def swap(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
     def close(self, error: BaseException | None = None) -> None:
@@ -147,14 +147,14 @@ class Gloo:
         while True:
             self._jobs.get()()
 
-    def swap(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's contiguous tensor of one dimension, in the order of the ranks; lengths may differ."""
         return self.run(lambda: exchange(self, tensor))
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave together, or tell the others why not."""
         if error is None:
-            self.swap(torch.zeros(1))
+            self.all_gather(torch.zeros(1))
             self.watch.stop()
             self._dist.destroy_process_group()
             return
@@ -171,7 +171,7 @@ def _leave_at_once(code: int) -> None:
 
 
 def exchange(mesh: Mesh, tensor: Tensor) -> list[Tensor]:
-    """`Mesh.swap` by messages: sizes first, then what is not empty."""
+    """`Mesh.all_gather` by messages: sizes first, then what is not empty."""
     size = torch.tensor([tensor.numel()])
     others = [rank for rank in range(mesh.world) if rank != mesh.rank]
     sizes = {rank: torch.empty(1, dtype=torch.int64) for rank in others}

@@ -191,7 +191,7 @@ class GradientSum:
 
     def _reached_anywhere(self) -> set[str]:
         flags = torch.tensor([name in self._reached for name in self.plan.named])
-        everyone = torch.stack(self.mesh.swap(flags)).any(0).tolist()
+        everyone = torch.stack(self.mesh.all_gather(flags)).any(0).tolist()
         return {name for name, reached in zip(self.plan.named, everyone, strict=True) if reached}
 
     def _collect(self, own: Mapping[str, Mapping[Node, Tensor]]) -> None:

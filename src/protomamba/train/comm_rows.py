@@ -56,11 +56,11 @@ class RowSum:
         if self.comm.world == 1:
             return dict(own)
         found = list(own.values())
-        sizes = self.comm.gather(torch.tensor([len(rows_R) for rows_R, _ in found]))
+        sizes = self.comm.all_gather(torch.tensor([len(rows_R) for rows_R, _ in found]))
         # One more row than there are: a message is never empty.
         like_D = found[0][1].new_zeros(1, found[0][1].shape[1])
-        rows = self.comm.gather(torch.cat([*(rows_R for rows_R, _ in found), torch.zeros(1, dtype=torch.int64)]))
-        values = self.comm.gather(torch.cat([*(values_RD for _, values_RD in found), like_D]))
+        rows = self.comm.all_gather(torch.cat([*(rows_R for rows_R, _ in found), torch.zeros(1, dtype=torch.int64)]))
+        values = self.comm.all_gather(torch.cat([*(values_RD for _, values_RD in found), like_D]))
         everywhere: dict[tuple[int, int], Rows] = {}
         for rank in range(self.comm.world):
             named = nodes(share(self.count, self.comm.world, rank), self.count)

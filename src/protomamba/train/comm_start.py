@@ -48,7 +48,7 @@ def find_together(config: RunConfig, comm: Comm) -> Resumed | None:
     resumed = None
     if comm.rank == 0:
         resumed = resume_from(again, newest) if newest and is_own else find_resume(config)
-    path, is_own = comm.tell([str(resumed.found.path) if resumed else None, is_own])[0]
+    path, is_own = comm.all_gather_object([str(resumed.found.path) if resumed else None, is_own])[0]
     if comm.rank == 0 or path is None:
         return resumed
     return resume_from(again if is_own else config, Resumable(Path(path), checkpoint.load(path)))

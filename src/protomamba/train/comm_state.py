@@ -53,7 +53,7 @@ def collect(plan: Plan, mesh: Mesh, state: State, everywhere: bool) -> State:
     """The state of whole parameters from every rank's pieces, in the parameters' order: on rank 0, or everywhere."""
     if mesh.world == 1:
         return {name: state[name] for name in plan.named if name in state}
-    told = [json.loads(bytes(each.tolist())) for each in mesh.swap(_contents(state))]
+    told = [json.loads(bytes(each.tolist())) for each in mesh.all_gather(_contents(state))]
     targets = range(mesh.world) if everywhere else range(1)
     parts = mesh.run(lambda: _exchange(mesh, state, told, targets))
     if mesh.rank not in targets:
@@ -68,11 +68,11 @@ def collect(plan: Plan, mesh: Mesh, state: State, everywhere: bool) -> State:
     }
 
 
-def bring(mesh: Mesh, state: State) -> State:
+def gather_state(mesh: Mesh, state: State) -> State:
     """What every rank holds, in the order of the ranks, on rank 0; nothing on the others."""
     if mesh.world == 1:
         return state
-    told = [json.loads(bytes(each.tolist())) for each in mesh.swap(_contents(state))]
+    told = [json.loads(bytes(each.tolist())) for each in mesh.all_gather(_contents(state))]
     parts = mesh.run(lambda: _exchange(mesh, state, told, range(1)))
     return {name: slots for part in parts for name, slots in part.items()} if mesh.rank == 0 else {}
 

@@ -9,14 +9,14 @@ from protomamba.train.comm_mesh import Mesh, Work, wait_for
 from protomamba.train.comm_reduce import Plan, Slot
 
 
-def spread(plan: Plan, mesh: Mesh) -> None:
+def all_gather_weights(plan: Plan, mesh: Mesh) -> None:
     """Every rank gets the weights that the others have updated."""
     if mesh.world > 1:
-        mesh.run(lambda: _spread(plan, mesh))
+        mesh.run(lambda: _all_gather(plan, mesh))
 
 
 @torch.no_grad()
-def _spread(plan: Plan, mesh: Mesh) -> None:
+def _all_gather(plan: Plan, mesh: Mesh) -> None:
     works = [
         work
         for number, slot in enumerate(plan.large)

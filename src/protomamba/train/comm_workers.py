@@ -86,7 +86,7 @@ class Group:
     def run(self, blocking: Callable[[], T]) -> T:
         return self.mesh.run(blocking)
 
-    def swap(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return self.run(lambda: exchange(self, tensor))
 
     def close(self, error: BaseException | None = None) -> None:

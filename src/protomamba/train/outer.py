@@ -99,7 +99,7 @@ class OuterTrainer(Trainer):
                 "--sparse-rows 1: the mean change of the workers is dense; leave out --sparse-rows or --sync-every"
             )
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return Nesterov(self.comm.lay(named), None), RowTables({}, None, decays)
+        return Nesterov(self.comm.partition(named), None), RowTables({}, None, decays)
 
     def _step(self, batches: Sequence[MicroBatch]) -> StepStats:
         self.comm.shards(self.grad_shards)
@@ -140,13 +140,19 @@ class OuterTrainer(Trainer):
 
     def _change(self, change: Callable[[Trainer], None]) -> None:
         """Change this model's layers and those of the workers alike."""
-        if not self._meets:  # else they have: a second meeting would move the weights by momentum alone
+        if self._apart():  # else they have met: a second meeting would move the weights by momentum alone
             self._meet()
         change(self)
         for trainer in self.workers.values():
             with torch.random.fork_rng(devices=[]):
                 change(trainer)
         self._hand_out()
+
+    def _apart(self) -> bool:
+        """Whether any worker, on any rank, has moved since the last meeting."""
+        weights = dict(self.model.named_parameters())
+        named = [pair for trainer in self.workers.values() for pair in trainer.model.named_parameters()]
+        return any(self.comm.all_gather_object(any(not torch.equal(p, weights[name]) for name, p in named)))
 
     def _work(self, worker: int, batches: Sequence[MicroBatch]) -> tuple[float, float, float, float]:
         """One step of a worker: its loss times its targets, its targets, its norm squared, whether it was skipped."""
@@ -171,7 +177,7 @@ class OuterTrainer(Trainer):
         self.comm.finish()
         self.comm.hand_over()
         self.optimizer.step(OUTER_RATE)
-        self.comm.spread()
+        self.comm.all_gather_weights()
         self.model.head.post_step()
         self.zero_grad()
         self._hand_out()
@@ -187,7 +193,10 @@ class OuterTrainer(Trainer):
     def parts(self) -> dict[str, Mapping[str, Any]]:
         """The last meeting's weights and the outer momentum, and every worker's own weights, slots and counts."""
         flat = {worker: _flat(trainer) for worker, trainer in self.workers.items()}
-        return {**super().parts(), "workers": self.comm.bring({str(each): flat[each] for each in self._speaks_for})}
+        return {
+            **super().parts(),
+            "workers": self.comm.gather_state({str(each): flat[each] for each in self._speaks_for}),
+        }
 
     def restore(self, loaded: checkpoint.Checkpoint) -> None:
         super().restore(loaded)

@@ -207,7 +207,7 @@ class Run:
 
     def _agree(self, best: bool) -> bool:
         """All ranks end after the same step, whichever was asked to; whether this one is the best, rank 0 decides."""
-        told = self.comm.tell([self._reason, best])
+        told = self.comm.all_gather_object([self._reason, best])
         self._reason = next((reason for reason, _ in told if reason), None)
         return bool(told[0][1])
 
@@ -299,7 +299,7 @@ class Run:
     def _check_space(self) -> None:
         if not self._keeps:
             return
-        parts, to_come = self.parts(), sum(self.comm.tell(self.trainer.optimizer.bytes_to_come()))
+        parts, to_come = self.parts(), sum(self.comm.all_gather_object(self.trainer.optimizer.bytes_to_come()))
         if self.folder is not None:
             size = estimate_bytes(parts, config=self.configs()) + to_come
             self.folder.require_space(size)

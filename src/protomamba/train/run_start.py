@@ -34,7 +34,7 @@ class Start:
             return self.resume
         leads = run.comm.rank == 0
         found = self._look_up(run, self.resume) if leads else None
-        path = run.comm.tell(str(found.path) if found else None)[0]
+        path = run.comm.all_gather_object(str(found.path) if found else None)[0]
         return found if leads or path is None else Resumable(Path(path), checkpoint.load(path))
 
     def _look_up(self, run: Run, resume: str | Path) -> Resumable | None:

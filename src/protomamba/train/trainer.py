@@ -201,7 +201,7 @@ class Trainer:
         if backpropagate:
             self.optimizer.step(lr, scale)
             moved = self.rows.step(lr, scale)
-            self.comm.spread()
+            self.comm.all_gather_weights()
             self.model.head.post_step(moved.get(f"head.{self.model.head.row_table}"))
         with torch.no_grad():
             for weight, gradient_E in local.items():
@@ -372,7 +372,7 @@ class Trainer:
         tables = self.model.use_row_tables(self._wants_rows)
         rest = {name: parameter for name, parameter in named.items() if name not in tables}
         whole = not optimizer_class(self.config).elementwise
-        optimizer = make_optimizer(self.comm.lay(rest, whole), self.config)
+        optimizer = make_optimizer(self.comm.partition(rest, whole), self.config)
         return optimizer, RowTables(tables, optimizer.config, decays)
 
     def _wants_rows(self, table: Tensor) -> bool:
