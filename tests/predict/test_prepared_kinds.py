@@ -223,7 +223,7 @@ def test_labelled_tokens_are_read_by_their_names(tmp_path: Path, capsys: pytest.
     model = train_labels(tmp_path, source, "--label", "y", "--tokens", "steps")
     labelled(tmp_path / "new.csv", ["q,a1 b0 zz"], "id,steps")
     assert run("predict", model, tmp_path / "new.csv", "--out", tmp_path / "o.jsonl") == 0
-    assert "1 items are unknown" in capsys.readouterr().err
+    assert "1 item is unknown to the model" in capsys.readouterr().err
     (line,) = lines(tmp_path / "o.jsonl")
     vocabulary = Vocabulary.from_state(checkpoint.load(model).parts["vocabulary"])
     (own,) = Predictor.from_checkpoint(model).class_probabilities([[*vocabulary.encode(["a1", "b0"]).tolist(), 1]])

@@ -204,4 +204,4 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == f"{out}\n" and out.read_text().startswith("<!DOCTYPE html>")
     assert main(["report", str(tmp_path), "--out", str(out)]) == 1
     assert main(["report", str(run), "--out", str(tmp_path / "none" / "r.html")]) == 1
-    assert "none" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'none'}: make it" in capsys.readouterr().err

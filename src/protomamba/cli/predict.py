@@ -73,6 +73,7 @@ def work(arguments: argparse.Namespace) -> int:
     from protomamba.predict.answers import Question
     from protomamba.predict.job import Job, predict_file
     from protomamba.train.build import load_named_code, use_machine
+    from protomamba.train.run_header import counted
 
     machine = RunConfig(**given_fields(arguments))
     load_named_code(machine)
@@ -89,10 +90,11 @@ def work(arguments: argparse.Namespace) -> int:
     for each in done.skipped[:LISTED]:
         print(f"skipped: {job.source}, row {each.row}: {each.reason}", file=sys.stderr)
     if done.skipped:
-        print(f"{len(done.skipped):,} rows skipped, listed in {job.skipped_path}", file=sys.stderr)
+        print(f"{counted(len(done.skipped), 'row')} skipped, listed in {job.skipped_path}", file=sys.stderr)
     if done.unknown:
-        print(f"{done.unknown:,} items are unknown to the model and were treated as unknown", file=sys.stderr)
+        were = "is" if done.unknown == 1 else "are"
+        print(f"{counted(done.unknown, 'item')} {were} unknown to the model and treated so", file=sys.stderr)
     there = f", {done.found:,} of them were there" if done.found else ""
     rate = (done.rows - done.found) / done.seconds
-    print(f"{done.rows:,} rows ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")
+    print(f"{counted(done.rows, 'row')} ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from protomamba import __version__
+from protomamba.errors import UserError
 from protomamba.report.figures import at_equal, changed, differences, figures
 from protomamba.report.judged import classification, ranking, samples
 from protomamba.report.markup import labelled, pairs, setting, size, table, tag, text
@@ -29,7 +30,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the page of these runs to `out`, atomically. UserError for a folder without metrics."""
+    """Write the page of these runs to `out`, atomically. UserError for a folder without metrics, or none for `out`."""
+    if not Path(out).parent.is_dir():
+        raise UserError(f"{out}: there is no folder {Path(out).parent}: make it, or name another file")
     content = _utf8(page(read_runs(folders)))
     commit(Path(out), len(content), [memoryview(content)])
     return Path(out)
