@@ -352,3 +352,13 @@ def test_flags_that_change_nothing_are_told(tmp_path: Path, tokens: Path, capsys
     shown = capsys.readouterr().out
     assert "--separation has no effect" in shown and "--expand has no effect" in shown
     assert "--prototypes" not in shown
+
+
+def test_further_steps_are_told_to_begin_the_schedule_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume auto --steps N` began warm-up and decay again without a line."""
+    run, tokens = tmp_path / "run", token_file(tmp_path)
+    assert train(run, tokens, "--steps", 4) == 0
+    assert train(run, tokens, "--resume", "auto", "--steps", 4) == 0  # the same command line once more
+    assert "restart" not in capsys.readouterr().out
+    assert train(run, tokens, "--resume", "auto", "--steps", 3) == 0
+    assert "warm-up and decay restart over these 3 further steps; leave out --steps" in capsys.readouterr().out
