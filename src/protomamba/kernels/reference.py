@@ -241,6 +241,7 @@ def sampled_cross_entropy(
     sample_S: Tensor | None = None,
     log_chance_S: Tensor | None = None,
     weight_T: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """Cross entropy, in nats, over the logits s cos(z, p_k), s = exp(log_scale), from a sample of the wrong classes.
 
@@ -249,13 +250,20 @@ def sampled_cross_entropy(
     Targets (T,) are all >= 0. sample_S: int64 classes in rising order, all V without it; q_k, given as its log, is the
     chance of class k to be in the sample, 1 without it: the sum estimates that over all classes without bias, its
     logarithm does not (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007). Weighted as in `prototype_loss`.
+    precision "bf16": the cosines of the sample are a product in bfloat16, and so are its two gradients.
     """
     classes_S = torch.arange(len(prototypes_VD)) if sample_S is None else sample_S
     z = unit(z_TD.to(compute_dtype(z_TD)))
     s = log_scale.to(z.dtype).exp()
     own_T = s * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
-    others_TS = s * (z @ unit(prototypes_VD.index_select(0, classes_S).to(z.dtype)).t())
+    others_TS = s * _product_in(precision, z, unit(prototypes_VD.index_select(0, classes_S).to(z.dtype)))
     return weighted_mean(_against_sample(own_T, others_TS, targets_T, classes_S, log_chance_S), weight_T)
+
+
+def _product_in(precision: str, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """x @ w.T of one dtype, computed in that of `precision`."""
+    dtype = matmul_dtype(precision, x_TI)
+    return (x_TI.to(dtype) @ w_OI.to(dtype).t()).to(x_TI.dtype)
 
 
 def _against_sample(
@@ -277,13 +285,14 @@ def separated_prototype_loss(
     sample_S: Tensor | None = None,
     log_chance_S: Tensor | None = None,
     weight_T: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """The value of `prototype_loss`, with the gradient of the `sampled_cross_entropy` of its targets in its place."""
     loss = prototype_loss(z_TD, prototypes_VD, targets_T, weight_T).detach()
     kept = targets_T >= 0
     weight_K = None if weight_T is None else weight_T[kept]
     term = sampled_cross_entropy(
-        z_TD[kept], prototypes_VD, log_scale, targets_T[kept], sample_S, log_chance_S, weight_K
+        z_TD[kept], prototypes_VD, log_scale, targets_T[kept], sample_S, log_chance_S, weight_K, precision
     )
     return loss + (term - term.detach())
 
@@ -294,12 +303,13 @@ def softmax_loss(
     targets_T: Tensor,
     weight_T: Tensor | None = None,
     block: int | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """Mean over targets y >= 0 of -log softmax(z W^T)_y; 0 without any. Weighted by `weight_T` (T,) >= 0 where given.
-    `block` is for the blocked op."""
+    `block` is for the blocked op. precision "bf16": the logits are a product in bfloat16, and so are its gradients."""
     dtype = compute_dtype(z_TD)
     kept = targets_T >= 0
-    logits_TV = z_TD[kept].to(dtype) @ weight_VD.to(dtype).t()
+    logits_TV = _product_in(precision, z_TD[kept].to(dtype), weight_VD.to(dtype))
     loss_T = F.cross_entropy(logits_TV, targets_T[kept], reduction="none")
     return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 
@@ -311,6 +321,7 @@ def sampled_softmax_loss(
     sample_S: Tensor,
     log_chance_S: Tensor,
     weight_T: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """`softmax_loss` estimated from a sample of the wrong classes, as `sampled_cross_entropy` estimates its own:
 
@@ -319,7 +330,7 @@ def sampled_softmax_loss(
     kept = targets_T >= 0
     z, targets = z_TD[kept].to(compute_dtype(z_TD)), targets_T[kept]
     own_T = (z * weight_VD.index_select(0, targets).to(z.dtype)).sum(-1)
-    others_TS = z @ weight_VD.index_select(0, sample_S).to(z.dtype).t()
+    others_TS = _product_in(precision, z, weight_VD.index_select(0, sample_S).to(z.dtype))
     loss_T = _against_sample(own_T, others_TS, targets, sample_S, log_chance_S)
     return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 

@@ -28,11 +28,13 @@ def sampled_softmax_loss(
     sample_S: Tensor,
     log_chance_S: Tensor,
     weight_T: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """The softmax loss from a sample of the wrong classes: see `reference.sampled_softmax_loss`, which this equals.
 
-    sample_S: int64 classes in rising order; log_chance_S: the log of each one's chance to be in it. ValueError for
-    shapes that do not fit, for a target of V or more and for a sampled class that is none.
+    sample_S: int64 classes in rising order; log_chance_S: the log of each one's chance to be in it; precision: of the
+    three products with the sample, fp32 or bf16. ValueError for shapes that do not fit, for a target of V or more, for a
+    sampled class that is none and for another precision.
     """
     sizes = check_shapes(
         "sampled_softmax_loss",
@@ -42,24 +44,37 @@ def sampled_softmax_loss(
     check_targets("sampled_softmax_loss", targets_T, sizes["V"])
     check_sample("sampled_softmax_loss", sample_S, sizes["V"])
     if native.get_kernels() == "reference" or native.in_transform():
-        return reference.sampled_softmax_loss(z_TD, weight_VD, targets_T, sample_S, log_chance_S, weight_T)
+        return reference.sampled_softmax_loss(z_TD, weight_VD, targets_T, sample_S, log_chance_S, weight_T, precision)
     dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
     z, targets, weight = valid_tokens(z_TD.to(dtype), targets_T, weight_T)
     keep = native.needs_backward(z_TD, weight_VD)
+    narrow = reference.matmul_dtype(precision, z_TD) if precision != "fp32" else dtype
     loss: Tensor = native.apply(
         _SampledSoftmax,
-        *(keep, z, weight_VD.to(dtype).contiguous(), targets, sample_S.long().contiguous(), log_chance_S, weight),
+        *(
+            keep,
+            narrow,
+            z,
+            weight_VD.to(dtype).contiguous(),
+            targets,
+            sample_S.long().contiguous(),
+            log_chance_S,
+            weight,
+        ),
     )
     return loss
 
 
 class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keep: bool, z: Tensor, matrix: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, keep: bool, narrow: torch.dtype, z: Tensor, matrix: Tensor, targets: Tensor, *rest: Any
+    ) -> Tensor:
         sample_S, log_chance_S, weight = rest
         dtype = reference.compute_dtype(z)
         rate_T = torch.ones(len(targets), dtype=dtype) if weight is None else weight.to(dtype)
-        rows = _Rows(matrix.index_select(0, sample_S), log_chance_S.to(dtype), places(sample_S, targets))
+        sampled_SD = matrix.index_select(0, sample_S).to(narrow)
+        rows = _Rows(sampled_SD, log_chance_S.to(dtype), places(sample_S, targets))
         total, dz, drows_SD, down_T = rows.pass_over(z, matrix, targets, rate_T / total_weight(targets, weight), keep)
         if keep:
             dmatrix = torch.zeros_like(matrix).index_copy_(0, sample_S, drows_SD)
@@ -74,8 +89,8 @@ class _SampledSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (g * dloss.to(g.dtype) for g in ctx.saved_tensors)
-        dz, dmatrix = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[1:3], strict=True))
-        return None, dz, dmatrix, None, None, None, None
+        dz, dmatrix = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[2:4], strict=True))
+        return None, None, dz, dmatrix, None, None, None, None
 
 
 class _Rows(NamedTuple):
@@ -92,16 +107,18 @@ class _Rows(NamedTuple):
 
         rate_T: what each token's loss counts.
         """
-        dz, drows_SD, down_T = torch.empty_like(z), torch.zeros_like(self.rows_SD), torch.zeros_like(rate_T)
+        dz, down_T = torch.empty_like(z), torch.zeros_like(rate_T)
+        drows_SD = torch.zeros_like(self.rows_SD, dtype=matrix.dtype)
         total = z.new_zeros((), dtype=torch.float64)
         for start in range(0, len(z), BLOCK):
             part = slice(start, start + BLOCK)
             own = (z[part] * matrix.index_select(0, targets[part])).sum(-1).to(rate_T.dtype)
-            dlogits, loss, down_T[part] = self._block(z[part], own, self.place_T[part], rate_T[part])
+            z_part = z[part].to(self.rows_SD.dtype)
+            dlogits, loss, down_T[part] = self._block(z_part, own, self.place_T[part], rate_T[part])
             total += loss
             if keep:
                 dz[part] = grad_input(dlogits, self.rows_SD)
-                drows_SD += grad_weight(dlogits, z[part])
+                drows_SD += grad_weight(dlogits, z_part)
         return total, dz, drows_SD, down_T
 
     def _block(self, z: Tensor, own_T: Tensor, place_T: Tensor, rate_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

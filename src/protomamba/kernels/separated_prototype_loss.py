@@ -47,11 +47,13 @@ def separated_prototype_loss(
     sample_S: Tensor | None = None,
     log_chance_S: Tensor | None = None,
     weight_T: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """prototype_loss with the gradient of `reference.sampled_cross_entropy`: see `reference.separated_prototype_loss`.
 
-    sample_S: int64 classes in rising order, None for all of them. Native for float32. ValueError for shapes that do not
-    fit, for a target of V or more and for a sampled class that is none.
+    sample_S: int64 classes in rising order, None for all of them. precision: of the three products with the sample, fp32
+    or bf16. Native for float32. ValueError for shapes that do not fit, for a target of V or more, for a sampled class
+    that is none and for another precision.
     """
     sizes = check_shapes(
         "separated_prototype_loss",
@@ -61,10 +63,11 @@ def separated_prototype_loss(
     _check_scale(log_scale, z_TD)
     check_targets("separated_prototype_loss", targets_T, sizes["V"])
     check_sample("separated_prototype_loss", sample_S, sizes["V"])
+    dtype = reference.matmul_dtype(precision, z_TD)
     library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
     if library is None:
         return reference.separated_prototype_loss(
-            z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T
+            z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T, precision
         )
     z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
     sample = Sample(
@@ -72,7 +75,7 @@ def separated_prototype_loss(
         None if log_chance_S is None else log_chance_S.float().contiguous(),
     )
     prototypes = prototypes_VD.float().contiguous()
-    loss: Tensor = native.apply(_SeparatedLoss, library, sample, z, prototypes, log_scale, targets, weight)
+    loss: Tensor = native.apply(_SeparatedLoss, library, sample, dtype, z, prototypes, log_scale, targets, weight)
     return loss
 
 
@@ -89,6 +92,7 @@ class _SeparatedLoss(torch.autograd.Function):
         ctx: Any,
         library: Library,
         sample: Sample,
+        dtype: torch.dtype,
         z: Tensor,
         prototypes: Tensor,
         log_scale: Tensor,
@@ -97,18 +101,18 @@ class _SeparatedLoss(torch.autograd.Function):
     ) -> Tensor:
         loss, angles = prototype_loss_forward(library, z, prototypes, targets, weight)
         ctx.save_for_backward(z, prototypes, log_scale, targets, weight, *angles)
-        ctx.library, ctx.sample = library, sample
+        ctx.library, ctx.sample, ctx.dtype = library, sample, dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         z, prototypes, log_scale, targets, weight, *held = ctx.saved_tensors
-        pull = _Pull(ctx.library, z, prototypes, targets, Angles(*held), ctx.sample)
+        pull = _Pull(ctx.library, z, prototypes, targets, Angles(*held), ctx.sample, ctx.dtype)
         dz, dprototypes, dlog_scale = pull.gradients(math.exp(float(log_scale)), token_rates(targets, weight, dloss))
-        _, _, needs_z, needs_prototypes, needs_scale, _, _ = ctx.needs_input_grad
+        *_, needs_z, needs_prototypes, needs_scale, _, _ = ctx.needs_input_grad
         return (
-            *(None, None),
+            *(None, None, None),
             dz if needs_z else None,
             dprototypes if needs_prototypes else None,
             log_scale.new_tensor(dlog_scale) if needs_scale else None,
@@ -131,6 +135,7 @@ class _Pull(NamedTuple):
     targets: Tensor
     angles: Angles
     sample: Sample
+    dtype: torch.dtype  # of the products with the sample
 
     def gradients(self, scale: float, rate_T: Tensor) -> tuple[Tensor, Tensor, float]:
         """Of z (T, D), of the prototypes (V, D) and of log s."""
@@ -138,17 +143,20 @@ class _Pull(NamedTuple):
         unit_SD, inverse_S = _units(self.library, self._rows())
         place_T = self.targets if classes_S is None else places(classes_S, self.targets)
         dunit_SD, dz, down_T = torch.zeros_like(unit_SD), torch.empty_like(self.z), torch.empty_like(rate_T)
+        factor_SD = unit_SD.to(self.dtype)
         dlog_scale = torch.zeros((), dtype=torch.float64)
         for start in range(0, len(self.z), BLOCK):
             part = slice(start, start + BLOCK)
             unit = self.z[part] * self.angles.inverse_z[part, None]
-            dcosine = linear(unit, unit_SD)
+            factor = unit.to(self.dtype)
+            dcosine = linear(factor, factor_SD).float()
             self._softmax(
                 dcosine, scale, place_T[part], self.angles.cosine[part], rate_T[part], down_T[part], dlog_scale
             )
-            dz[part] = grad_input(dcosine, unit_SD)
+            dproduct = dcosine.to(self.dtype)
+            dz[part] = grad_input(dproduct, factor_SD)
             _turn(self.library, unit, self.angles.inverse_z[part], dz[part])
-            dunit_SD += grad_weight(dcosine, unit)
+            dunit_SD += grad_weight(dproduct, factor)
         _turn(self.library, unit_SD, inverse_S, dunit_SD)
         if classes_S is None:
             return dz, dunit_SD, float(dlog_scale)

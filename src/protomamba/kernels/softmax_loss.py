@@ -28,48 +28,58 @@ def softmax_loss(
     targets_T: Tensor,
     weight_T: Tensor | None = None,
     block: int | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """Mean over targets y >= 0 of -log softmax(z W^T)_y, weighted by `weight_T` where that is given: see
     `reference.softmax_loss`, which this equals.
 
-    `block` tokens at a time (by default as many as make 4 Mi logits). ValueError for shapes that do not fit, for a
-    target of V or more and for a block below 1.
+    `block` tokens at a time (by default as many as make 4 Mi logits); precision: of the three products, fp32 or bf16.
+    ValueError for shapes that do not fit, for a target of V or more, for a block below 1 and for another precision.
     """
     sizes = check_shapes("softmax_loss", z_TD=z_TD, weight_VD=weight_VD, targets_T=targets_T, weight_T=weight_T)
     check_targets("softmax_loss", targets_T, sizes["V"])
     if block is not None and block < 1:
         raise ValueError(f"softmax_loss: block: expected at least 1, got {block}")
     if native.get_kernels() == "reference" or native.in_transform():
-        return reference.softmax_loss(z_TD, weight_VD, targets_T, weight_T)
+        return reference.softmax_loss(z_TD, weight_VD, targets_T, weight_T, precision=precision)
     dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
     z_TD, weight_VD = z_TD.to(dtype), weight_VD.to(dtype)
+    narrow = reference.matmul_dtype(precision, z_TD) if precision != "fp32" else dtype
     rows = block or max(BLOCK_LOGITS // sizes["V"], MIN_BLOCK)
     keep = native.needs_backward(z_TD, weight_VD)
     z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
-    loss: Tensor = native.apply(_SoftmaxLoss, keep, rows, z, weight_VD.contiguous(), targets, weight)
+    loss: Tensor = native.apply(_SoftmaxLoss, keep, rows, narrow, z, weight_VD.contiguous(), targets, weight)
     return loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keep: bool, rows: int, z: Tensor, matrix: Tensor, targets: Tensor, weight: Tensor | None
+        ctx: Any,
+        keep: bool,
+        rows: int,
+        narrow: torch.dtype,
+        z: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        weight: Tensor | None,
     ) -> Tensor:
         whole = total_weight(targets, weight)
         dtype = reference.compute_dtype(z)
         rate_T = (torch.ones(len(targets), dtype=dtype) if weight is None else weight.to(dtype)) / whole
-        needs_z, needs_matrix = (keep and needed for needed in ctx.needs_input_grad[2:4])
+        needs_z, needs_matrix = (keep and needed for needed in ctx.needs_input_grad[3:5])
         dz = torch.empty_like(z) if needs_z else None
         dmatrix = torch.zeros_like(matrix) if needs_matrix else None
-        total = z.new_zeros((), dtype=torch.float64)
+        total, factor = z.new_zeros((), dtype=torch.float64), matrix.to(narrow)
         for start in range(0, z.shape[0], rows):
             part = slice(start, start + rows)
-            loss, dlogits = _block_loss(z[part], matrix, targets[part], rate_T[part], keep)
+            z_part = z[part].to(narrow)
+            loss, dlogits = _block_loss(z_part, factor, targets[part], rate_T[part], keep)
             total += loss
             if dz is not None:
-                dz[part] = grad_input(dlogits, matrix)
+                dz[part] = grad_input(dlogits, factor)
             if dmatrix is not None:
-                dmatrix += grad_weight(dlogits, z[part])
+                dmatrix += grad_weight(dlogits, z_part)
         ctx.save_for_backward(dz, dmatrix)
         return total.to(reference.compute_dtype(z))
 
@@ -77,7 +87,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         dz, dmatrix = (None if g is None else g * dloss.to(g.dtype) for g in ctx.saved_tensors)
-        return None, None, dz, dmatrix, None, None
+        return None, None, None, dz, dmatrix, None, None
 
 
 def _block_loss(z: Tensor, matrix: Tensor, targets: Tensor, rate_T: Tensor, keep: bool) -> tuple[Tensor, Tensor]:

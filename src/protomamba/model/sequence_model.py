@@ -38,7 +38,6 @@ class SequenceModel(nn.Module):
     def __init__(self, config: ModelConfig, seed: int | None = None) -> None:
         super().__init__()
         self.config = config = with_settings(config)
-        self.precision = "fp32"
         self.recompute = "cheap"
         self.activations = "fp32"
         self.frozen: tuple[str, bool] = ("none", False)
@@ -51,7 +50,17 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_embedding:
             self.head.tie_weights(self._table())
+        self.precision = "fp32"
         self._own_parameters = self._parameter_names()
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products in layers and, in training, in the head: "fp32" or "bf16"."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self._precision = self.head.precision = precision
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> SequenceModel:

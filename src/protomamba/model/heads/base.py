@@ -56,6 +56,8 @@ class Head(Part, ABC):
     FIELD = "head_options"
 
     class_weights: Tensor | None
+    # Of a training step's matrix products, fp32 or bf16: that of the model.
+    precision = "fp32"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

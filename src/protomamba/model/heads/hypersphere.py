@@ -82,7 +82,7 @@ class HyperspherePrototypes(SamplingHead):
         sample_S, log_chance_S = self.next_sample(targets_T)
         prototypes_RD, targets_T, sample_S = self.rows_read(self.prototypes, targets_T, sample_S)
         return separated_prototype_loss(
-            z_TD, prototypes_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T
+            z_TD, prototypes_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T, self.precision
         )
 
     @property

@@ -49,11 +49,12 @@ class SoftmaxHead(SamplingHead):
         weight_T = self.target_weights(targets_T)
         if not (self.samples_classes and self.training and torch.is_grad_enabled()):
             self.forget_step()
-            return softmax_loss(z_TD, self.weight, targets_T, weight_T)
+            precision = self.precision if self.training else "fp32"
+            return softmax_loss(z_TD, self.weight, targets_T, weight_T, precision=precision)
         sample_S, log_chance_S = self.next_sample(targets_T)
         rows_RD, targets_T, sample_S = self.rows_read(self.weight, targets_T, sample_S)
         assert sample_S is not None and log_chance_S is not None
-        return sampled_softmax_loss(z_TD, rows_RD, targets_T, sample_S, log_chance_S, weight_T)
+        return sampled_softmax_loss(z_TD, rows_RD, targets_T, sample_S, log_chance_S, weight_T, self.precision)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the logits."""
