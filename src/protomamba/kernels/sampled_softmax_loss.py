@@ -33,8 +33,8 @@ def sampled_softmax_loss(
     """The softmax loss from a sample of the wrong classes: see `reference.sampled_softmax_loss`, which this equals.
 
     sample_S: int64 classes in rising order; log_chance_S: the log of each one's chance to be in it; precision: of the
-    three products with the sample, fp32 or bf16. ValueError for shapes that do not fit, for a target of V or more, for a
-    sampled class that is none and for another precision.
+    three products with the sample, fp32 or bf16. ValueError for shapes that do not fit, for a target of V or more, for
+    a sampled class that is none and for another precision.
     """
     sizes = check_shapes(
         "sampled_softmax_loss",
