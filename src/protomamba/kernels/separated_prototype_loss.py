@@ -52,8 +52,8 @@ def separated_prototype_loss(
     """prototype_loss with the gradient of `reference.sampled_cross_entropy`: see `reference.separated_prototype_loss`.
 
     sample_S: int64 classes in rising order, None for all of them. precision: of the three products with the sample,
-    fp32 or bf16. Native for float32. ValueError for shapes that do not fit, for a target of V or more, for a sampled class
-    that is none and for another precision.
+    fp32 or bf16. Native for float32. ValueError for shapes that do not fit, for a target of V or more, for a sampled
+    class that is none and for another precision.
     """
     sizes = check_shapes(
         "separated_prototype_loss",
