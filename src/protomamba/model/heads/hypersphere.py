@@ -89,10 +89,12 @@ class HyperspherePrototypes(SamplingHead):
     def samples_classes(self) -> bool:
         return self.contrastive and self.classes > self.sample
 
-    def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, *sample: Tensor | None) -> Tensor:
+    def cross_entropy(
+        self, z_TD: Tensor, targets_T: Tensor, sample_S: Tensor | None = None, log_chance_S: Tensor | None = None
+    ) -> Tensor:
         """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample of `draw`,
         all classes without one: see `kernels.reference.sampled_cross_entropy`."""
-        return reference.sampled_cross_entropy(z_TD, self.prototypes, self.log_scale, targets_T, *sample)
+        return reference.sampled_cross_entropy(z_TD, self.prototypes, self.log_scale, targets_T, sample_S, log_chance_S)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
