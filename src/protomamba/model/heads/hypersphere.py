@@ -79,10 +79,12 @@ class HyperspherePrototypes(SamplingHead):
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
             self.forget_step()
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
-        sample_S, log_chance_S = self.next_sample(targets_T)
-        prototypes_RD, targets_T, sample_S = self.rows_read(self.prototypes, targets_T, sample_S)
+        return self.sampled_loss(self._separated, self.prototypes, z_TD, targets_T, weight_T)
+
+    def _separated(self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, *sample: Any) -> Tensor:
+        sample_S, log_chance_S, weight_T = sample
         return separated_prototype_loss(
-            z_TD, prototypes_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T, self.precision
+            z_TD, rows_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T, self.precision
         )
 
     @property
@@ -138,7 +140,7 @@ class HyperspherePrototypes(SamplingHead):
             self.prototypes.index_copy_(0, rows_R, rows_RD.mul_(self.length()))
         elif self.learned and self.prototypes.requires_grad and not self.row_sparse:
             length_V1 = torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min_(1e-12)
-            self.prototypes.div_(length_V1.div_(self.length()))
+            self.prototypes.div_(length_V1.div_(self.lengths()))
         if self.contrastive and not self.fitted:
             self.scale.copy_(self.log_scale.exp())
 
@@ -149,6 +151,13 @@ class HyperspherePrototypes(SamplingHead):
         with it what a prototype's gradient says; a longer prototype turns less in a step, in the same proportion.
         """
         return max(1.0, self._first_sharpness / float(self.log_scale.detach().exp())) if self.contrastive else 1.0
+
+    def lengths(self) -> Tensor | float:
+        """What each prototype is kept at, (V, 1) or one number for all: `length`, and where classes are sampled times
+        the `sampling.steadiness` of the class: Adam's steps are as much shorter, and a shorter prototype turns more.
+        """
+        steadiness_V = self.steadiness() if self.samples_classes else None
+        return self.length() if steadiness_V is None else (steadiness_V * self.length()).float()[:, None]
 
     def diagnostics(self) -> dict[str, float]:
         """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 (fewer where there

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,13 @@ from protomamba.config import ModelConfig
 from protomamba.kernels.rows import gather_rows
 from protomamba.model.heads import sampling
 from protomamba.model.heads.base import Head
+
+# Targets that share a sample: many, so that a product is worth its start; few, so that what a sample happens to hold
+# is not what all tokens of a step are held against.
+GROUP = 512
+
+Sample = tuple[Tensor, Tensor]  # classes (S,), in rising order, and the log of each one's chance to be among them
+SampledLoss = Callable[..., Tensor]
 
 
 class SamplingHead(Head):
@@ -24,6 +34,7 @@ class SamplingHead(Head):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self._shared: tuple[int, Tensor] | None = None
+        self._drawn: sampling.Drawing | None = None
 
     def count_draws(self) -> None:
         """Keep how many samples were drawn: the next is a function of it, so that a resumed run draws the same ones."""
@@ -62,40 +73,68 @@ class SamplingHead(Head):
         self.counted.copy_(self.counts.sum())
         self.told.fill_(True)
 
-    def next_sample(self, targets_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The sample of the next forward pass; moves the counts on. All classes: (None, None)."""
+    def next_samples(self, targets_T: Tensor) -> list[Sample]:
+        """A sample of the next forward pass for each GROUP of its targets; moves the counts on. All classes: none."""
         shared, self._shared = self._shared, None
         if not self.samples_classes:
-            return None, None
+            return []
         key, shared_T = shared or (int(self.draws), targets_T)
         self.draws.add_(1)
         wanted_T = shared_T.reshape(-1)
         wanted_T = wanted_T[wanted_T >= 0]
         self._count(wanted_T)
-        return self.draw(key, wanted_T)
+        groups = range(max(1, math.ceil(int((targets_T >= 0).sum()) / GROUP)))
+        return [self.draw(sampling.key_of_group(key, group), wanted_T, len(groups)) for group in groups]
 
-    def draw(self, key: int, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes (S,), in rising order, and the log of each one's chance to be among them: a function of the key,
-        of the targets (T,), all >= 0, and of the frequencies."""
+    def draw(self, key: int, targets_T: Tensor, groups: int = 1) -> Sample:
+        """One of `groups` samples of a step: classes (S,), in rising order, and the log of each one's chance to be in it.
+        A function of the key, of the targets (T,), all >= 0, and of the frequencies."""
         common_U = torch.unique(targets_T)
         sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
-        share_S = (self.counts[sample_S] + 0.5) / (self.counted + 0.5 * self.classes)
         even = sampling.even_draws(self.sample, len(common_U))
-        return sample_S, sampling.log_chances(share_S, len(targets_T), kept, even, self.classes).float()
+        self._drawn = sampling.Drawing(len(targets_T), kept, even, self.classes, groups)
+        return sample_S, sampling.log_chances(self._shares(self.counts[sample_S]), self._drawn).float()
+
+    def steadiness(self) -> Tensor | None:
+        """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first."""
+        return None if self._drawn is None else sampling.steadiness(self._shares(self.counts), self._drawn)
+
+    def _shares(self, counts_S: Tensor) -> Tensor:
+        return (counts_S + 0.5) / (self.counted + 0.5 * self.classes)
 
     def _count(self, targets_T: Tensor) -> None:
         if not self.told:
             self.counts.index_add_(0, targets_T, torch.ones_like(targets_T))
             self.counted.add_(len(targets_T))
 
-    def rows_read(
-        self, table_VD: Tensor, targets_T: Tensor, sample_S: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What of a row-sparse table a step reads: the rows (R, D) of targets and sample alone, and where in them those
-        are (targets below 0 stay so). A dense table, or all of its classes: as they are."""
-        if not self.row_sparse or sample_S is None:
-            return table_VD, targets_T, sample_S
+    def sampled_loss(
+        self, op: SampledLoss, table_VD: Tensor, z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None
+    ) -> Tensor:
+        """op(z, rows, targets, sample, log chances, weights) of this step's samples, the mean over all targets.
+
+        The op gets the whole table where that is dense and there is one sample, else the rows (R, D) that targets and
+        samples need, their numbers standing for places in them.
+        """
+        samples = self.next_samples(targets_T)
+        if not samples:
+            return op(z_TD, table_VD, targets_T, None, None, weight_T)
+        if len(samples) == 1 and not self.row_sparse:
+            return op(z_TD, table_VD, targets_T, *samples[0], weight_T)
         wanted_T = targets_T >= 0
-        rows_R = torch.unique(torch.cat([sample_S, targets_T[wanted_T]]))
-        places_T = torch.where(wanted_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)), targets_T)
-        return gather_rows(table_VD, rows_R), places_T, torch.searchsorted(rows_R, sample_S)
+        z_TD, targets_T = z_TD[wanted_T], targets_T[wanted_T]
+        weight_T = None if weight_T is None else weight_T[wanted_T]
+        rows_R = torch.unique(torch.cat([targets_T, *(sample_S for sample_S, _ in samples)]))
+        rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
+        groups = range(0, max(1, len(targets_T)), math.ceil(max(1, len(targets_T)) / len(samples)))
+        loss = z_TD.new_zeros(())
+        for start, (sample_S, log_chance_S) in zip(groups, samples, strict=False):
+            part = slice(start, start + groups.step)
+            weight = None if weight_T is None else weight_T[part]
+            places = (torch.searchsorted(rows_R, numbers) for numbers in (targets_T[part], sample_S))
+            share = _total(weight, targets_T[part]) / (_total(weight_T, targets_T) or 1.0)
+            loss = loss + share * op(z_TD[part], rows_RD, *places, log_chance_S, weight)
+        return loss
+
+
+def _total(weight_T: Tensor | None, targets_T: Tensor) -> float:
+    return float(len(targets_T)) if weight_T is None else float(weight_T.double().sum())

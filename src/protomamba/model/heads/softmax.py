@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -51,9 +53,10 @@ class SoftmaxHead(SamplingHead):
             self.forget_step()
             precision = self.precision if self.training else "fp32"
             return softmax_loss(z_TD, self.weight, targets_T, weight_T, precision=precision)
-        sample_S, log_chance_S = self.next_sample(targets_T)
-        rows_RD, targets_T, sample_S = self.rows_read(self.weight, targets_T, sample_S)
-        assert sample_S is not None and log_chance_S is not None
+        return self.sampled_loss(self._sampled, self.weight, z_TD, targets_T, weight_T)
+
+    def _sampled(self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, *sample: Any) -> Tensor:
+        sample_S, log_chance_S, weight_T = sample
         return sampled_softmax_loss(z_TD, rows_RD, targets_T, sample_S, log_chance_S, weight_T, self.precision)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
