@@ -87,8 +87,8 @@ class SamplingHead(Head):
         return [self.draw(sampling.key_of_group(key, group), wanted_T, len(groups)) for group in groups]
 
     def draw(self, key: int, targets_T: Tensor, groups: int = 1) -> Sample:
-        """One of `groups` samples of a step: classes (S,), in rising order, and the log of each one's chance to be in it.
-        A function of the key, of the targets (T,), all >= 0, and of the frequencies."""
+        """One of `groups` samples of a step: classes (S,), in rising order, and the log of each one's chance to be in
+        it. A function of the key, of the targets (T,), all >= 0, and of the frequencies."""
         common_U = torch.unique(targets_T)
         sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
         even = sampling.even_draws(self.sample, len(common_U))
