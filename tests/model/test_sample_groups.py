@@ -125,7 +125,7 @@ def test_a_prototype_that_is_seldom_seen_is_kept_shorter() -> None:
 def test_all_classes_and_rows_that_rest_between_touches_have_one_length() -> None:
     whole = HyperspherePrototypes(ModelConfig(vocab_size=30, d_model=WIDTH, n_layer=1))
     whole(torch.randn(9, WIDTH), torch.randint(30, (9,))).backward()
-    assert whole.lengths() == whole.length() == 1.0
+    assert whole.lengths() == whole.length() == pytest.approx(1.0)
     sparse = head_of(HyperspherePrototypes, row_sparse=True)
     assert isinstance(sparse, HyperspherePrototypes)
     sparse(*batch(20)).backward()
