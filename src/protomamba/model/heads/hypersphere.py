@@ -40,14 +40,14 @@ class HyperspherePrototypes(SamplingHead):
 
     `fixed` prototypes are placed apart once and never move: O(D) a token, whatever V is. `learned` ones start there.
     The loss alone would pull all of them to one place, so their gradient, and z's, is another: that of the cross
-    entropy over s cos(z, p_k), s = exp(log_scale) learnt, from at most `sample` classes a step: O(sample D) a token.
+    entropy over s cos(z, p_k), s = exp(log_scale) learnt, from at most `sample` classes: O(sample D) a token.
     The value that is returned, and shown, is the formula above (docs/decisions/011). With `separation` 0 learned
     prototypes have the loss alone for their gradient too, and collapse.
     """
 
     class Config(PrototypeFields):
         sample: int = Field(
-            1_024, ge=2, le=16_777_216, description="classes sampled per training step, with learned prototypes"
+            1_024, ge=2, le=16_777_216, description="classes that a token is held against in training at most, with learned prototypes"
         )
 
     options: Config

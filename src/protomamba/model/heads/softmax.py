@@ -20,13 +20,13 @@ from protomamba.model.heads.sampling_head import SamplingHead
 class SoftmaxHead(SamplingHead):
     """logits = z W^T, cross entropy in blocks. W starts as published: torch's default for a linear layer.
 
-    With `sample` a training step looks at that many classes at most, drawn and corrected for as the prototype head's
+    With `sample` a token is held against that many classes at most in training, drawn and corrected for as the prototype head's
     are (Jean et al. 2015, arXiv 1412.2007): O(sample D) a token. Evaluation looks at all.
     """
 
     class Config(TieFields):
         sample: int = Field(
-            0, ge=0, le=16_777_216, description="softmax head: classes sampled per training step; 0 = all"
+            0, ge=0, le=16_777_216, description="softmax head: classes that a token is held against in training at most; 0 = all"
         )
 
     options: Config
