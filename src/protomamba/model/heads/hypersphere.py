@@ -47,7 +47,10 @@ class HyperspherePrototypes(SamplingHead):
 
     class Config(PrototypeFields):
         sample: int = Field(
-            1_024, ge=2, le=16_777_216, description="classes that a token is held against in training at most, with learned prototypes"
+            1_024,
+            ge=2,
+            le=16_777_216,
+            description="most classes that a token is held against in training, with learned prototypes",
         )
 
     options: Config

@@ -26,7 +26,10 @@ class SoftmaxHead(SamplingHead):
 
     class Config(TieFields):
         sample: int = Field(
-            0, ge=0, le=16_777_216, description="softmax head: classes that a token is held against in training at most; 0 = all"
+            0,
+            ge=0,
+            le=16_777_216,
+            description="softmax head: most classes that a token is held against in training; 0 = all",
         )
 
     options: Config
