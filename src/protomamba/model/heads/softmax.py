@@ -20,8 +20,8 @@ from protomamba.model.heads.sampling_head import SamplingHead
 class SoftmaxHead(SamplingHead):
     """logits = z W^T, cross entropy in blocks. W starts as published: torch's default for a linear layer.
 
-    With `sample` a token is held against that many classes at most in training, drawn and corrected for as the prototype head's
-    are (Jean et al. 2015, arXiv 1412.2007): O(sample D) a token. Evaluation looks at all.
+    With `sample` a token is held against that many classes at most in training, drawn and corrected for as the
+    prototype head's are (Jean et al. 2015, arXiv 1412.2007): O(sample D) a token. Evaluation looks at all.
     """
 
     class Config(TieFields):
