@@ -22,9 +22,6 @@ from protomamba.model.heads.sampling_head import SamplingHead
 FIT_TARGETS = 4_096
 # The learnt sharpness never falls below: on a long plateau it would fall for ever, and have to come back all the way.
 LEAST_SHARPNESS = 0.5
-# How far log s goes of the way that an update would take it, where classes are sampled: a sample sharpens too far
-# (docs/decisions/092).
-SAMPLED_RATE = 0.2
 FIT_SCORES = 67_108_864  # and cosines that this may take
 SINCE_0_1 = (
     "since 0.2 learned prototypes follow cross entropy over s cos(z, p) with s learnt, "
@@ -67,7 +64,6 @@ class HyperspherePrototypes(SamplingHead):
         self.learned = self.options.prototypes == "learned"
         self.contrastive = self.learned and self.options.separation > 0 and self.classes > 1
         # Before anything is learnt or fitted: the fixed scale of AdaCos (Zhang et al. 2019, arXiv 1905.00292).
-        self._before: Tensor | None = None
         self._first_sharpness = start = math.sqrt(2) * math.log(max(2, self.classes - 1))
         if self.learned:
             self.prototypes = nn.Parameter(placed_VD)
@@ -86,8 +82,6 @@ class HyperspherePrototypes(SamplingHead):
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
             self.forget_step()
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
-        if self.samples_classes:
-            self._before = self.log_scale.detach().clone()
         return self.sampled_loss(self._separated, self.prototypes, z_TD, targets_T, weight_T)
 
     def _separated(self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, *sample: Any) -> Tensor:
@@ -143,9 +137,6 @@ class HyperspherePrototypes(SamplingHead):
     def post_step(self, rows_R: Tensor | None = None) -> None:
         """Back to `lengths`: gradients are tangential, so each update makes a prototype longer and slower to turn."""
         if self.contrastive and self.log_scale.requires_grad:
-            before, self._before = self._before, None
-            if before is not None:
-                self.log_scale.copy_(torch.lerp(before, self.log_scale, SAMPLED_RATE))
             self.log_scale.clamp_(min=math.log(LEAST_SHARPNESS))
         if self.learned and self.prototypes.requires_grad and rows_R is not None:
             rows_RD = F.normalize(self.prototypes.index_select(0, rows_R), dim=-1)
