@@ -120,19 +120,23 @@ class SamplingHead(Head):
             return op(z_TD, table_VD, targets_T, None, None, weight_T)
         if len(samples) == 1 and not self.row_sparse:
             return op(z_TD, table_VD, targets_T, *samples[0], weight_T)
-        wanted_T = targets_T >= 0
-        z_TD, targets_T = z_TD[wanted_T], targets_T[wanted_T]
-        weight_T = None if weight_T is None else weight_T[wanted_T]
-        rows_R = torch.unique(torch.cat([targets_T, *(sample_S for sample_S, _ in samples)]))
+        if len(samples) > 1:
+            wanted_T = targets_T >= 0
+            z_TD, targets_T = z_TD[wanted_T], targets_T[wanted_T]
+            weight_T = None if weight_T is None else weight_T[wanted_T]
+        rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample_S for sample_S, _ in samples)]))
         rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
-        groups = range(0, max(1, len(targets_T)), math.ceil(max(1, len(targets_T)) / len(samples)))
+        places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
+        numbered = [(torch.searchsorted(rows_R, sample_S), log_chance_S) for sample_S, log_chance_S in samples]
+        if len(numbered) == 1:
+            return op(z_TD, rows_RD, places_T, *numbered[0], weight_T)
+        groups = range(0, len(targets_T), math.ceil(len(targets_T) / len(samples)))
         loss = z_TD.new_zeros(())
-        for start, (sample_S, log_chance_S) in zip(groups, samples, strict=False):
+        for start, sample in zip(groups, numbered, strict=False):
             part = slice(start, start + groups.step)
             weight = None if weight_T is None else weight_T[part]
-            places = (torch.searchsorted(rows_R, numbers) for numbers in (targets_T[part], sample_S))
             share = _total(weight, targets_T[part]) / (_total(weight_T, targets_T) or 1.0)
-            loss = loss + share * op(z_TD[part], rows_RD, *places, log_chance_S, weight)
+            loss = loss + share * op(z_TD[part], rows_RD, places_T[part], *sample, weight)
         return loss
 
 
