@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ FORMAT = "protomamba-shards"
 VERSION = 1
 
 
+LONGEST_NAME = 255  # bytes; of the common file systems
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """One shard as it was written."""
@@ -30,6 +34,9 @@ class ShardEntry:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        name = self.name
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > LONGEST_NAME:
+            raise ValueError(f"shard {name[:80]!r}: expected the name of a file in this folder")
 
 
 @dataclass(frozen=True)
