@@ -69,7 +69,7 @@ test-reference: $(READY) ## the kernel tests once more, with the reference path 
 PRELOAD = $(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC)
 	@rm -rf $(SANITIZED)
-	@$(PIP) --no-deps --target $(SANITIZED) -C cmake.define.PROTOMAMBA_SANITIZE=address,undefined .
+	@$(PIP) --no-deps --target $(SANITIZED) --config-settings cmake.define.PROTOMAMBA_SANITIZE=address,undefined .
 	@ls $(SANITIZED)/protomamba/kernels/libprotomamba_*
 	@LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		PROTOMAMBA_LIBRARY_DIR=$(CURDIR)/$(SANITIZED)/protomamba/kernels $(PYTEST_ALL) tests/kernels $(ARGS)

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,8 @@ LEVELS = ("baseline", "avx2", "avx512", "avx512vnni") if X86 else ("baseline",)
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 LIBRARIES = {f"protomamba/kernels/libprotomamba_{level}{SUFFIX}" for level in LEVELS}
 MANYLINUX = (2, 28)
+# Python knows it since 3.11.4.
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 # A scan and a whole step, with what they ran on; the package's folder shows that no checkout was imported.
 PROBE = """
@@ -102,7 +105,7 @@ def test_two_builds_in_two_folders_are_the_same_bytes(dist: Path, tmp_path: Path
     wheels = []
     for name in ("here", "elsewhere/and-deeper"):
         with tarfile.open(only(dist, "*.tar.gz")) as archive:
-            archive.extractall(tmp_path / name, filter="data")
+            archive.extractall(tmp_path / name, **SAFELY)
         tree = only(tmp_path / name, "protomamba-*")
         one_level = ("-C", "cmake.define.PROTOMAMBA_LEVELS=baseline")
         run(sys.executable, "-m", "build", "--wheel", *one_level, str(tree), SOURCE_DATE_EPOCH="1700000000")

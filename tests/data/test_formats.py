@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protomamba.data import in_memory, infer_vocab, open_token_dir, open_token_file
+from protomamba.data.arrays import read_npy_header
 from protomamba.data.formats import TokenWriter
 from protomamba.data.shards import ShardSet
 from protomamba.data.text import parse_text_file
@@ -318,3 +323,29 @@ def test_a_manifest_pins_the_shards(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({**body, "version": 2}))
     with pytest.raises(UserError, match="version 2; this protomamba reads version 1"):
         open_token_dir(tmp_path)
+
+
+def test_headers_are_parsed_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 3.11.4 Python's parser counts its depth for all threads together: a run over several shards ended with
+    "SystemError: AST constructor recursion depth mismatch" now and then."""
+    paths = [tmp_path / f"{number}.npy" for number in range(8)]
+    for path in paths:
+        np.save(path, np.arange(40, dtype=np.uint16))
+    read, alone, at_once = np.lib.format.read_array_header_1_0, threading.Lock(), []
+
+    def watched(*arguments: Any) -> Any:
+        at_once.append(not alone.acquire(blocking=False))
+        time.sleep(0.01)
+        if not at_once[-1]:
+            alone.release()
+        return read(*arguments)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", watched)
+
+    def header(path: Path) -> Any:
+        with path.open("rb") as file:
+            return read_npy_header(path, file)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(header, paths)) == {(40,)}
+    assert len(at_once) == 8 and not any(at_once)

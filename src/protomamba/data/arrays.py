@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import tokenize
 import zipfile
 import zlib
@@ -24,6 +26,11 @@ ERRORS = (
     *(ValueError, SyntaxError, EOFError, TypeError, RecursionError, MemoryError, OverflowError),
     *(tokenize.TokenError, Warning, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, KeyError),
 )
+# Shards are looked at by several threads, and until 3.11.4 Python's parser counts its depth for all of them together:
+# one that is interrupted in another's midst ends with a SystemError. A child forked meanwhile has a lock of its own.
+_parsing = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_parsing=threading.Lock()))
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
@@ -52,7 +59,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"version {version} of the format is for structured arrays")
-    shape, _, dtype = readers[version](file)
+    with _parsing:
+        shape, _, dtype = readers[version](file)
     return shape, dtype
 
 
