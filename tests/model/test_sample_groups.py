@@ -132,3 +132,13 @@ def test_all_classes_and_rows_that_rest_between_touches_have_one_length() -> Non
     rows_R = torch.tensor([3, 5])
     sparse.post_step(rows_R)
     torch.testing.assert_close(torch.linalg.vector_norm(sparse.prototypes.detach()[rows_R], dim=1), torch.ones(2))
+
+
+def test_ranks_with_unlike_numbers_of_targets_keep_prototypes_at_the_same_lengths() -> None:
+    one, other = head_of(HyperspherePrototypes), head_of(HyperspherePrototypes)
+    targets_T = torch.arange(60)
+    for head, part in ((one, targets_T[:50]), (other, targets_T[50:])):
+        head.begin_step(17, targets_T)
+        assert len(head.next_samples(part)) == -(-len(part) // GROUP)
+    first, second = one.steadiness(), other.steadiness()
+    assert first is not None and second is not None and torch.equal(first, second)

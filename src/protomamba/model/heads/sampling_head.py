@@ -83,8 +83,9 @@ class SamplingHead(Head):
         wanted_T = shared_T.reshape(-1)
         wanted_T = wanted_T[wanted_T >= 0]
         self._count(wanted_T)
-        groups = range(max(1, math.ceil(int((targets_T >= 0).sum()) / GROUP)))
-        return [self.draw(sampling.key_of_group(key, group), wanted_T, len(groups)) for group in groups]
+        own, of_all = (max(1, math.ceil(n / GROUP)) for n in (int((targets_T >= 0).sum()), len(wanted_T)))
+        # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
+        return [self.draw(sampling.key_of_group(key, group), wanted_T, of_all) for group in range(own)]
 
     def draw(self, key: int, targets_T: Tensor, groups: int = 1) -> Sample:
         """One of `groups` samples of a step: classes (S,), in rising order, and the log of each one's chance to be in
