@@ -28,6 +28,9 @@ SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") e
 
 # A scan and a whole step, with what they ran on; the package's folder shows that no checkout was imported.
 PROBE = """
+import sys
+# An editable installation finds its package before any path does.
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable")]
 import json, pathlib, torch, protomamba
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer, batch_from_tokens, kernels
 torch.manual_seed(0)
