@@ -44,6 +44,11 @@ def valid_tokens(z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None) -> tu
     return z.contiguous(), targets.contiguous(), None if weight is None else weight.contiguous()
 
 
+def product_dtype(precision: str, x: Tensor) -> torch.dtype:
+    """Of a loss's products: that of x for "fp32", bfloat16 for "bf16". ValueError for another precision."""
+    return x.dtype if precision == "fp32" else reference.matmul_dtype(precision, x)
+
+
 def check_targets(op: str, targets_T: Tensor, classes: int) -> None:
     """ValueError if a target is not below the number of classes."""
     largest = int(targets_T.max())

@@ -15,7 +15,14 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
-from protomamba.kernels.prototype_loss import check_sample, check_targets, places, total_weight, valid_tokens
+from protomamba.kernels.prototype_loss import (
+    check_sample,
+    check_targets,
+    places,
+    product_dtype,
+    total_weight,
+    valid_tokens,
+)
 
 # Tokens at a time: with 1,024 classes their logits stay within 4 MiB.
 BLOCK = 1_024
@@ -48,20 +55,9 @@ def sampled_softmax_loss(
     dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
     z, targets, weight = valid_tokens(z_TD.to(dtype), targets_T, weight_T)
     keep = native.needs_backward(z_TD, weight_VD)
-    narrow = reference.matmul_dtype(precision, z_TD) if precision != "fp32" else dtype
-    loss: Tensor = native.apply(
-        _SampledSoftmax,
-        *(
-            keep,
-            narrow,
-            z,
-            weight_VD.to(dtype).contiguous(),
-            targets,
-            sample_S.long().contiguous(),
-            log_chance_S,
-            weight,
-        ),
-    )
+    matrix, sample_S = weight_VD.to(dtype).contiguous(), sample_S.long().contiguous()
+    given = keep, product_dtype(precision, z), z, matrix, targets, sample_S, log_chance_S, weight
+    loss: Tensor = native.apply(_SampledSoftmax, *given)
     return loss
 
 

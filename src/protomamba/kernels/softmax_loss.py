@@ -15,7 +15,7 @@ from protomamba.kernels import native, reference
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
-from protomamba.kernels.prototype_loss import check_targets, total_weight, valid_tokens
+from protomamba.kernels.prototype_loss import check_targets, product_dtype, total_weight, valid_tokens
 
 # Logits that exist at once: 16 MiB of float32. Below 128 rows the matrix products lose their speed.
 BLOCK_LOGITS = 1 << 22
@@ -44,7 +44,7 @@ def softmax_loss(
         return reference.softmax_loss(z_TD, weight_VD, targets_T, weight_T, precision=precision)
     dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
     z_TD, weight_VD = z_TD.to(dtype), weight_VD.to(dtype)
-    narrow = reference.matmul_dtype(precision, z_TD) if precision != "fp32" else dtype
+    narrow = product_dtype(precision, z_TD)
     rows = block or max(BLOCK_LOGITS // sizes["V"], MIN_BLOCK)
     keep = native.needs_backward(z_TD, weight_VD)
     z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from protomamba.config import ModelConfig
+from protomamba.kernels.prototype_loss import total_weight, valid_tokens
 from protomamba.kernels.rows import gather_rows
 from protomamba.model.heads import sampling
 from protomamba.model.heads.base import Head
@@ -85,15 +86,20 @@ class SamplingHead(Head):
         self._count(wanted_T)
         own, of_all = (max(1, math.ceil(n / GROUP)) for n in (int((targets_T >= 0).sum()), len(wanted_T)))
         # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
-        return [self.draw(sampling.key_of_group(key, group), wanted_T, of_all) for group in range(own)]
+        common_U = torch.unique(wanted_T)
+        keys = (sampling.key_of_group(key, group) for group in range(own))
+        return [self._draw(each, common_U, len(wanted_T), of_all) for each in keys]
 
-    def draw(self, key: int, targets_T: Tensor, groups: int = 1) -> Sample:
-        """One of `groups` samples of a step: classes (S,), in rising order, and the log of each one's chance to be in
-        it. A function of the key, of the targets (T,), all >= 0, and of the frequencies."""
-        common_U = torch.unique(targets_T)
+    def draw(self, key: int, targets_T: Tensor) -> Sample:
+        """Classes (S,), in rising order, and the log of each one's chance to be among them: a function of the key,
+        of the targets (T,), all >= 0, and of the frequencies."""
+        return self._draw(key, torch.unique(targets_T), len(targets_T))
+
+    def _draw(self, key: int, common_U: Tensor, targets: int, groups: int = 1) -> Sample:
+        """One of `groups` samples of a step with so many targets, of the classes `common_U`."""
         sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
         even = sampling.even_draws(self.sample, len(common_U))
-        self._drawn = sampling.Drawing(len(targets_T), kept, even, self.classes, groups)
+        self._drawn = sampling.Drawing(targets, kept, even, self.classes, groups)
         return sample_S, sampling.log_chances(self._shares(self.counts[sample_S]), self._drawn).float()
 
     def steadiness(self) -> Tensor | None:
@@ -122,9 +128,7 @@ class SamplingHead(Head):
         if len(samples) == 1 and not self.row_sparse:
             return op(z_TD, table_VD, targets_T, *samples[0], weight_T)
         if len(samples) > 1:
-            wanted_T = targets_T >= 0
-            z_TD, targets_T = z_TD[wanted_T], targets_T[wanted_T]
-            weight_T = None if weight_T is None else weight_T[wanted_T]
+            z_TD, targets_T, weight_T = valid_tokens(z_TD, targets_T, weight_T)
         rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample_S for sample_S, _ in samples)]))
         rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
@@ -136,10 +140,6 @@ class SamplingHead(Head):
         for start, sample in zip(groups, numbered, strict=False):
             part = slice(start, start + groups.step)
             weight = None if weight_T is None else weight_T[part]
-            share = _total(weight, targets_T[part]) / (_total(weight_T, targets_T) or 1.0)
+            share = total_weight(targets_T[part], weight) / total_weight(targets_T, weight_T)
             loss = loss + share * op(z_TD[part], rows_RD, places_T[part], *sample, weight)
         return loss
-
-
-def _total(weight_T: Tensor | None, targets_T: Tensor) -> float:
-    return float(len(targets_T)) if weight_T is None else float(weight_T.double().sum())
