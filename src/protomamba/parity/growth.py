@@ -19,7 +19,8 @@ from protomamba.model.growth import new_positions
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.parity.report import Report, versions
 from protomamba.run_config import DataFields, RunConfig
-from protomamba.train.build import fresh_trainer, use_machine
+from protomamba.train.build import use_machine
+from protomamba.train.fresh import fresh_trainer
 from protomamba.train.initial_weights import InitialWeights, adapt_to_weights, read_initial_weights
 from protomamba.train.inputs import open_inputs, stream_spec
 from protomamba.train.passes import MicroBatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,18 +14,16 @@ import torch
 from protomamba import kernels
 from protomamba.checkpoint.folder import RunDir, make_folder
 from protomamba.checkpoint.lock import RunLock
-from protomamba.config import ModelConfig, TrainConfig, pattern_kinds
+from protomamba.config import pattern_kinds
 from protomamba.data.source import DataInfo, Source
 from protomamba.data.stream import BatchStream
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
-from protomamba.model.growth import base_pattern
 from protomamba.model.heads import Head
 from protomamba.model.registry import load_named, resolve
-from protomamba.model.sequence_model import SequenceModel
 from protomamba.run_config import DATA_PRESETS, DataFields, RunConfig
 from protomamba.schema import flag
-from protomamba.train import budget, presets
+from protomamba.train import presets
 from protomamba.train.callbacks.base import Callback
 from protomamba.train.callbacks.collapse import CollapseWatch
 from protomamba.train.callbacks.console import Console
@@ -39,22 +36,21 @@ from protomamba.train.comm import Comm, Local, join, restarted
 from protomamba.train.comm_start import check_ranks, find_together, ranks_line, refuse_unshareable
 from protomamba.train.comm_workers import outer_workers
 from protomamba.train.frequencies import tell_frequencies
+from protomamba.train.fresh import fresh_trainer
 from protomamba.train.initial_weights import (
     SHAPE,
-    InitialWeights,
     adapt_to_weights,
     grown_vocabulary,
-    load_weights,
     read_initial_weights,
-    refuse_other_kinds,
 )
 from protomamba.train.inputs import Held, Inputs, open_inputs, stream_spec
+from protomamba.train.length import settle_length
 from protomamba.train.outer import trainer_class
 from protomamba.train.resume import Resumed, run_folder
 from protomamba.train.run import Run
 from protomamba.train.run_header import default_notes, header, idle_flags
 from protomamba.train.signals import STOPPED_EXIT_CODE, StopRequest
-from protomamba.train.trainer import Trainer, renamed_layers
+from protomamba.train.trainer import Trainer
 
 # The flags whose value may name code of the user's own.
 CODE_FLAGS = ("layer", "layers", "head", "input", "optimizer")
@@ -274,53 +270,6 @@ def adopt_data_preset(
     return config.replace(preset=preset, **taken), [presets.described(preset, derived, set(taken))]
 
 
-# What a run spends its time on: steps, validations, and the judgement at its end.
-MeasuredParts = tuple[Trainer, BatchStream, Held | None, LastJudgement | None]
-
-
-def settle_length(
-    config: RunConfig, resumed: Resumed | None, parts: MeasuredParts, began: float
-) -> tuple[RunConfig, int | None, list[str]]:
-    """The steps of --epochs or --time-budget, laid as the trainer's schedule; after a resume, as further steps.
-
-    Returns the configuration with them recorded, the further steps of a resume, and what to tell.
-    """
-    trainer, stream, *_ = parts
-    if (config.epochs, config.time_budget) == (None, None) or (resumed and not resumed.new_length):
-        return config, resumed.further_steps if resumed else None, []
-    if config.epochs is not None:
-        config = config.replace(steps=max(1, math.ceil(config.epochs * stream.steps_per_epoch / config.grad_accum)))
-        notes = [f"{config.epochs:g} epochs are {config.steps:,} steps"]
-    else:
-        config, notes = _budgeted(config, parts, began)
-    if resumed:
-        return config, config.steps, notes
-    trainer.config = trainer.config.replace(steps=config.steps)
-    trainer.schedule_steps = config.steps
-    return config, None, notes
-
-
-def _budgeted(config: RunConfig, parts: MeasuredParts, began: float) -> tuple[RunConfig, list[str]]:
-    """The configuration with the steps that fit into --time-budget from `began` on, and their prediction."""
-    trainer, stream, validation, judgement = parts
-    judged = judgement.seconds if judgement else None
-    whole = budget.seconds_of(str(config.time_budget))
-    costs = budget.measure(trainer, stream, validation, config.grad_accum, config.out_dir, whole, judged)
-    left = whole - trainer.comm.all_gather_object(time.perf_counter() - began)[0]
-    events = budget.events_within(left, costs, presets.EVENTS)
-    # What the preset chose, and nobody gave, is spread over the steps there will be.
-    spread = [n for n in ("val_every", "save_every") if config.preset in DATA_PRESETS and n not in config.given]
-    val_every, save_every = (None if n in spread else getattr(config, n) for n in ("val_every", "save_every"))
-    steps = budget.steps_within(left, costs, val_every, save_every, events)
-    cadence = {name: max(1, math.ceil(steps / events)) for name in spread}
-    told = (
-        f"{config.time_budget}: {steps:,} steps of {1e3 * costs.step:.1f} ms fit, with validations of "
-        f"{costs.validation:.1f} s, checkpoints of {costs.save:.2f} s, and {costs.judgement:.1f} s for the judgement "
-        "at the end; measured now, on this machine, and recorded"
-    )
-    return config.replace(steps=steps, **cadence), [told]
-
-
 def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -> None:
     """UserError, before any training, if what is held out is too short for a window."""
     try:
@@ -333,44 +282,3 @@ def _require_validation(validation: Iterable[Batch] | None, config: RunConfig) -
         raise UserError(
             f"held out by {ratio}: {error}; or use another --val-ratio (0 holds nothing out) or --val-token-file"
         ) from None
-
-
-def base_shape(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The model before it grows: --layers counts final places, so each layer is of the kind of its own."""
-    layers = config.layers and base_pattern(config.layers, config.placement, config.base_layers, config.final_layers)
-    shape: ModelConfig = config.project(ModelConfig, vocab_size=vocab_size, n_layer=config.base_layers, layers=layers)
-    return shape
-
-
-def fresh_trainer(
-    config: RunConfig, vocab_size: int, weights: InitialWeights | None, comm: Comm | None = None
-) -> tuple[Trainer, list[str]]:
-    """Build, load, grow and freeze as the flags say; the second value is what the user should know about it."""
-    with _naming_the_default(config, "placement", "append"):
-        shape = base_shape(config, vocab_size)
-    if weights:
-        refuse_other_kinds(shape, weights)
-    model = SequenceModel(shape, seed=config.seed)
-    notes, moments = load_weights(model, weights) if weights else ([], {})
-    origins: list[int | None] = list(range(config.base_layers))
-    if config.final_layers != config.base_layers:
-        with _naming_the_default(config, "placement", "append"):
-            origins = model.grow(config.final_layers, config.placement, config.seed + 1, config.layers)
-    with _naming_the_default(config, "freeze", "none"):
-        model.freeze(config.freeze, config.freeze_embedding)
-    trainer = trainer_class(config)(model, config.project(TrainConfig), comm)
-    if moments and not config.sync_every and config.final_layers != config.base_layers:
-        trainer.load_slots(renamed_layers(moments, origins))
-        notes.append("the old layers keep their optimizer moments; the new ones start with none")
-    return trainer, notes
-
-
-@contextmanager
-def _naming_the_default(config: RunConfig, name: str, instead: str) -> Iterator[None]:
-    """An error about a value that is the documented default, which the user need not have given, says so."""
-    try:
-        yield
-    except ConfigError as error:
-        if getattr(config, name) != RunConfig.default(name):
-            raise
-        raise ConfigError(f"{error}; that is the default: give {flag(name)} {instead}, or another value") from None
