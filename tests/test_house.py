@@ -32,13 +32,13 @@ ROWS = (
     ("run_config",),
     ("config",),
     ("schema",),
-    ("errors", "machine"),
+    ("errors", "machine", "words"),
 )
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 
 # Stricter than the rows: all that these may import of ours, beside themselves.
 ONLY = {
-    "data": {"config", "errors", "folder_lock", "schema", "storage"},
+    "data": {"config", "errors", "folder_lock", "schema", "storage", "words"},
     "checkpoint": {"config", "errors", "folder_lock", "storage"},
     "report": {"run_config", "errors", "metrics_file", "storage"},
     "kernels": {"errors"},

@@ -163,8 +163,8 @@ def test_a_file_cut_short_or_too_long_says_what_was_promised(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("array", "expected"),
     [
-        (np.array([1.0, 2.0]), "found 1 dimension(s) of float64"),
-        (np.ones((2, 3), dtype=int), "found 2 dimension(s) of int64"),
+        (np.array([1.0, 2.0]), "found 1 dimension of float64"),
+        (np.ones((2, 3), dtype=int), "found 2 dimensions of int64"),
         (np.array([4, 5, -1, 6]), "token 2: expected a token >= 0, found -1"),
         (np.array([4, 2**40]), f"token 1: expected at most 4294967295, found {2**40}"),
         (np.array([True, False]), "of bool"),

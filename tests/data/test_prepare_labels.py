@@ -152,7 +152,7 @@ def test_arrays(tmp_path: Path) -> None:
 def test_the_same_call_again_and_rare_classes(tmp_path: Path) -> None:
     rows = "lab,s\n" + "no,x y\n" * 9 + "yes,z\n"
     data = prepared(tmp_path, rows, LabelColumns("lab", tokens="s"))
-    assert "class 'yes' has 1 sequences and the most common 9: --class-weights balanced" in data.training.notes[0]
+    assert "class 'yes' has 1 sequence and the most common 9: --class-weights balanced" in data.training.notes[0]
     assert prepare_labels([tmp_path / "a.csv"], tmp_path / "out", LabelColumns("lab", tokens="s"))
     with pytest.raises(UserError, match="made from other inputs or with other options"):
         prepare_labels([tmp_path / "a.csv"], tmp_path / "out", LabelColumns("lab", text="s"))

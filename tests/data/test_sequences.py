@@ -175,7 +175,7 @@ def test_shares_of_the_rows_are_told() -> None:
     # 30 transitions in windows of 16 with 4 of context: 16, then 12 and 2 new ones; the short ones fill up to 12
     assert "4 sequences of 4 to 30 tokens" in said and "4 rows of 16 an epoch" in said
     assert "65.6% of them trained, 12.5% context" in said and "21.9% empty" in said
-    assert pack(np.array([3]), np.array([0]), 3, 0).describe().startswith("1 rows of 3 an epoch: 100.0% of them")
+    assert pack(np.array([3]), np.array([0]), 3, 0).describe().startswith("1 row of 3 an epoch: 100.0% of them")
 
 
 def test_an_empty_part_says_so() -> None:

@@ -138,8 +138,8 @@ def test_shards_shorter_than_a_window_are_counted_and_reported() -> None:
     stream = TokenStream(make_set(31, 5, 2), batch_size=2, seq_len=10, seed=0)
     assert stream.rows_per_epoch == 3
     assert stream.dropped_tokens == 5
-    assert "2 shard(s) shorter than a window" in stream.describe()
-    with pytest.raises(UserError, match=r"shard-0: 31 token\(s\) are shorter than one window: expected at least .* 32"):
+    assert "2 shards shorter than a window" in stream.describe()
+    with pytest.raises(UserError, match=r"shard-0: 31 tokens, shorter than one window: expected at least .* 32"):
         TokenStream(make_set(31, 5), batch_size=2, seq_len=31, seed=0)
 
 

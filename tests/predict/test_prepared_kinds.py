@@ -379,7 +379,7 @@ def test_new_items_come_behind_and_old_rows_stay_theirs_to_the_bit(
     more = ("--vocab-from", events / "run")
     assert run("prepare", "events", source, "--out-dir", tmp_path / "data", *columns, *more) == 0
     assert run("train", tmp_path / "data", "--out-dir", tmp_path / "run", *first) == 0
-    assert "3 items are new: their rows start fresh" in capsys.readouterr().out
+    assert "3 new items with fresh rows" in capsys.readouterr().out
     before, after = (checkpoint.load(folder / "run" / "latest.safetensors").parts for folder in (events, tmp_path))
     old, new = (Vocabulary.from_state(parts["vocabulary"]) for parts in (before, after))
     assert new.begins_with(old) and new.size == old.size + 3 and new.name(old.size) in {f"new-{i}" for i in range(3)}

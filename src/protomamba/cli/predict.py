@@ -11,6 +11,7 @@ from pathlib import Path
 from protomamba.cli.checkpoints import A_CHECKPOINT, CODE_FLAGS, MACHINE_FLAGS, THE_CHECKPOINTS
 from protomamba.cli.flags import Parser, add_fields, given_fields
 from protomamba.run_config import RunConfig
+from protomamba.words import counted
 
 LISTED = 20
 
@@ -73,7 +74,6 @@ def work(arguments: argparse.Namespace) -> int:
     from protomamba.predict.answers import Question
     from protomamba.predict.job import Job, predict_file
     from protomamba.train.build import load_named_code, use_machine
-    from protomamba.train.run_header import counted
 
     machine = RunConfig(**given_fields(arguments))
     load_named_code(machine)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from protomamba.cli.flags import Parser
 from protomamba.errors import ConfigError, UserError
+from protomamba.words import counted
 
 if TYPE_CHECKING:
     from protomamba.data.prepared_manifest import PreparedManifest
@@ -77,7 +78,7 @@ def prepare_text(arguments: argparse.Namespace) -> int:
         )
     console.header(
         {
-            "tokens": f"{manifest.tokens:,} in {len(manifest.shards)} shard(s) in {manifest.folder}",
+            "tokens": f"{manifest.tokens:,} in {counted(len(manifest.shards), 'shard')} in {manifest.folder}",
             "vocabulary": f"{manifest.vocab_size:,} ({kind}), end of document {manifest.eos_token}",
             "train": NEXT.format(folder=manifest.folder),
         }
@@ -255,7 +256,7 @@ def _show(manifest: PreparedManifest, figures: dict[str, str]) -> None:
     for note in manifest.notes:
         console.line(f"note: {note}")
     parts = {
-        f"{name} part": f"{part['sequences']:,} sequences, {part['targets']:,} targets"
+        f"{name} part": f"{counted(part['sequences'], 'sequence')}, {counted(part['targets'], 'target')}"
         for name, part in manifest.about["parts"].items()
     }
     console.header({**figures, **parts, "train": NEXT.format(folder=manifest.folder)})

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from protomamba.cli.flags import Parser
+from protomamba.words import counted
 
 
 def configure(parser: Parser) -> None:
@@ -28,5 +29,5 @@ def work(arguments: argparse.Namespace) -> int:
     plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
     tracked = Tracked(arguments.name or record.name, arguments.run, new_identity(), plain)
     count = replay(read_metrics(arguments.run / "metrics.jsonl"), make_tracker(arguments.to, tracked))
-    print(f"{count:,} lines of {arguments.run} are in {arguments.to}")
+    print(f"{counted(count, 'line')} of {arguments.run} {'is' if count == 1 else 'are'} in {arguments.to}")
     return 0

@@ -34,6 +34,7 @@ from protomamba.data.prepared_manifest import PARTS, TOKENS, PreparedManifest, s
 from protomamba.data.vocabulary import RESERVED, UNKNOWN, Vocabulary
 from protomamba.errors import ConfigError, UserError
 from protomamba.storage import atomic_file
+from protomamba.words import counted
 
 SPLITS = ("last", "time", "user")
 # Key of the draw of held-out users; it only has to differ from those of the other draws.
@@ -206,7 +207,7 @@ class _Writer:
                 "times: they are read as unknown and are never targets"
             )
         if self.options.split == "last" and alone:
-            notes.append(f"{alone:,} sequences have fewer than 3 events and are used for training only")
+            notes.append(f"used for training only: {counted(alone, 'sequence')} of fewer than 3 events")
         return {
             "vocab_size": self.vocabulary.size,
             "split": self.options.split,

@@ -18,6 +18,7 @@ from protomamba.data.formats import TokenWriter
 from protomamba.data.prepared_manifest import TOKENS, PreparedManifest, save_arrays
 from protomamba.errors import UserError
 from protomamba.storage import atomic_file
+from protomamba.words import counted
 
 Progress = Callable[[int, int], None]
 
@@ -153,7 +154,8 @@ class _Records:
                 f"{self.unknown:,} of {self.bases:,} bases are N or another ambiguity code, and are never targets"
             )
         if self.dropped:
-            found.append(f"{self.dropped:,} bases after the last whole {self.tokenizer.k}-mer of records are left out")
+            word = f"{self.tokenizer.k}-mer"
+            found.append(f"left out: {counted(self.dropped, 'base')} after the last whole {word} of a record")
         return found
 
 

@@ -25,6 +25,7 @@ from protomamba.data.arrays import read_npy_header
 from protomamba.data.files import CHUNK_BYTES, FileRef, check_regular_file, chunks_of, os_message, read_json
 from protomamba.data.text import MAX_TOKEN
 from protomamba.errors import UserError
+from protomamba.words import counted
 
 MAGIC = b"PMTOKENS"
 VERSION = 1
@@ -150,8 +151,8 @@ def _npy_layout(path: Path, file: IO[bytes]) -> Layout:
     shape, dtype = read_npy_header(path, file)
     if dtype.kind not in "iu" or len(shape) != 1:
         raise UserError(
-            f"{path}: expected a one-dimensional array of integers, found {len(shape)} dimension(s) of {dtype}; "
-            "save it with tokens.astype(numpy.uint32).ravel()"
+            f"{path}: expected a one-dimensional array of integers, found {counted(len(shape), 'dimension')} of "
+            f"{dtype}; save it with tokens.astype(numpy.uint32).ravel()"
         )
     return Layout("npy", dtype.str, file.tell(), int(shape[0]))
 

@@ -12,6 +12,7 @@ import torch
 from protomamba.data.order import endless
 from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
+from protomamba.words import counted, ranged
 
 if TYPE_CHECKING:
     from protomamba.data.labels import LabelledSequences
@@ -53,9 +54,9 @@ class LabelledStream(BatchStream):
         return self.sequences.identity()
 
     def describe(self) -> str:
-        lengths, unit = self.sequences.lengths, "steps" if self.sequences.info.channels else "tokens"
+        lengths, unit = self.sequences.lengths, "step" if self.sequences.info.channels else "token"
         return (
-            f"{len(self.sequences):,} labelled sequences of {lengths.min()} to {lengths.max()} {unit} "
+            f"{counted(len(self.sequences), 'labelled sequence')} of {ranged(lengths.min(), lengths.max(), unit)} "
             f"({len(self.sequences) / self.batch_size:,.1f} steps an epoch)"
         )
 

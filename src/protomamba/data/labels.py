@@ -29,6 +29,7 @@ from protomamba.data.stream import Identity
 from protomamba.data.text import MAX_TOKEN, parse_block
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
+from protomamba.words import counted
 
 IGNORED = -100
 MAX_CLASSES = 16_777_216
@@ -150,11 +151,11 @@ class LabelledSequences:
         if not 0 < held_out < len(self):
             files = "prepare labels --valid FILE" if self.about else "--val-token-file and --val-label-file"
             raise UserError(
-                f"{self.source.file.path}: {len(self)} sequence(s) are too few to hold out {val_ratio:g} of them; give "
-                f"more, another --val-ratio (0 holds out none), or {files}"
+                f"{self.source.file.path}: {counted(len(self), 'sequence')}, too few to hold out {val_ratio:g} of "
+                f"them; give more, another --val-ratio (0 holds out none), or {files}"
             )
         training, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
-        note = f"{held_out:,} of the {len(self):,} sequences, drawn by --seed, are held out"
+        note = f"held out: {held_out:,} of the {counted(len(self), 'sequence')}, drawn by --seed"
         return (
             replace(self, chosen=self.chosen[training], notes=(note,)),
             replace(self, chosen=self.chosen[validation]),
@@ -278,8 +279,8 @@ def _array_rows(path: Path, dimensions: tuple[int, ...]) -> tuple[npt.NDArray[An
     if array.dtype.kind not in "iu" or array.ndim not in dimensions or not array.size:
         shape = " x ".join(map(str, array.shape)) or "none"
         raise UserError(
-            f"{path}: expected integers in {' or '.join(map(str, dimensions))} dimension(s), a row a sequence, found "
-            f"{array.dtype} of shape {shape}"
+            f"{path}: expected integers in {' or '.join(map(str, dimensions))} dimensions, a row a "
+            f"sequence, found {array.dtype} of shape {shape}"
         )
     return array.reshape(-1), np.full(len(array), array[0].size, dtype=np.int64)
 

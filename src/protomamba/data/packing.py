@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.order import hashed
+from protomamba.words import counted
 
 Integers = npt.NDArray[np.int64]
 # A long sequence's further windows begin with this share of a row that only builds up the state again.
@@ -56,8 +57,8 @@ class Packing:
         places = max(1, len(self) * self.row_size)
         trained, context = self.trained / places, self.context / places
         return (
-            f"{len(self):,} rows of {self.row_size} an epoch: {trained:.1%} of them trained, {context:.1%} context "
-            f"carried into the windows of long sequences, {max(0.0, 1 - trained - context):.1%} empty"
+            f"{counted(len(self), 'row')} of {self.row_size:,} an epoch: {trained:.1%} of them trained, {context:.1%} "
+            f"context carried into the windows of long sequences, {max(0.0, 1 - trained - context):.1%} empty"
         )
 
 

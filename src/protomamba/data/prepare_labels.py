@@ -20,6 +20,7 @@ from protomamba.data.prepared_manifest import PreparedManifest, save_arrays
 from protomamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe_tokenizer, with_eos
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import ConfigError, UserError
+from protomamba.words import counted
 
 MANY_CLASSES = 20
 
@@ -217,7 +218,7 @@ def _notes(train: _Part, classes: Sequence[str]) -> list[str]:
     if counts.max() >= 3 * counts.min():
         rare = classes[int(counts.argmin())]
         notes.append(
-            f"class {rare!r} has {counts.min():,} sequences and the most common {counts.max():,}: --class-weights "
-            "balanced gives every class the same total weight"
+            f"class {rare!r} has {counted(counts.min(), 'sequence')} and the most common {counts.max():,}: "
+            "--class-weights balanced gives every class the same total weight"
         )
     return notes

@@ -18,6 +18,7 @@ from protomamba.data.packing import Packing
 from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor
 from protomamba.errors import UserError
+from protomamba.words import counted, ranged
 
 if TYPE_CHECKING:
     from protomamba.data.sequences import SequenceSet
@@ -79,8 +80,8 @@ class SequenceStream(BatchStream):
     def describe(self) -> str:
         lengths, steps = self.sequences.lengths, len(self.packing) / self.batch_size
         return (
-            f"{len(self.sequences):,} sequences of {lengths.min():,} to {lengths.max():,} tokens, each from a state of "
-            f"its own ({steps:,.1f} steps an epoch); {self.packing.describe()}"
+            f"{counted(len(self.sequences), 'sequence')} of {ranged(lengths.min(), lengths.max(), 'token')}, each "
+            f"from a state of its own ({steps:,.1f} steps an epoch); {self.packing.describe()}"
         )
 
 

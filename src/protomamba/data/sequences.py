@@ -23,6 +23,7 @@ from protomamba.data.stream import Identity
 from protomamba.data.vocabulary import BOUNDARY, UNKNOWN, Vocabulary
 from protomamba.data.windows import Batch
 from protomamba.errors import ConfigError, UserError
+from protomamba.words import counted
 
 Integers = npt.NDArray[np.int64]
 IGNORED = -100
@@ -130,7 +131,7 @@ class SequenceSet:
         order = shuffled(len(self), derive_key(seed, _HELD_OUT))
         share = np.cumsum(self.lengths[order]) / self.lengths.sum()
         held_out = min(max(1, int(np.searchsorted(share, ratio)) + 1), len(self) - 1)
-        note = f"{held_out:,} of the {len(self):,} sequences, drawn by --seed, are held out"
+        note = f"held out: {held_out:,} of the {counted(len(self), 'sequence')}, drawn by --seed"
         training, validation = np.sort(order[held_out:]), np.sort(order[:held_out])
         return self.part(self.spans[training], "train", (note,)), self.part(self.spans[validation], "valid")
 
@@ -141,10 +142,11 @@ class SequenceSet:
         validation = np.stack((starts, cuts, stops), axis=1)[stops > cuts]
         if not (len(training) and len(validation)):
             raise UserError(
-                f"{self.store.shards[0].where}: {len(self)} sequence(s) of {int(self.lengths.sum()):,} tokens are too "
-                f"few to hold out {ratio:g} of them; give more, or --val-ratio 0"
+                f"{self.store.shards[0].where}: {counted(len(self), 'sequence')} of "
+                f"{counted(int(self.lengths.sum()), 'token')}, too few to hold out {ratio:g} of them; give more, "
+                "or --val-ratio 0"
             )
-        note = f"the last {ratio:g} of each of the {len(self)} sequences is held out"
+        note = f"held out: the last {100 * ratio:.3g}% of each of the {counted(len(self), 'sequence')}"
         return self.part(training, "train", (note,)), self.part(validation, "valid")
 
     def part(self, spans: Integers, name: str, notes: tuple[str, ...] = ()) -> SequenceSet:

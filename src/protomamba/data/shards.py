@@ -28,6 +28,7 @@ from protomamba.data.stream import Identity
 from protomamba.data.token_stream import TokenStream
 from protomamba.data.windows import Batch, Tokens, eval_batches
 from protomamba.errors import ConfigError, UserError
+from protomamba.words import counted
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,8 @@ def in_memory(tokens: Sequence[int] | npt.NDArray[Any] | torch.Tensor, name: str
     data = np.asarray(tokens)
     if data.ndim != 1 or data.dtype.kind not in "iu":
         raise UserError(
-            f"{name}: expected a one-dimensional sequence of integers, found {data.ndim} dimension(s) of {data.dtype}"
+            f"{name}: expected a one-dimensional sequence of integers, found {counted(data.ndim, 'dimension')} of "
+            f"{data.dtype}"
         )
     if data.size < 2:
         raise UserError(f"{name}: expected at least 2 tokens, found {data.size}")

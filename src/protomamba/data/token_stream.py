@@ -19,6 +19,7 @@ import numpy.typing as npt
 from protomamba.data.order import derive_key, permute, shuffled
 from protomamba.data.stream import BatchStream, Identity
 from protomamba.data.windows import Batch, Cursor, make_batch, read_windows, window_counts
+from protomamba.words import counted
 
 if TYPE_CHECKING:
     from protomamba.data.shards import ShardSet
@@ -80,11 +81,11 @@ class TokenStream(BatchStream):
 
     def describe(self) -> str:
         empty = int((self._windows == 0).sum())
-        short = f", {empty} shard(s) shorter than a window" if empty else ""
+        short = f", {counted(empty, 'shard')} shorter than a window" if empty else ""
         return (
-            f"{self.shards.tokens:,} tokens in {len(self.shards)} shard(s), {self.rows_per_epoch:,} windows of "
-            f"{self.seq_len} an epoch ({self.steps_per_epoch:,.1f} steps), {self.dropped_tokens:,} tail tokens "
-            f"unused{short}"
+            f"{self.shards.tokens:,} tokens in {counted(len(self.shards), 'shard')}, "
+            f"{counted(self.rows_per_epoch, 'window')} of {self.seq_len:,} an epoch ({self.steps_per_epoch:,.1f} "
+            f"steps), {self.dropped_tokens:,} tail tokens unused{short}"
         )
 
     def batch(self, index: int) -> Batch:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from protomamba.errors import UserError
+from protomamba.words import counted
 
 if TYPE_CHECKING:
     from protomamba.data.shards import ShardSet
@@ -46,7 +47,7 @@ def window_counts(shards: ShardSet, seq_len: int) -> npt.NDArray[np.int64]:
     if not counts.any():
         longest = max(shards.shards, key=lambda shard: shard.tokens)
         raise UserError(
-            f"{longest.where}: {longest.tokens:,} token(s) are shorter than one window: expected at least "
+            f"{longest.where}: {counted(longest.tokens, 'token')}, shorter than one window: expected at least "
             f"seq_len + 1 = {seq_len + 1}; give more tokens or a smaller --seq-len"
         )
     return counts

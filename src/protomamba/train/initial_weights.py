@@ -19,6 +19,7 @@ from protomamba.model.registry import merged_options, refuse_unnamed_parts
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.run_config import RunConfig
 from protomamba.schema import flag
+from protomamba.words import counted
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,10 @@ def load_weights(model: SequenceModel, weights: InitialWeights) -> tuple[list[st
     lost = [name for name in (*missing, *unexpected) if not name.startswith("head.")]
     if lost:
         raise UserError(f"{weights.source}: does not fit the model: {', '.join(lost[:5])}")
-    notes = [f"weights from {weights.source} ({weights.model.n_layer} layers)"]
+    notes = [f"weights from {weights.source} ({counted(weights.model.n_layer, 'layer')})"]
     if appended:
         new = model.config.vocab_size - weights.model.vocab_size
-        notes.append(f"{new:,} items are new: their rows start fresh, all others keep their trained rows")
+        notes.append(f"{counted(new, 'new item')} with fresh rows; all others keep their trained rows")
     if not same_head:
         notes.append(f"its {weights.model.head} head is left out: the {model.config.head} head starts from scratch")
     return notes, moments

@@ -13,6 +13,7 @@ from protomamba.model.registry import chosen_parts, idle_settings
 from protomamba.run_config import RunConfig
 from protomamba.schema import flag
 from protomamba.train.trainer import Trainer
+from protomamba.words import counted
 
 
 def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None, further: int | None) -> dict[str, str]:
@@ -47,11 +48,6 @@ def stack(kinds: Sequence[str]) -> str:
     unit = next((kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds))), ())
     pattern = compact_pattern(",".join(unit)).replace(",", ", ") if unit else "none"
     return f"{counted(len(kinds), 'layer')} ({pattern}{', repeated' if 1 < len(unit) < len(kinds) else ''})"
-
-
-def counted(count: int, thing: str) -> str:
-    """1 thread, 2 threads."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def goodbye(reason: str, step: int, folder: Path | None) -> str:
