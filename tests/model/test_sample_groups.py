@@ -122,6 +122,18 @@ def test_a_prototype_that_is_seldom_seen_is_kept_shorter() -> None:
     torch.testing.assert_close(length_V, (steadiness_V * head.length()).float())
 
 
+def test_few_targets_a_step_make_no_prototype_shorter_for_their_noise() -> None:
+    head, share_V = head_of(HyperspherePrototypes), torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
+    head.set_frequencies(torch.ones(CLASSES, dtype=torch.int64))
+    for targets in (1, GROUP // 2, GROUP, 3 * GROUP):
+        head.next_samples(torch.arange(targets) % CLASSES)
+        assert head._drawn is not None and head._drawn.targets == targets
+        steadiness_V = head.steadiness()
+        assert steadiness_V is not None
+        whole_V = sampling.steadiness(share_V, head._drawn)
+        torch.testing.assert_close(steadiness_V, whole_V ** min(1.0, targets / GROUP))
+
+
 def test_all_classes_and_rows_that_rest_between_touches_have_one_length() -> None:
     whole = HyperspherePrototypes(ModelConfig(vocab_size=30, d_model=WIDTH, n_layer=1))
     whole(torch.randn(9, WIDTH), torch.randint(30, (9,))).backward()

@@ -103,8 +103,15 @@ class SamplingHead(Head):
         return sample_S, sampling.log_chances(self._shares(self.counts[sample_S]), self._drawn).float()
 
     def steadiness(self) -> Tensor | None:
-        """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first."""
-        return None if self._drawn is None else sampling.steadiness(self._shares(self.counts), self._drawn)
+        """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
+
+        To the power of T / GROUP where a step has T targets, fewer than GROUP: what so few say of a class is noise
+        above all, and prototypes that turn the more would be led astray by it.
+        """
+        if self._drawn is None:
+            return None
+        whole_V = sampling.steadiness(self._shares(self.counts), self._drawn)
+        return whole_V ** min(1.0, self._drawn.targets / GROUP)
 
     def _shares(self, counts_S: Tensor) -> Tensor:
         return (counts_S + 0.5) / (self.counted + 0.5 * self.classes)
