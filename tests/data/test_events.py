@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protomamba.data import event_buckets, tables
+from protomamba.data import csv_tables, event_buckets
 from protomamba.data.events import EventOptions, prepare_events
 from protomamba.data.prepared import Prepared, open_prepared
 from protomamba.data.sequences import SequenceSet
@@ -75,13 +75,13 @@ rows_ = st.lists(
 @given(rows=rows_, buckets=st.integers(1, 4), block=st.integers(8, 200))
 def test_each_user_is_one_sequence_in_order(rows: list[Row], buckets: int, block: int) -> None:
     """Whatever the number of temporary files, and wherever the blocks of the table end."""
-    before = event_buckets.BUCKET_BYTES, tables.BLOCK_BYTES
+    before = event_buckets.BUCKET_BYTES, csv_tables.BLOCK_BYTES
     size = sum(len(f"{u},{t},{i}\n".encode()) for u, t, i in rows) + 15
-    event_buckets.BUCKET_BYTES, tables.BLOCK_BYTES = size // buckets + 1, block
+    event_buckets.BUCKET_BYTES, csv_tables.BLOCK_BYTES = size // buckets + 1, block
     try:
         dataset = prepared(rows, split="user", valid=0.3, test=0.3) if len(rows) > 200 else prepared(rows)
     finally:
-        event_buckets.BUCKET_BYTES, tables.BLOCK_BYTES = before
+        event_buckets.BUCKET_BYTES, csv_tables.BLOCK_BYTES = before
     expected = defined(rows)
     found = Counter(tuple(items) for _, items in sequences(dataset))
     assert found == Counter(tuple(items[:-2] if len(items) > 2 else items) for items in expected)
@@ -284,13 +284,16 @@ def test_a_cut_gzip_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     whole = gzip.compress((HEADER + "a,1,x\n" * 9999).encode())
     (tmp_path / "cut.csv.gz").write_bytes(whole[:-20])
     (tmp_path / "latin.csv").write_bytes(HEADER.encode() + b"a,1,x\na,2,\xff\n")
-    for name, says in (("cut.csv.gz", "broken gzip"), ("latin.csv", r"latin\.csv, row 2: .*UTF8")):
+    for name, says in (
+        ("cut.csv.gz", "broken gzip"),
+        ("latin.csv", r"latin\.csv, row 2, column 'item': expected UTF-8"),
+    ):
         with pytest.raises(UserError, match=says):
             prepare_events([tmp_path / name], tmp_path / "out", OPTIONS)
 
 
 def test_a_row_is_counted_through_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_tables, "BLOCK_BYTES", 64)
     rows = [("a", n, "x") for n in range(100)]
     bad_rows = ((("a", "soon", "x"), "expected a number as in the rows"), (("", 1, "x"), "expected a name"))
     for bad, says in bad_rows:
@@ -304,7 +307,7 @@ def test_a_row_is_counted_through_blocks(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_whole_numbers_that_turn_into_fractions_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_tables, "BLOCK_BYTES", 64)
     rows = [("a", 100 - n, f"i{n}") for n in range(30)] + [("a", 70.5, "half")]
     prepare_events([write_csv(tmp_path / "e.csv", rows)], tmp_path / "out", EventOptions("user", "item", "time"))
     dataset = open_prepared(tmp_path / "out")

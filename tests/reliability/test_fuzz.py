@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from protomamba.data.tables import _last_end
+from protomamba.data.csv_tables import _last_end
 from protomamba.errors import UserError
 from tests.reliability.fuzz import mutate
 from tests.reliability.fuzz.__main__ import run
@@ -76,9 +76,9 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_refused(tmp_path: Path) 
 def test_a_line_without_an_end_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has to be in memory at once is bounded: a kilobyte of gzip may unpack to a line of any length."""
     needed(name)
-    for module in ("compressed", "tables", "fasta"):
+    for module in ("compressed", "csv_tables", "fasta"):
         monkeypatch.setattr(f"protomamba.data.{module}.LONGEST_LINE", 1_000)
-    monkeypatch.setattr("protomamba.data.tables.BLOCK_BYTES", 600)
+    monkeypatch.setattr("protomamba.data.csv_tables.BLOCK_BYTES", 600)
     with good_input(READERS[name]) as (path, good):
         unpacked = gzip.decompress(good) if path.suffix == ".gz" else good
         endless = unpacked.rstrip(b"\n") + b"\n>" + b" " * 3_000

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.tables import Array, Block
+from protomamba.data.blocks import Array, Block
 from protomamba.errors import UserError
 
 EXPECTED_NAME = "a name or a whole number"
@@ -161,7 +161,7 @@ def floats_of(block: Block, column: str) -> npt.NDArray[np.float32]:
         block.refuse(row, column, "a number", array[row].as_py())
     found = np.asarray(values.fill_null(np.nan), dtype=np.float64)
     if (beyond := np.flatnonzero(np.abs(found) > LARGEST)).size:
-        block.refuse(int(beyond[0]), column, "a finite number of float32", found[beyond[0]])
+        block.refuse(int(beyond[0]), column, "a finite number of float32", float(found[beyond[0]]))
     return found.astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.data.compressed import blocks_of, columnar_errors, import_pyarrow, lines_of, plain_suffix
-from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, os_message, read_json
+from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, json_reason, os_message, read_json
 from protomamba.errors import ConfigError, UserError
 
 FORMATS = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
@@ -182,7 +182,7 @@ def _json_text(where: str, line: bytes, field: str) -> bytes:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: expected a JSON object: {error}") from error
+        raise UserError(f"{where}: expected a JSON object: {json_reason(error)}") from error
     if not isinstance(value, dict) or field not in value:
         found = f"keys {', '.join(sorted(value))[:100]}" if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{where}: expected an object with {field!r}, found {found}; name the text's key with --field")

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.blocks import BadRowError, Block, each_good
 from protomamba.data.columns import OrderKeys, PromotedError, exploded, names_of
 from protomamba.data.compressed import import_pyarrow, is_compressed, plain_suffix
 from protomamba.data.files import check_regular_file
-from protomamba.data.tables import BadRowError, Block, each_good, read_blocks
+from protomamba.data.tables import read_blocks
 from protomamba.data.vocabulary import RESERVED, Vocabulary
 from protomamba.errors import UserError
 

@@ -89,6 +89,15 @@ def check_kinds(entry: Any) -> None:
             raise TypeError(f"{field.name}: expected {field.type}, found {str(value)[:40]}")
 
 
+def json_reason(error: Exception) -> str:
+    """What is wrong with one line of JSON, without the line number that the parser gives it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1:,}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte 0x{error.object[error.start]:02x} at {error.start + 1:,} is not UTF-8"
+    return str(error)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a UserError naming file and line if it is not one."""
     try:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from protomamba.data.blocks import Block
 from protomamba.data.columns import OrderKeys, PromotedError, floats_of, names_of
 from protomamba.data.compressed import plain_suffix
 from protomamba.data.series import read_npz, read_ts, trimmed
-from protomamba.data.tables import Block, expand_columns, read_blocks
+from protomamba.data.tables import expand_columns, read_blocks
 from protomamba.data.vocabulary import RESERVED, UNKNOWN
 from protomamba.errors import ConfigError, UserError
 

@@ -6,78 +6,24 @@ from its first lines decides what they are. Rows count from 1, without a header.
 
 from __future__ import annotations
 
-import csv
 import fnmatch
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from protomamba.data.compressed import (
-    LONGEST_LINE,
-    columnar_errors,
-    import_pyarrow,
-    lines_of,
-    open_bytes,
-    plain_suffix,
-    refuse_long_line,
-)
+from protomamba.data.blocks import Array, BadRowError, Block, OnBad, refuse_missing
+from protomamba.data.compressed import columnar_errors, import_pyarrow, lines_of, open_bytes, plain_suffix
+from protomamba.data.csv_tables import csv_blocks, csv_header
+from protomamba.data.files import json_reason
 from protomamba.errors import UserError
-from protomamba.schema import nearest
 
-BLOCK_BYTES = 1 << 24
 BLOCK_ROWS = 1 << 16
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".inter", ".dat")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-Array = Any  # a pyarrow array
-
-
-class BadRowError(UserError):
-    """One row that cannot be read: its number, and what is wrong with it."""
-
-    def __init__(self, path: Path, row: int, wrong: str, column: str | None = None) -> None:
-        place = "" if column is None else f"column {column!r}"
-        super().__init__(f"{path}, row {row:,}{place and ', '}{place}: {wrong}")
-        self.row, self.reason = row, f"{place}: {wrong}" if place else wrong
-
-
-# Takes the rows that are left out; without one the first of them is raised.
-OnBad = Callable[[BadRowError], None] | None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows `first` and following of a file (from 1), some of its columns.
-
-    rows: the number of each, where they do not follow on each other.
-    """
-
-    path: Path
-    first: int
-    columns: dict[str, Array]
-    rows: npt.NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def number(self, row: int) -> int:
-        """The number in the file of a row (from 0) of this block."""
-        return self.first + row if self.rows is None else int(self.rows[row])
-
-    def part(self, start: int, stop: int) -> Block:
-        """Some of its rows."""
-        columns = {name: array[start:stop] for name, array in self.columns.items()}
-        return Block(self.path, self.first + start, columns, None if self.rows is None else self.rows[start:stop])
-
-    def refuse(self, row: int, column: str, expected: str, found: object) -> NoReturn:
-        """BadRowError naming file, row (from 0 in this block) and column."""
-        shown = "nothing" if found is None or found == "" else repr(found)[:60]
-        raise BadRowError(self.path, self.number(row), f"expected {expected}, found {shown}", column)
 
 
 def read_blocks(path: Path, columns: Sequence[str], on_bad: OnBad = None) -> Iterator[Block]:
@@ -88,22 +34,8 @@ def read_blocks(path: Path, columns: Sequence[str], on_bad: OnBad = None) -> Ite
     if kind == ".parquet":
         return _parquet_blocks(path, columns)
     if kind in CSV_SUFFIXES:
-        return _csv_blocks(path, columns, on_bad)
-    raise UserError(f"{path}: expected a table: .csv, .tsv, .jsonl or .parquet, or the first two as .gz or .zst")
-
-
-def each_good(block: Block, work: Callable[[Block], None], on_bad: OnBad) -> None:
-    """`work` on the rows that it does not refuse by BadRowError, in order; it must do nothing before it refuses."""
-    try:
-        work(block)
-    except BadRowError as error:
-        if on_bad is None:
-            raise
-        if len(block) == 1:
-            return on_bad(error)
-        half = len(block) // 2
-        for part in (block.part(0, half), block.part(half, len(block))):
-            each_good(part, work, on_bad)
+        return csv_blocks(path, columns, on_bad)
+    raise UserError(f"{path}: expected a table: .csv, .tsv, .jsonl or .parquet, or the first three as .gz or .zst")
 
 
 def column_names(path: Path) -> list[str]:
@@ -116,7 +48,7 @@ def column_names(path: Path) -> list[str]:
     if kind == ".parquet":
         return list(_parquet_schema(path).names)
     with open_bytes(path) as file:
-        return _csv_header(path, file)[0]
+        return csv_header(path, file)[0]
 
 
 def expand_columns(path: Path, patterns: Sequence[str], flag: str) -> list[str]:
@@ -131,123 +63,6 @@ def expand_columns(path: Path, patterns: Sequence[str], flag: str) -> list[str]:
     return found
 
 
-def refuse_missing(path: Path, column: str, names: Sequence[str], flag: str = "") -> NoReturn:
-    """UserError naming the columns there are."""
-    shown = ", ".join(names)[:200] or "none"
-    advice = f"; name it with {flag}" if flag else ""
-    raise UserError(f"{path}: no column {column!r}{nearest(column, names)}: its columns are {shown}{advice}")
-
-
-def _csv_blocks(path: Path, columns: Sequence[str], on_bad: OnBad) -> Iterator[Block]:
-    """Whole lines of about 16 MB at a time: pyarrow's own streaming reads ahead in a thread that outlives an error."""
-    pyarrow = import_pyarrow(path)
-    import pyarrow.csv as arrow_csv
-
-    with open_bytes(path) as file:
-        names, delimiter = _csv_header(path, file)
-        for column in columns:
-            if column not in names:
-                refuse_missing(path, column, names)
-        read = arrow_csv.ReadOptions(column_names=names, use_threads=False)
-        convert = arrow_csv.ConvertOptions(
-            include_columns=list(columns), column_types={name: pyarrow.string() for name in names}
-        )
-        row = 1
-        for lines in _whole_lines(path, file):
-            left_out: list[int] = []
-            skip = _left_out(path, row, left_out, on_bad) if on_bad else None
-            parse = arrow_csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=b'"' in lines, invalid_row_handler=skip
-            )
-            try:
-                table = arrow_csv.read_csv(pyarrow.BufferReader(lines), read, parse, convert)
-            except pyarrow.ArrowInvalid as error:
-                _refuse_csv(path, row, str(error))
-            total = table.num_rows + len(left_out)
-            rows = np.delete(np.arange(row, row + total), left_out) if left_out else None
-            if table.num_rows:
-                yield Block(path, row, {name: table[name].combine_chunks() for name in columns}, rows)
-            row += total
-
-
-def _left_out(path: Path, first: int, places: list[int], on_bad: Callable[[BadRowError], None]) -> Callable[[Any], str]:
-    """Tells pyarrow to leave out a line of other fields than the header's, and us which it was."""
-
-    def skip(row: Any) -> str:
-        places.append(row.number - 1)
-        wrong = f"expected {row.expected_columns} fields, found {row.actual_columns}"
-        on_bad(BadRowError(path, first + row.number - 1, wrong))
-        return "skip"
-
-    return skip
-
-
-def _csv_header(path: Path, file: Any) -> tuple[list[str], str]:
-    """Column names and the delimiter, from the first line."""
-    try:
-        line = file.readline(LONGEST_LINE).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line 1: expected a header of UTF-8 text, found byte {error.start} is not") from None
-    delimiter = delimiter_of(line)
-    names = names_of(path, line, delimiter)
-    if not any(names):
-        raise UserError(f"{path}, line 1: expected the names of the columns, found nothing")
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise UserError(f"{path}, line 1: expected different names of columns, found {double!r} twice")
-    return names, delimiter
-
-
-def names_of(path: Path, header: str, delimiter: str) -> list[str]:
-    """The names of the columns in the first line of a CSV file. UserError where it is no line of CSV."""
-    try:
-        row = next(csv.reader([header.rstrip("\r\n")], delimiter=delimiter), [])
-    except csv.Error as error:
-        raise UserError(f"{path}, line 1: expected the names of the columns: {error}") from None
-    return [name.strip() for name in row]
-
-
-def delimiter_of(header: str) -> str:
-    """What stands between the names of the columns: the commonest of those in use, the comma where none occurs."""
-    return max(",;\t|", key=header.count)
-
-
-def _whole_lines(path: Path, file: Any) -> Iterator[bytes]:
-    """The rest of a file in blocks that end behind a line, and not inside a quoted value."""
-    pending = b""
-    while block := file.read(BLOCK_BYTES):
-        pending += block
-        if cut := _last_end(pending):
-            yield pending[:cut]
-            pending = pending[cut:]
-        if len(pending) > LONGEST_LINE:
-            refuse_long_line(str(path))
-    if pending.strip():
-        yield pending
-
-
-def _last_end(text: bytes) -> int:
-    """How much of `text` is whole lines: up to the last line end with an even number of quotes before it, or 0."""
-    cut = text.rfind(b"\n") + 1
-    odd = text.count(b'"', 0, cut) % 2
-    while odd:
-        earlier = text.rfind(b"\n", 0, text.rfind(b'"', 0, cut)) + 1
-        odd = (odd - text.count(b'"', earlier, cut)) % 2
-        cut = earlier
-    return cut
-
-
-def _refuse_csv(path: Path, row: int, message: str) -> NoReturn:
-    """pyarrow's message with our row, and without the text of the line behind it."""
-    _, marker, rest = message.partition("Row #")
-    number, _, what = rest.partition(": ")
-    if marker and number.isdigit():
-        where, shown = f"row {row + int(number) - 1:,}", what.splitlines()[0][:120]
-    else:
-        where, shown = f"row {row:,} or later", message.splitlines()[0][:120]
-    raise UserError(f"{path}, {where}: not a readable line of CSV: {shown}")
-
-
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in lines_of(path) if line.strip())
 
@@ -256,7 +71,7 @@ def _json_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(path, number, f"expected a JSON object: {error}") from error
+        raise BadRowError(path, number, f"expected a JSON object on each line: {json_reason(error)}") from error
     if not isinstance(value, dict):
         raise BadRowError(path, number, f"expected a JSON object, found {type(value).__name__}")
     return value
@@ -278,7 +93,7 @@ def _json_blocks(path: Path, columns: Sequence[str], on_bad: OnBad) -> Iterator[
                 on_bad(error)
         if rows:
             values = zip(columns, zip(*rows, strict=True), strict=True)
-            found = {column: _json_array(pyarrow, path, column, each) for column, each in values}
+            found = {column: _json_array(pyarrow, path, column, each, numbers) for column, each in values}
             yield Block(path, numbers[0], found, np.array(numbers))
 
 
@@ -288,7 +103,7 @@ def _json_row(
     """The columns' values, each of one kind throughout the file; what that kind is, the first row says."""
     missing = next((column for column in columns if column not in value), None)
     if missing is not None and not kinds:
-        refuse_missing(path, missing, list(value))
+        refuse_missing(path, missing, list(value), taken=columns)
     found = [value.get(column) for column in columns]
     for column, each in zip(columns, found, strict=True):
         if each is not None:
@@ -310,11 +125,18 @@ def _check_kind(path: Path, number: int, column: str, value: Any, kinds: dict[st
         raise BadRowError(path, number, wrong, column)
 
 
-def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any]) -> Array:
+def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any], numbers: Sequence[int]) -> Array:
     try:
         return pyarrow.array(values)
+    except UnicodeEncodeError:
+        place = next(i for i, value in enumerate(values) if not str(value).isascii() and _is_broken(str(value)))
+        raise BadRowError(path, numbers[place], "expected text, found half a surrogate pair", column) from None
     except (pyarrow.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise UserError(f"{path}, column {column!r}: {' '.join(str(error).split())[:120]}") from error
+
+
+def _is_broken(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parquet_schema(path: Path) -> Any:
@@ -331,7 +153,7 @@ def _parquet_blocks(path: Path, columns: Sequence[str]) -> Iterator[Block]:
     names = column_names(path)
     for column in columns:
         if column not in names:
-            refuse_missing(path, column, names)
+            refuse_missing(path, column, names, taken=columns)
     with columnar_errors(path), ParquetFile(path) as file:
         first = 1
         for batch in file.iter_batches(batch_size=BLOCK_ROWS, columns=list(columns)):

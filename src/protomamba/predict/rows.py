@@ -17,8 +17,9 @@ import numpy as np
 
 from protomamba.data.arrays import load_npy
 from protomamba.data.compressed import columnar_errors, import_pyarrow, lines_of, plain_suffix
+from protomamba.data.csv_tables import delimiter_of, header_names
 from protomamba.data.fasta import parts_of
-from protomamba.data.tables import delimiter_of, names_of
+from protomamba.data.files import json_reason
 from protomamba.errors import UserError
 
 # The one column of a format that has no names.
@@ -73,7 +74,7 @@ def _json_row(number: int, line: str) -> Row:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(number, error=f"expected a JSON object: {error}")
+        return Row(number, error=f"expected a JSON object: {json_reason(error)}")
     if isinstance(value, list):
         return Row(number, {LINE: value})
     if not isinstance(value, dict):
@@ -85,7 +86,7 @@ def _csv(path: Path) -> Iterator[Row]:
     lines = _text(path)
     header = next(lines, "").removeprefix("\ufeff")
     between = delimiter_of(header)
-    names = names_of(path, header, between)
+    names = header_names(path, header, between)
     reader = csv.DictReader(lines, names, strict=True, delimiter=between)
     number = 1
     while True:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from protomamba.data.blocks import BadRowError, Block, each_good
 from protomamba.data.columns import OrderKeys, PromotedError, floats_of, names_of
 from protomamba.data.event_buckets import Sinks, bucket_paths, buckets_of, read_bucket
-from protomamba.data.tables import BadRowError, Block, each_good, expand_columns, read_blocks
+from protomamba.data.tables import expand_columns, read_blocks
 from protomamba.errors import UserError
 from protomamba.predict.rows import LINE, Row
 from protomamba.predict.series import scaled
