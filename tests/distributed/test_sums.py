@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm import Comm, Local
+from protomamba.train.comm_messages import FRAME, HEAD
+from protomamba.train.comm_reduce import _filled_rows
 from tests.distributed.threads import ranks
 from tests.runs import assert_equal
 
@@ -113,7 +115,7 @@ def test_a_tall_gradient_travels_as_rows() -> None:
         comm.finish()
         return comm.mesh.sent_bytes
 
-    assert max(ranks(2, sent)) < 40 * (24 * 4 + 8) + 64
+    assert max(ranks(2, sent)) < 40 * (24 * 4 + 8) + 64 + FRAME
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -152,3 +154,27 @@ def test_gathered_tensors_come_in_the_order_of_the_ranks() -> None:
         return [part.tolist() for part in comm.all_gather(torch.arange(comm.rank * 2).view(-1, 2))]
 
     assert ranks(3, gather) == [[[], [[0, 1]], [[0, 1], [2, 3]]]] * 3
+
+
+def test_gathered_tensors_may_be_longer_than_a_frame() -> None:
+    """Two exchanges, as the receive of the second is posted by the first."""
+    most = (FRAME - HEAD) // 8
+
+    def gather(comm: Comm) -> list[Tensor]:
+        sizes = (most, most + 1, 0) if comm.rank == 0 else (2 * FRAME, 1, most + comm.rank)
+        return [part for size in sizes for part in comm.all_gather(torch.arange(size) + comm.rank)]
+
+    sizes = [(most, *[2 * FRAME] * 2), (most + 1, 1, 1), (0, most + 1, most + 2)]
+    expected = [torch.arange(size) + rank for each in sizes for rank, size in enumerate(each)]
+    for found in ranks(3, gather):
+        assert_equal(found, expected, "parts")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_is_empty_only_if_every_bit_is_zero(dtype: torch.dtype) -> None:
+    """Minus zero, the smallest number and NaN are something, as they are to a sum or to the one who finds a NaN."""
+    value = torch.zeros(11, 3, dtype=dtype)
+    value[1, 0], value[4, 1], value[9, 2] = -0.0, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.nan
+    rows = _filled_rows(value)
+    assert rows is not None and rows.tolist() == [1, 4, 9]
+    assert _filled_rows(torch.ones(2, 3, dtype=dtype)) is None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local
-from protomamba.train.comm_mesh import exchange
+from protomamba.train.comm_messages import Gather
 from protomamba.train.comm_watch import RankFailed, Watch
 from tests.runs import assert_equal
 
@@ -51,7 +51,7 @@ class ThreadMesh:
 
     def __init__(self, rank: int, world: int, mail: dict[Any, Box], store: Any) -> None:
         self.rank, self.world, self.mail, self.sent_bytes = rank, world, mail, 0
-        self.watch, self.launch = Watch(store, rank, world), "threads"
+        self.watch, self.launch, self._gather = Watch(store, rank, world), "threads", Gather(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThreadMesh:
         return self
@@ -69,8 +69,8 @@ class ThreadMesh:
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return exchange(self, tensor)
+    def all_gather(self, tensor: Tensor, ranks: Sequence[int] | None = None) -> list[Tensor]:
+        return self._gather.all_gather(tensor, ranks or range(self.world))
 
     def close(self, error: BaseException | None = None) -> None:
         if error is not None:

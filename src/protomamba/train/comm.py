@@ -23,7 +23,7 @@ from protomamba.train.comm_mesh import Alone, Gloo, Mesh
 from protomamba.train.comm_reduce import GradientSum, Plan
 from protomamba.train.comm_state import State, collect, cut, gather_state, owned_parameters, rows
 from protomamba.train.comm_tree import fold, share
-from protomamba.train.comm_weights import all_gather_weights
+from protomamba.train.comm_weights import Arriving, all_gather_weights, expect_weights
 from protomamba.train.comm_workers import Group
 
 
@@ -54,6 +54,7 @@ class Comm:
         self._plan = Plan({}, mesh.world)
         self._owned: dict[str, nn.Parameter] = {}
         self._sum: GradientSum | None = None
+        self._arriving: Arriving | None = None
 
     @property
     def rank(self) -> int:
@@ -130,9 +131,14 @@ class Comm:
         parts = [part.tolist() for part in self.mesh.all_gather(torch.tensor([count, *own], dtype=torch.float64))]
         return [value for part in parts for value in part[1:]], int(sum(part[0] for part in parts))
 
+    def expect_weights(self) -> None:
+        """Begin to receive what the others are about to update; see `comm_messages` for why so early."""
+        self._arriving = expect_weights(self._plan, self.mesh)
+
     def all_gather_weights(self) -> None:
         """Bring every rank the weights that the others have updated."""
-        all_gather_weights(self._plan, self.mesh)
+        arriving, self._arriving = self._arriving or expect_weights(self._plan, self.mesh), None
+        all_gather_weights(self._plan, self.mesh, arriving)
 
     def sums(self, shards_GN: Tensor) -> Tensor:
         """(N,): the sums over all shards, in the tree's order, of the rows (g, N) of this rank's, float64."""

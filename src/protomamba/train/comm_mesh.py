@@ -17,22 +17,15 @@ import torch
 from torch import Tensor
 
 from protomamba.errors import UserError
+from protomamba.train.comm_messages import Gather, Work
 from protomamba.train.comm_watch import SILENCE_S, START_S, RankFailed, Watch
 
 T = TypeVar("T")
-# One message at most takes this long: a rank that is alive may be writing a checkpoint meanwhile.
-MESSAGE_S = 1_800.0
 POLL_S = 1.0
 # Torch's words where there is no memory, which raise the same RuntimeError as a broken link.
 OUT_OF_MEMORY = "DefaultCPUAllocator"
-# Tags of messages: sizes and contents of `all_gather`; everything from FREE on is the caller's.
-SIZES, CONTENTS, FREE = 1, 2, 16
-
-
-class Work(Protocol):
-    """A message under way."""
-
-    def wait(self, timeout: timedelta = ...) -> Any: ...
+# Tags of messages from here on are the caller's; those below are for `all_gather`.
+FREE = 16
 
 
 class Mesh(Protocol):
@@ -48,7 +41,7 @@ class Mesh(Protocol):
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Work: ...
     def run(self, blocking: Callable[[], T]) -> T: ...
-    def all_gather(self, tensor: Tensor) -> list[Tensor]: ...
+    def all_gather(self, tensor: Tensor, ranks: Sequence[int] | None = None) -> list[Tensor]: ...
     def close(self, error: BaseException | None = None) -> None: ...
 
 
@@ -65,7 +58,7 @@ class Alone:
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor, ranks: Sequence[int] | None = None) -> list[Tensor]:
         return [tensor]
 
     def close(self, error: BaseException | None = None) -> None:
@@ -93,11 +86,13 @@ class Gloo:
         self.launch = store.compare_set("protomamba/launch", "", secrets.token_hex(8)).decode()
         # The launcher's store outlives a restart, and holds the addresses of the processes before it.
         store = PrefixStore(f"protomamba/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.sent_bytes = 0
+        self.sent_bytes, self._gather = 0, Gather(self)
         self.watch = Watch(store, self.rank, self.world, silence_s)
         self.watch.roll_call(start_s)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.world, timeout=limit)
         dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
+        # One connection for each direction: a thread that sends holds gloo's lock on it, and what comes in would spin.
+        self._up, self._down = dist.group.WORLD, dist.new_group(backend="gloo", timeout=limit)
         self.watch.start()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="communication", daemon=True).start()
@@ -109,15 +104,15 @@ class Gloo:
     def send(self, tensor: Tensor, peer: int, tag: int) -> Work:
         """Begin to send a contiguous tensor, which must stay as it is until the work has been waited for."""
         self.sent_bytes += tensor.numel() * tensor.element_size()
-        return self._begin(self._dist.isend, tensor, peer, tag)
+        return self._begin(self._dist.isend, tensor, peer, tag, self._up if peer > self.rank else self._down)
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Work:
         """Begin to receive into a contiguous tensor of the sender's size."""
-        return self._begin(self._dist.irecv, tensor, peer, tag)
+        return self._begin(self._dist.irecv, tensor, peer, tag, self._down if peer > self.rank else self._up)
 
-    def _begin(self, call: Callable[..., Any], tensor: Tensor, peer: int, tag: int) -> Work:
+    def _begin(self, call: Callable[..., Any], tensor: Tensor, peer: int, tag: int, group: Any) -> Work:
         try:
-            work: Work = call(tensor, peer, tag=tag)
+            work: Work = call(tensor, peer, tag=tag, group=group)
         except RuntimeError as error:
             raise self.watch.explain(error) from error
         return work
@@ -147,14 +142,14 @@ class Gloo:
         while True:
             self._jobs.get()()
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's contiguous tensor of one dimension, in the order of the ranks; lengths may differ."""
-        return self.run(lambda: exchange(self, tensor))
+    def all_gather(self, tensor: Tensor, ranks: Sequence[int] | None = None) -> list[Tensor]:
+        """The contiguous tensors of one dimension of these ranks, or of all, in order; lengths may differ."""
+        return self.run(lambda: self._gather.all_gather(tensor, ranks or range(self.world)))
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave together, or tell the others why not."""
         if error is None:
-            self.all_gather(torch.zeros(1))
+            self.run(lambda: self._gather.all_gather(torch.zeros(1), range(self.world), last=True))
             self.watch.stop()
             self._dist.destroy_process_group()
             return
@@ -168,27 +163,3 @@ def _leave_at_once(code: int) -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def exchange(mesh: Mesh, tensor: Tensor) -> list[Tensor]:
-    """`Mesh.all_gather` by messages: sizes first, then what is not empty."""
-    size = torch.tensor([tensor.numel()])
-    others = [rank for rank in range(mesh.world) if rank != mesh.rank]
-    sizes = {rank: torch.empty(1, dtype=torch.int64) for rank in others}
-    incoming = {rank: mesh.receive(sizes[rank], rank, SIZES) for rank in others}
-    works = [mesh.send(size, rank, SIZES) for rank in others]
-    works += [mesh.send(tensor, rank, CONTENTS) for rank in others if tensor.numel()]
-    found = {mesh.rank: tensor}
-    for rank in others:
-        wait_for([incoming[rank]])
-        found[rank] = tensor.new_empty(int(sizes[rank]))
-        if found[rank].numel():
-            works.append(mesh.receive(found[rank], rank, CONTENTS))
-    wait_for(works)
-    return [found[rank] for rank in range(mesh.world)]
-
-
-def wait_for(works: Sequence[Work]) -> None:
-    """Wait for messages, in order; RuntimeError where a link broke."""
-    for work in works:
-        work.wait(timedelta(seconds=MESSAGE_S))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from protomamba.train.comm_layout import Piece
-from protomamba.train.comm_mesh import FREE, Mesh, wait_for
+from protomamba.train.comm_mesh import FREE, Mesh
+from protomamba.train.comm_messages import wait_for
 from protomamba.train.comm_reduce import Plan
 
 State = dict[str, dict[str, Tensor]]

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from protomamba.train.comm_mesh import Mesh, Work, wait_for
+from protomamba.train.comm_mesh import Mesh
+from protomamba.train.comm_messages import Work, wait_for
 from protomamba.train.comm_reduce import Plan, Slot
 
 
-def all_gather_weights(plan: Plan, mesh: Mesh) -> None:
-    """Every rank gets the weights that the others have updated."""
-    if mesh.world > 1:
-        mesh.run(lambda: _all_gather(plan, mesh))
+@dataclass(frozen=True)
+class Arriving:
+    """Weights under way to this rank: the messages, and by owner the small pieces that come in one."""
+
+    works: list[Work]
+    packs: dict[int, Tensor]
 
 
 @torch.no_grad()
-def _all_gather(plan: Plan, mesh: Mesh) -> None:
+def expect_weights(plan: Plan, mesh: Mesh) -> Arriving:
+    """Begin to receive what the others will update, in place."""
+    works, packs = [], {}
+    for number, slot in enumerate(plan.large):
+        if slot.owner != mesh.rank:
+            works.append(mesh.receive(_weights(plan, slot), slot.owner, plan.weights_tag + 1 + number))
+    for owner in range(mesh.world):
+        size = sum(slot.piece.numel for slot in plan.packed(owner))
+        if owner != mesh.rank and size:
+            packs[owner] = torch.empty(size, dtype=plan.pack_dtype)
+            works.append(mesh.receive(packs[owner], owner, plan.weights_tag))
+    return Arriving(works, packs)
+
+
+def all_gather_weights(plan: Plan, mesh: Mesh, arriving: Arriving) -> None:
+    """Every rank gets the weights that the others have updated."""
+    if mesh.world > 1:
+        mesh.run(lambda: _all_gather(plan, mesh, arriving))
+
+
+@torch.no_grad()
+def _all_gather(plan: Plan, mesh: Mesh, arriving: Arriving) -> None:
+    others = [rank for rank in range(mesh.world) if rank != mesh.rank]
     works = [
-        work
+        mesh.send(_weights(plan, slot), peer, plan.weights_tag + 1 + number)
         for number, slot in enumerate(plan.large)
-        for work in _exchange(mesh, _weights(plan, slot), slot.owner, plan.weights_tag + 1 + number)
+        if slot.owner == mesh.rank
+        for peer in others
     ]
-    packs = {owner: _pack(plan, owner) for owner in range(mesh.world) if plan.packed(owner)}
-    for owner, pack_N in packs.items():
-        works += _exchange(mesh, pack_N, owner, plan.weights_tag)
-    wait_for(works)
-    for owner in packs.keys() - {mesh.rank}:
-        _unpack(plan, owner, packs[owner])
-
-
-def _exchange(mesh: Mesh, tensor: Tensor, owner: int, tag: int) -> list[Work]:
-    """Begin to send what this rank owns to all others, or to receive what another owns."""
-    if owner != mesh.rank:
-        return [mesh.receive(tensor, owner, tag)]
-    return [mesh.send(tensor, peer, tag) for peer in range(mesh.world) if peer != owner]
+    if plan.packed(mesh.rank):
+        pack_N = _pack(plan, mesh.rank)
+        works += [mesh.send(pack_N, peer, plan.weights_tag) for peer in others]
+    wait_for([*works, *arriving.works])
+    for owner, pack_N in arriving.packs.items():
+        _unpack(plan, owner, pack_N)
 
 
 def _weights(plan: Plan, slot: Slot) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from protomamba.config import TrainFields
 from protomamba.errors import ConfigError
-from protomamba.train.comm_mesh import Mesh, Work, exchange
+from protomamba.train.comm_mesh import Mesh
+from protomamba.train.comm_messages import Work
 from protomamba.train.comm_tree import share
 
 T = TypeVar("T")
@@ -86,8 +87,8 @@ class Group:
     def run(self, blocking: Callable[[], T]) -> T:
         return self.mesh.run(blocking)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return self.run(lambda: exchange(self, tensor))
+    def all_gather(self, tensor: Tensor, ranks: Sequence[int] | None = None) -> list[Tensor]:
+        return self.mesh.all_gather(tensor, [self.ranks[rank] for rank in ranks or range(self.world)])
 
     def close(self, error: BaseException | None = None) -> None:
         """The whole mesh closes, not a part of it."""

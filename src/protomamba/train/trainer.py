@@ -199,6 +199,7 @@ class Trainer:
 
     def _apply(self, lr: float, local: Mapping[Tensor, Tensor], scale: float, backpropagate: bool) -> None:
         if backpropagate:
+            self.comm.expect_weights()
             self.optimizer.step(lr, scale)
             moved = self.rows.step(lr, scale)
             self.comm.all_gather_weights()
