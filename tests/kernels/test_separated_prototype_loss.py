@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from protomamba.kernels import native, prototype_loss, reference, separated_prototype_loss
+from protomamba.kernels import (
+    grouped_prototype_loss,
+    native,
+    prototype_loss,
+    reference,
+    separated_prototype_loss,
+)
 
 from .closeness import assert_close
 from .compare import compare
@@ -48,6 +54,52 @@ def test_against_the_twin(
         return (reference.separated_prototype_loss(*x.values(), *rest, weight_T),)
 
     compare(op, twin, inputs(T, D, V))
+
+
+def samples_of(V: int, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randperm(V)[:S].sort().values, -3 * torch.rand(S)) for S in sizes]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("block", [7, 1_024])
+@pytest.mark.parametrize(("T", "sizes"), [(90, (16, 9, 21)), (91, (30, 1)), (5, (4, 4, 4, 4)), (60, (12,))], ids=str)
+def test_groups_against_their_twin(
+    level: str, T: int, sizes: tuple[int, ...], block: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also more samples than runs of tokens, and one alone."""
+    monkeypatch.setattr(sys.modules[separated_prototype_loss.__module__], "BLOCK", block)
+    targets_T, weight_T = torch.randint(-3, 40, (T,)), torch.rand(T) if weighted else None
+    targets_T[0], samples = 5, samples_of(40, sizes)
+    compare(
+        lambda **x: (grouped_prototype_loss(*x.values(), targets_T, samples, weight_T),),
+        lambda **x: (reference.grouped_prototype_loss(*x.values(), targets_T, samples, weight_T),),
+        inputs(T, 20, 40),
+    )
+
+
+def test_one_group_is_the_loss_of_one_sample(level: str) -> None:
+    targets_T, sample_S, log_chance_S = drawn(40, 30, 11)
+    assert sample_S is not None and log_chance_S is not None
+    found = []
+    for op in (
+        lambda *x: separated_prototype_loss(*x, targets_T, sample_S, log_chance_S),
+        lambda *x: grouped_prototype_loss(*x, targets_T, [(sample_S, log_chance_S)]),
+    ):
+        torch.manual_seed(3)
+        given = [x.requires_grad_() for x in inputs(40, 16, 30).values()]
+        loss = op(*given)
+        found.append([loss, *torch.autograd.grad(loss, given)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [([], "at least one"), ([(torch.tensor([2, 1]), torch.zeros(2))], "in rising order"),
+     ([(torch.tensor([1]), torch.zeros(1)), (torch.tensor([1, 2]), torch.zeros(1))], "expected shape")],
+)  # fmt: skip
+def test_groups_that_do_not_fit_are_refused(samples: list[tuple[Tensor, Tensor]], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        grouped_prototype_loss(*inputs(9, 4, 5).values(), torch.zeros(9, dtype=torch.int64), samples)
 
 
 @pytest.mark.parametrize("log_scale", [-3.0, 0.0, 3.0, 5.0])

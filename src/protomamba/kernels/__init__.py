@@ -18,7 +18,7 @@ from protomamba.kernels.prototype_loss import prototype_loss
 from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, Judging, LogitProjection
 from protomamba.kernels.sampled_softmax_loss import sampled_softmax_loss
 from protomamba.kernels.scan import selective_scan
-from protomamba.kernels.separated_prototype_loss import separated_prototype_loss
+from protomamba.kernels.separated_prototype_loss import grouped_prototype_loss, separated_prototype_loss
 from protomamba.kernels.softmax_loss import softmax_loss
 from protomamba.kernels.square_sums import square_sums
 
@@ -37,6 +37,7 @@ __all__ = [
     "causal_conv",
     "describe",
     "get_kernels",
+    "grouped_prototype_loss",
     "judge_block",
     "keep_freed_memory",
     "mamba_block",

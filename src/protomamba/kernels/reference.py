@@ -297,6 +297,29 @@ def separated_prototype_loss(
     return loss + (term - term.detach())
 
 
+def grouped_prototype_loss(
+    z_TD: Tensor,
+    prototypes_VD: Tensor,
+    log_scale: Tensor,
+    targets_T: Tensor,
+    samples: Sequence[tuple[Tensor, Tensor]],
+    weight_T: Tensor | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """`separated_prototype_loss` with a sample (classes, log chances) for each run of the tokens that have a target: as
+    many runs as samples, of equal length but for the last; the mean is that over all tokens."""
+    loss = prototype_loss(z_TD, prototypes_VD, targets_T, weight_T).detach()
+    kept = targets_T >= 0
+    weight_T = torch.ones_like(targets_T, dtype=compute_dtype(z_TD)) if weight_T is None else weight_T
+    size = -(-int(kept.sum()) // len(samples))
+    parts = (torch.split(x[kept], size) for x in (z_TD, targets_T, weight_T))
+    term = loss.new_zeros(())
+    for (sample_S, log_chance_S), z, targets, weight in zip(samples, *parts, strict=False):
+        given = z, prototypes_VD, log_scale, targets, sample_S, log_chance_S, weight, precision
+        term = term + sampled_cross_entropy(*given) * (weight.sum() / weight_T[kept].sum())
+    return loss + (term - term.detach())
+
+
 def softmax_loss(
     z_TD: Tensor,
     weight_VD: Tensor,

@@ -1,4 +1,4 @@
-"""separated_prototype_loss: the value of the prototype loss, the gradient of a sampled cross entropy, as one node.
+"""separated_prototype_loss, grouped_prototype_loss: the prototype loss with the gradient of a sampled cross entropy.
 
 The definition is in `reference`. Of the cross entropy only the gradient is wanted: three matrix products (T, S, D),
 some thousand tokens at a time, with a native kernel between them that makes the gradient of cosines in place.
@@ -7,6 +7,7 @@ some thousand tokens at a time, with a native kernel between them that makes the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,35 +56,77 @@ def separated_prototype_loss(
     fp32 or bf16. Native for float32. ValueError for shapes that do not fit, for a target of V or more, for a sampled
     class that is none and for another precision.
     """
-    sizes = check_shapes(
-        "separated_prototype_loss",
-        z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, sample_S=sample_S, log_chance_S=log_chance_S,
-        weight_T=weight_T,
-    )  # fmt: skip
-    _check_scale(log_scale, z_TD)
-    check_targets("separated_prototype_loss", targets_T, sizes["V"])
-    check_sample("separated_prototype_loss", sample_S, sizes["V"])
-    dtype = reference.matmul_dtype(precision, z_TD)
-    library = native.select("separated_prototype_loss", z_TD, (torch.float32,))
-    if library is None:
-        return reference.separated_prototype_loss(
-            z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T, precision
-        )
-    z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
-    sample = Sample(
-        None if sample_S is None else sample_S.long().contiguous(),
-        None if log_chance_S is None else log_chance_S.float().contiguous(),
+    samples = [Sample(sample_S, log_chance_S)]
+    loss = _native("separated_prototype_loss", z_TD, prototypes_VD, log_scale, targets_T, samples, weight_T, precision)
+    if loss is not None:
+        return loss
+    return reference.separated_prototype_loss(
+        z_TD, prototypes_VD, log_scale, targets_T, sample_S, log_chance_S, weight_T, precision
     )
+
+
+def grouped_prototype_loss(
+    z_TD: Tensor,
+    prototypes_VD: Tensor,
+    log_scale: Tensor,
+    targets_T: Tensor,
+    samples: Sequence[tuple[Tensor, Tensor]],
+    weight_T: Tensor | None = None,
+    precision: str = "fp32",
+) -> Tensor:
+    """The same with several samples, each for a run of the tokens: see `reference.grouped_prototype_loss`.
+
+    samples: (classes, log chances) of each, at least one. One node for all of them, because a node for each would
+    write, and add up, gradients of the whole input.
+    """
+    if not samples:
+        raise ValueError("grouped_prototype_loss: samples: expected at least one")
+    given = [Sample(*each) for each in samples]
+    loss = _native("grouped_prototype_loss", z_TD, prototypes_VD, log_scale, targets_T, given, weight_T, precision)
+    if loss is not None:
+        return loss
+    return reference.grouped_prototype_loss(z_TD, prototypes_VD, log_scale, targets_T, samples, weight_T, precision)
+
+
+def _native(
+    op: str,
+    z_TD: Tensor,
+    prototypes_VD: Tensor,
+    log_scale: Tensor,
+    targets_T: Tensor,
+    samples: Sequence[Sample],
+    weight_T: Tensor | None,
+    precision: str,
+) -> Tensor | None:
+    """The loss on the native kernels, None where they are not to be used; ValueError for arguments that do not fit."""
+    sizes = check_shapes(op, z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, weight_T=weight_T)
+    _check_scale(op, log_scale, z_TD)
+    check_targets(op, targets_T, sizes["V"])
+    for sample_S, log_chance_S in samples:
+        check_shapes(op, like=z_TD, sample_S=sample_S, log_chance_S=log_chance_S)
+        check_sample(op, sample_S, sizes["V"])
+    dtype = reference.matmul_dtype(precision, z_TD)
+    library = native.select(op, z_TD, (torch.float32,))
+    if library is None:
+        return None
+    z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
+    contiguous = [
+        Sample(
+            None if sample_S is None else sample_S.long().contiguous(),
+            None if log_chance_S is None else log_chance_S.float().contiguous(),
+        )
+        for sample_S, log_chance_S in samples
+    ]
     prototypes = prototypes_VD.float().contiguous()
-    loss: Tensor = native.apply(_SeparatedLoss, library, sample, dtype, z, prototypes, log_scale, targets, weight)
+    loss: Tensor = native.apply(_SeparatedLoss, library, contiguous, dtype, z, prototypes, log_scale, targets, weight)
     return loss
 
 
-def _check_scale(log_scale: Tensor, z_TD: Tensor) -> None:
+def _check_scale(op: str, log_scale: Tensor, z_TD: Tensor) -> None:
     """ValueError unless it is one number, where the features are."""
     if log_scale.numel() != 1 or not log_scale.is_floating_point() or log_scale.is_cpu != z_TD.is_cpu:
         found = f"{log_scale.dtype} of shape {tuple(log_scale.shape)} on {log_scale.device}"
-        raise ValueError(f"separated_prototype_loss: log_scale: expected a floating-point number, got {found}")
+        raise ValueError(f"{op}: log_scale: expected a floating-point number, got {found}")
 
 
 class _SeparatedLoss(torch.autograd.Function):
@@ -91,7 +134,7 @@ class _SeparatedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         library: Library,
-        sample: Sample,
+        samples: Sequence[Sample],
         dtype: torch.dtype,
         z: Tensor,
         prototypes: Tensor,
@@ -101,14 +144,14 @@ class _SeparatedLoss(torch.autograd.Function):
     ) -> Tensor:
         loss, angles = prototype_loss_forward(library, z, prototypes, targets, weight)
         ctx.save_for_backward(z, prototypes, log_scale, targets, weight, *angles)
-        ctx.library, ctx.sample, ctx.dtype = library, sample, dtype
+        ctx.library, ctx.samples, ctx.dtype = library, samples, dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         z, prototypes, log_scale, targets, weight, *held = ctx.saved_tensors
-        pull = _Pull(ctx.library, z, prototypes, targets, Angles(*held), ctx.sample, ctx.dtype)
+        pull = _Pull(ctx.library, z, prototypes, targets, Angles(*held), ctx.samples, ctx.dtype)
         dz, dprototypes, dlog_scale = pull.gradients(math.exp(float(log_scale)), token_rates(targets, weight, dloss))
         *_, needs_z, needs_prototypes, needs_scale, _, _ = ctx.needs_input_grad
         return (
@@ -127,56 +170,29 @@ def token_rates(targets: Tensor, weight: Tensor | None, dloss: Tensor) -> Tensor
 
 
 class _Pull(NamedTuple):
-    """The gradient of the sampled cross entropy."""
+    """The gradient of the sampled cross entropy. Each sample is that of a run of the tokens."""
 
     library: Library
     z: Tensor
     prototypes: Tensor
     targets: Tensor
     angles: Angles
-    sample: Sample
+    samples: Sequence[Sample]
     dtype: torch.dtype  # of the products with the sample
 
     def gradients(self, scale: float, rate_T: Tensor) -> tuple[Tensor, Tensor, float]:
         """Of z (T, D), of the prototypes (V, D) and of log s."""
-        classes_S = self.sample.classes_S
-        unit_SD, inverse_S = _units(self.library, self._rows())
-        place_T = self.targets if classes_S is None else places(classes_S, self.targets)
-        dunit_SD, dz, down_T = torch.zeros_like(unit_SD), torch.empty_like(self.z), torch.empty_like(rate_T)
-        factor_SD = unit_SD.to(self.dtype)
+        dz, down_T = torch.empty_like(self.z), torch.empty_like(rate_T)
         dlog_scale = torch.zeros((), dtype=torch.float64)
-        for start in range(0, len(self.z), BLOCK):
-            part = slice(start, start + BLOCK)
-            unit = self.z[part] * self.angles.inverse_z[part, None]
-            factor = unit.to(self.dtype)
-            dcosine = linear(factor, factor_SD).float()
-            self._softmax(
-                dcosine, scale, place_T[part], self.angles.cosine[part], rate_T[part], down_T[part], dlog_scale
-            )
-            dproduct = dcosine.to(self.dtype)
-            dz[part] = grad_input(dproduct, factor_SD)
-            _turn(self.library, unit, self.angles.inverse_z[part], dz[part])
-            dunit_SD += grad_weight(dproduct, factor)
-        _turn(self.library, unit_SD, inverse_S, dunit_SD)
-        if classes_S is None:
-            return dz, dunit_SD, float(dlog_scale)
-        dprototypes = torch.zeros_like(self.prototypes).index_copy_(0, classes_S, dunit_SD)
-        if bool((place_T < 0).any()):
+        size, dprototypes = math.ceil(len(self.z) / len(self.samples)), None
+        for number, sample in enumerate(self.samples):
+            tokens = range(number * size, min((number + 1) * size, len(self.z)))
+            group = _Group(self, sample, tokens, scale)
+            dprototypes = _added(dprototypes, group.gradients(dz, rate_T, down_T, dlog_scale), self.prototypes, sample)
+        assert dprototypes is not None
+        if bool(down_T.any()):
             self._add_the_unsampled(dz, dprototypes, down_T)
         return dz, dprototypes, float(dlog_scale)
-
-    def _rows(self) -> Tensor:
-        classes_S = self.sample.classes_S
-        return self.prototypes if classes_S is None else self.prototypes.index_select(0, classes_S)
-
-    def _softmax(self, cosine_TS: Tensor, scale: float, *tensors: Tensor) -> None:
-        """Turns a block's cosines into the gradient with respect to them, in place."""
-        place_T, own_T, rate_T, down_T, dlog_scale = tensors
-        self.library.sphere_softmax(
-            T=cosine_TS.shape[0], S=cosine_TS.shape[1], scale=scale, rows=cosine_TS,
-            log_chance=self.sample.log_chance_S, place=place_T, own=own_T, rate=rate_T, down=down_T,
-            dlog_scale=dlog_scale,
-        )  # fmt: skip
 
     def _add_the_unsampled(self, dz: Tensor, dprototypes: Tensor, down_T: Tensor) -> None:
         """The pull between a token and its own class where that is not among the sampled ones."""
@@ -186,6 +202,64 @@ class _Pull(NamedTuple):
         assert more_z is not None and more_prototypes is not None
         dz += more_z
         dprototypes += more_prototypes
+
+
+class _Group(NamedTuple):
+    """A run of the tokens and its sample."""
+
+    pull: _Pull
+    sample: Sample
+    tokens: range
+    scale: float
+
+    def gradients(self, dz: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor) -> Tensor:
+        """Of the sampled prototypes (S, D). Writes the tokens' part of dz and down, adds to the gradient of log s."""
+        library, angles = self.pull.library, self.pull.angles
+        unit_SD, inverse_S = _units(library, self._rows())
+        dunit_SD, factor_SD = torch.zeros_like(unit_SD), unit_SD.to(self.pull.dtype)
+        for part in self._blocks():
+            unit = self.pull.z[part] * angles.inverse_z[part, None]
+            factor = unit.to(self.pull.dtype)
+            dcosine = linear(factor, factor_SD).float()
+            self._softmax(dcosine, angles.cosine[part], self._places(part), rate_T[part], down_T[part], dlog_scale)
+            dproduct = dcosine.to(self.pull.dtype)
+            dz[part] = grad_input(dproduct, factor_SD)
+            _turn(library, unit, angles.inverse_z[part], dz[part])
+            dunit_SD += grad_weight(dproduct, factor)
+        _turn(library, unit_SD, inverse_S, dunit_SD)
+        return dunit_SD
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(self.tokens.start, self.tokens.stop, BLOCK):
+            yield slice(start, min(start + BLOCK, self.tokens.stop))
+
+    def _rows(self) -> Tensor:
+        classes_S = self.sample.classes_S
+        return self.pull.prototypes if classes_S is None else self.pull.prototypes.index_select(0, classes_S)
+
+    def _places(self, part: slice) -> Tensor:
+        targets, classes_S = self.pull.targets[part], self.sample.classes_S
+        return targets if classes_S is None else places(classes_S, targets)
+
+    def _softmax(self, cosine_TS: Tensor, *tensors: Tensor) -> None:
+        """Turns a block's cosines into the gradient with respect to them, in place."""
+        own_T, place_T, rate_T, down_T, dlog_scale = tensors
+        self.pull.library.sphere_softmax(
+            T=cosine_TS.shape[0], S=cosine_TS.shape[1], scale=self.scale, rows=cosine_TS,
+            log_chance=self.sample.log_chance_S, place=place_T, own=own_T, rate=rate_T, down=down_T,
+            dlog_scale=dlog_scale,
+        )  # fmt: skip
+
+
+def _added(total: Tensor | None, rows_SD: Tensor, like_VD: Tensor, sample: Sample) -> Tensor:
+    """The gradient of all prototypes so far, and that of a sample's; the first of all classes is the total itself."""
+    classes_S = sample.classes_S
+    if classes_S is None:
+        return rows_SD if total is None else total.add_(rows_SD)
+    if total is None:
+        return torch.zeros_like(like_VD).index_copy_(0, classes_S, rows_SD)
+    # Torch's index_add_ takes one row after the other.
+    return total.index_copy_(0, classes_S, total.index_select(0, classes_S).add_(rows_SD))
 
 
 def _units(library: Library, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from protomamba.config import ModelConfig, PrototypeFields
-from protomamba.kernels import LogitProjection, prototype_loss, reference, separated_prototype_loss
+from protomamba.kernels import (
+    LogitProjection,
+    grouped_prototype_loss,
+    prototype_loss,
+    reference,
+    separated_prototype_loss,
+)
 from protomamba.model.heads import prototypes
 from protomamba.model.heads.base import head, inner_products, valid_positions
 from protomamba.model.heads.many import MANY, class_blocks
-from protomamba.model.heads.sampling_head import SamplingHead
+from protomamba.model.heads.sampling_head import Sample, SamplingHead
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
@@ -84,8 +90,13 @@ class HyperspherePrototypes(SamplingHead):
             return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
         return self.sampled_loss(self._separated, self.prototypes, z_TD, targets_T, weight_T)
 
-    def _separated(self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, *sample: Any) -> Tensor:
-        sample_S, log_chance_S, weight_T = sample
+    def _separated(
+        self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample], weight_T: Tensor | None
+    ) -> Tensor:
+        if len(samples) > 1:
+            given = z_TD, rows_RD, self.log_scale, targets_T, samples, weight_T, self.precision
+            return grouped_prototype_loss(*given)
+        sample_S, log_chance_S = samples[0] if samples else (None, None)
         return separated_prototype_loss(
             z_TD, rows_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T, self.precision
         )

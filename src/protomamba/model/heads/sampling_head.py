@@ -124,29 +124,34 @@ class SamplingHead(Head):
     def sampled_loss(
         self, op: SampledLoss, table_VD: Tensor, z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None
     ) -> Tensor:
-        """op(z, rows, targets, sample, log chances, weights) of this step's samples, the mean over all targets.
+        """op(z, rows, targets, samples, weights), the mean over all targets, with this step's samples: see
+        `kernels.reference.grouped_prototype_loss`; none for all classes.
 
         The op gets the whole table where that is dense and there is one sample, else the rows (R, D) that targets and
         samples need, their numbers standing for places in them.
         """
         samples = self.next_samples(targets_T)
-        if not samples:
-            return op(z_TD, table_VD, targets_T, None, None, weight_T)
-        if len(samples) == 1 and not self.row_sparse:
-            return op(z_TD, table_VD, targets_T, *samples[0], weight_T)
-        if len(samples) > 1:
-            z_TD, targets_T, weight_T = valid_tokens(z_TD, targets_T, weight_T)
+        if len(samples) < 2 and not (samples and self.row_sparse):
+            return op(z_TD, table_VD, targets_T, samples, weight_T)
         rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample_S for sample_S, _ in samples)]))
         rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
         numbered = [(torch.searchsorted(rows_R, sample_S), log_chance_S) for sample_S, log_chance_S in samples]
-        if len(numbered) == 1:
-            return op(z_TD, rows_RD, places_T, *numbered[0], weight_T)
-        groups = range(0, len(targets_T), math.ceil(len(targets_T) / len(samples)))
-        loss = z_TD.new_zeros(())
-        for start, sample in zip(groups, numbered, strict=False):
-            part = slice(start, start + groups.step)
-            weight = None if weight_T is None else weight_T[part]
-            share = total_weight(targets_T[part], weight) / total_weight(targets_T, weight_T)
-            loss = loss + share * op(z_TD[part], rows_RD, places_T[part], *sample, weight)
-        return loss
+        return op(z_TD, rows_RD, places_T, numbered, weight_T)
+
+
+def mean_of_groups(
+    op: Callable[..., Tensor], z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample],
+    weight_T: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """op(z, rows, targets, classes, log chances, weights) of each group, the mean over all targets."""
+    if len(samples) == 1:
+        return op(z_TD, rows_RD, targets_T, *samples[0], weight_T)
+    z_TD, targets_T, weight_T = valid_tokens(z_TD, targets_T, weight_T)
+    size = math.ceil(len(targets_T) / len(samples))
+    weights = [None] * len(samples) if weight_T is None else torch.split(weight_T, size)
+    loss, whole = z_TD.new_zeros(()), total_weight(targets_T, weight_T)
+    parts = torch.split(z_TD, size), torch.split(targets_T, size), weights
+    for z, targets, weight, sample in zip(*parts, samples, strict=False):
+        loss = loss + total_weight(targets, weight) / whole * op(z, rows_RD, targets, *sample, weight)
+    return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from protomamba.errors import ConfigError
 from protomamba.kernels import LogitProjection, sampled_softmax_loss, softmax_loss
 from protomamba.model.heads.base import Evaluation, head, inner_products, valid_positions
 from protomamba.model.heads.many import MANY, judged_part
-from protomamba.model.heads.sampling_head import SamplingHead
+from protomamba.model.heads.sampling_head import SamplingHead, mean_of_groups
 
 
 @head("softmax")
@@ -58,9 +59,8 @@ class SoftmaxHead(SamplingHead):
             return softmax_loss(z_TD, self.weight, targets_T, weight_T, precision=precision)
         return self.sampled_loss(self._sampled, self.weight, z_TD, targets_T, weight_T)
 
-    def _sampled(self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, *sample: Any) -> Tensor:
-        sample_S, log_chance_S, weight_T = sample
-        return sampled_softmax_loss(z_TD, rows_RD, targets_T, sample_S, log_chance_S, weight_T, self.precision)
+    def _sampled(self, *given: Any) -> Tensor:
+        return mean_of_groups(partial(sampled_softmax_loss, precision=self.precision), *given)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the logits."""
