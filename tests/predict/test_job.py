@@ -123,7 +123,7 @@ def test_rows_that_are_skipped_are_counted_and_listed(tmp_path: Path, capsys: py
     assert predict(checkpoint, source, "--out", out) == 1
     error = capsys.readouterr().err
     assert (
-        f"{source}, row 6: column items: token 77 at place 1: expected 0 to 39; correct it, or use --on-bad-row skip"
+        f"{source}, row 6, column 'items': token 77 at place 1: expected 0 to 39; correct it, or use --on-bad-row skip"
         in error
     )
     assert predict(checkpoint, source, "--out", out, "--on-bad-row", "skip") == 0

@@ -223,7 +223,7 @@ def test_labelled_tokens_are_read_by_their_names(tmp_path: Path, capsys: pytest.
     model = train_labels(tmp_path, source, "--label", "y", "--tokens", "steps")
     labelled(tmp_path / "new.csv", ["q,a1 b0 zz"], "id,steps")
     assert run("predict", model, tmp_path / "new.csv", "--out", tmp_path / "o.jsonl") == 0
-    assert "1 item is unknown to the model" in capsys.readouterr().err
+    assert "read as unknown: 1 item not in the model's vocabulary" in capsys.readouterr().err
     (line,) = lines(tmp_path / "o.jsonl")
     vocabulary = Vocabulary.from_state(checkpoint.load(model).parts["vocabulary"])
     (own,) = Predictor.from_checkpoint(model).class_probabilities([[*vocabulary.encode(["a1", "b0"]).tolist(), 1]])
@@ -245,7 +245,7 @@ def test_labelled_values_are_scaled_as_in_training(tmp_path: Path, capsys: pytes
         assert list(line["probabilities"].values()) == pytest.approx(chances.tolist(), rel=1e-4)
     labelled(tmp_path / "bad.csv", ["1,2,3", "1,x,3"], "v1,v2,v3")
     assert run("predict", model, tmp_path / "bad.csv", "--out", tmp_path / "b.jsonl") == 1
-    assert "row 2: column v2: expected a number, found 'x'" in capsys.readouterr().err
+    assert "row 2, column 'v2': expected a number, found 'x'" in capsys.readouterr().err
 
 
 def test_series_of_ts_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +254,7 @@ def test_series_of_ts_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "in.ts").write_text(head + "\n".join(cases) + "\n")
     model = train_labels(tmp_path, tmp_path / "in.ts", channels=2)
     assert run("predict", model, tmp_path / "in.ts", "--out", tmp_path / "o.csv") == 0
-    assert (tmp_path / "o.csv").read_text().startswith("row,class,probability,probability_a,probability_b\n5,")
+    assert (tmp_path / "o.csv").read_text().startswith("row,class,probability,probability_a,probability_b\n1,")
     assert len((tmp_path / "o.csv").read_text().splitlines()) == 21
     labelled(tmp_path / "wide.csv", ["1"], "v1")
     assert run("predict", model, tmp_path / "wide.csv", "--out", tmp_path / "w.jsonl") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,29 +81,34 @@ def test_columns_can_be_chosen_and_must_be_there(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("x.jsonl", '{"items": [1]}\n{"items": [1, "b"]}\n', 2, "column items: expected tokens, found 'b'"),
-    ("x.jsonl", '{"items": [1]}\n{"items": [1.5]}\n', 2, "column items: expected tokens, found '1.5'"),
+    ("x.jsonl", '{"items": [1]}\n{"items": [1, "b"]}\n', 2, "expected tokens, found 'b'"),
+    ("x.jsonl", '{"items": [1]}\n{"items": [1.5]}\n', 2, "expected tokens, found '1.5'"),
     ("x.jsonl", '{"items": [1]}\n{"items": [true]}\n', 2, "expected tokens, found 'True'"),
-    ("x.jsonl", '{"items": [1]}\n{"items": [99]}\n', 2, "column items: token 99 at place 1: expected 0 to 39"),
-    ("x.jsonl", '{"items": [1]}\n{"items": []}\n', 2, "column items: expected at least one step, found none"),
-    ("x.jsonl", '{"items": [1]}\n{"items": 7}\n', 2, "column items: expected a list of tokens, found '7'"),
-    ("x.jsonl", '{"items": [1]}\n{"itms": [1]}\n', 2, "expected a column items, found itms"),
+    ("x.jsonl", '{"items": [1]}\n{"items": [99]}\n', 2, "token 99 at place 1: expected 0 to 39"),
+    ("x.jsonl", '{"items": [1]}\n{"items": []}\n', 2, "expected at least one step, found none"),
+    ("x.jsonl", '{"items": [1]}\n{"items": 7}\n', 2, "expected a list of tokens, found 7"),
+    ("x.jsonl", '{"items": [1]}\n{"itms": [1]}\n', 2, "expected a column 'items', found itms"),
     ("x.jsonl", '{"items": [1]}\n{"items": [1}\n', 2, "expected a JSON object"),
     ("x.jsonl", '{"items": [1]}\n12\n', 2, "expected a JSON object or a list, found 12"),
     ("x.jsonl", '{"items": [1]}\n{"items": [99999999999999999999]}\n', 2, "expected tokens, found '9999"),
     ("x.csv", "id,items\na,1\nb\n", 2, "expected 2 fields, found 1"),
     ("x.csv", "id,items\na,1\nb,2,3\n", 2, "expected 2 fields, found 3"),
     ("x.csv", 'id,items\na,1\n"b"x,2\n', 2, "not a row of CSV"),
+    ("x.csv", 'id,items\na,1\nb,"2\nc,3\n', 2, 'a quote (") that is never closed'),
+    ("x.csv", "id,items\na,1\nid,items\n", 2, "the names of the columns once more"),
+    ("x.csv", b"id,items\na,1\nb,caf\xe9\n", 2, "expected UTF-8 text, found byte 0xe9"),
+    ("x.jsonl", b'{"items": "1"}\n{"items": "caf\xe9"}\n', 2, "expected UTF-8 text, found byte 0xe9"),
+    ("x.jsonl", '{"items": [1]}\n{"items": null}\n', 2, "expected a value, found nothing"),
     ("x.txt", "1\n\n", 2, "expected at least one step, found none"),
 ]
 
 
 @pytest.mark.parametrize(("name", "text", "row", "words"), BAD, ids=[str(i) for i in range(len(BAD))])
-def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str, row: int, words: str) -> None:
-    (tmp_path / name).write_text(text)
+def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str | bytes, row: int, words: str) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)
-    assert str(caught.value).startswith(f"{name}, row {row}: ") and words in str(caught.value)
+    assert re.match(rf"{name}, row {row}(, column 'items')?: ", str(caught.value)) and words in str(caught.value)
     assert "--on-bad-row skip" in str(caught.value)
     examples, reader = read(tmp_path / name, skip=True)
     assert len(examples) == 1 and [each.row for each in reader.skipped] == [row] and words in reader.skipped[0].reason
@@ -116,6 +122,9 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, name: str, text: str, row
         ("x.jsonl.gz", gzip.compress(b"[1]\n" * 9, mtime=0)[:-12], "broken gzip"),
         ("x.fa", b"ACGT\n", "expected FASTA"),
         ("x.npy", b"not numpy", "not a readable .npy file"),
+        ("x.csv", b"", "line 1: expected the names of the columns, found nothing"),
+        ("x.csv", b"items,items\n1,2\n", "found 'items' twice"),
+        ("x.csv", "id,items\na,1\n".encode("utf-16"), "found UTF-16"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:

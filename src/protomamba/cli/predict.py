@@ -92,9 +92,11 @@ def work(arguments: argparse.Namespace) -> int:
     if done.skipped:
         print(f"{counted(len(done.skipped), 'row')} skipped, listed in {job.skipped_path}", file=sys.stderr)
     if done.unknown:
-        were = "is" if done.unknown == 1 else "are"
-        print(f"{counted(done.unknown, 'item')} {were} unknown to the model and treated so", file=sys.stderr)
-    there = f", {done.found:,} of them were there" if done.found else ""
-    rate = (done.rows - done.found) / done.seconds
-    print(f"{counted(done.rows, 'row')} ({done.what}) in {job.out}{there}; {rate:,.0f} rows/s")
+        print(f"read as unknown: {counted(done.unknown, 'item')} not in the model's vocabulary", file=sys.stderr)
+    if not done.rows and not done.skipped:
+        print(f"note: {job.source} has no rows", file=sys.stderr)
+    made = done.rows - done.found
+    before = f", {done.found:,} of them from before" if made else ", all from before"
+    rate = f"; {made / done.seconds:,.0f} rows/s" if made else ""
+    print(f"{counted(done.rows, 'row')} ({done.what}) in {job.out}{before if done.found else ''}{rate}")
     return 0

@@ -16,6 +16,8 @@ from protomamba.errors import UserError
 SUFFIXES = (".gz", ".zst")
 # A line is in memory at once, and a few kilobytes of gzip may unpack to one of any length.
 LONGEST_LINE = 1 << 30
+# What spreadsheets put before UTF-8 text. It is no part of it.
+BOM = b"\xef\xbb\xbf"
 
 
 def plain_suffix(path: Path) -> str:

@@ -72,7 +72,7 @@ def _classes(
 
 
 def _likelihood(found: Likelihood, example: Example) -> dict[str, Any]:
-    bits = -found.log_likelihood / math.log(2)
+    bits = 0.0 - found.log_likelihood / math.log(2)  # of nothing 0, not -0
     line: dict[str, Any] = {"log_likelihood": _floats([found.log_likelihood], 9)[0], "bits": _floats([bits], 9)[0]}
     line["tokens"] = found.count
     if example.raw_bytes:

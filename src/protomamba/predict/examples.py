@@ -14,7 +14,7 @@ from protomamba.data.vocabulary import UNKNOWN, Vocabulary
 from protomamba.errors import UserError
 from protomamba.predict.batching import Array
 from protomamba.predict.predictor import wrong_step
-from protomamba.predict.rows import LINE, Row
+from protomamba.predict.rows import LINE, SURROGATE, Row
 
 # Names that a column of the sequence is looked for by, before the columns are looked at.
 USUAL_NAMES = ("tokens", "items", "text", "sequence")
@@ -81,9 +81,8 @@ class ExampleReader:
                 yield self._example(row)
             except _BadRowError as error:
                 if not self.skip_bad:
-                    raise UserError(
-                        f"{self.source}, row {row.number}: {error}; correct it, or use --on-bad-row skip"
-                    ) from None
+                    place = f"row {row.number:,}{', ' if str(error).startswith('column ') else ': '}"
+                    raise UserError(f"{self.source}, {place}{error}; correct it, or use --on-bad-row skip") from None
                 self.skipped.append(Skipped(row.number, str(error)))
 
     def _example(self, row: Row) -> Example:
@@ -94,10 +93,16 @@ class ExampleReader:
             self.columns = choose_columns(self.source, row.fields, *given, label=self.label_column)
         columns = self.columns
         for name in (columns.sequence, columns.key):
-            if name is not None and row.fields.get(name) is None:
-                raise _BadRowError(f"expected a column {name}, found {', '.join(row.fields) or 'none'}")
+            if name is not None and name not in row.fields:
+                raise _BadRowError(f"expected a column {name!r}, found {', '.join(row.fields) or 'none'}")
+            if name is not None and row.fields[name] is None:
+                raise _BadRowError(f"{_column(name)}expected a value, found nothing")
+        value = row.fields[columns.sequence]
+        broken = SURROGATE.search(value) if isinstance(value, str) and columns.sequence != LINE else None
+        if broken:
+            raise _BadRowError(f"{_column(columns.sequence)}expected UTF-8 text, found {_byte(broken[0])}")
         key = row.number if columns.key is None else row.fields[columns.key]
-        return self._encoded(key, row.fields[columns.sequence], columns.sequence)
+        return self._encoded(key, value, columns.sequence)
 
     def _encoded(self, key: Any, value: Any, column: str) -> Example:
         raw_bytes = None
@@ -107,13 +112,13 @@ class ExampleReader:
             names = value.replace(",", " ").split() if isinstance(value, str) else value
             sequence = self.vocabulary.encode(names)
         else:
-            sequence = _numbers(value, column)
+            sequence = _numbers(value, column, "text" if self.tokenizer is not None else "a list of tokens")
         self.unknown += int((sequence == UNKNOWN).sum()) if self.vocabulary is not None else 0
         if self.start is not None and sequence.ndim == 1:
             sequence = np.concatenate(([self.start], sequence))
         wrong = wrong_step(sequence, self.vocab_size, self.channels)
         if wrong:
-            raise _BadRowError(wrong if column == LINE else f"column {column}: {wrong}")
+            raise _BadRowError(f"{_column(column)}{wrong}")
         return Example(key, sequence, raw_bytes)
 
     def _tokenized(self, tokenizer: Tokenizer, value: str | bytes, column: str) -> tuple[Array, int]:
@@ -126,25 +131,36 @@ class ExampleReader:
             text = value if isinstance(value, str) else raw.decode("utf-8", errors="surrogateescape")
             return np.array(tokenizer.encode(text), dtype=np.int64), len(raw)
         except UserError as error:
-            raise _BadRowError(f"column {column}: {error}") from None
+            raise _BadRowError(f"{_column(column)}{error}") from None
 
 
 class _BadRowError(Exception):
     """What is wrong with one row."""
 
 
-def _numbers(value: Any, column: str) -> Array:
+def _column(name: str) -> str:
+    """Before what is wrong with a value: its column, where columns have names."""
+    return "" if name == LINE else f"column {name!r}: "
+
+
+def _byte(surrogate: str) -> str:
+    """A byte that was no text, or half a pair that JSON escapes spell out."""
+    code = ord(surrogate)
+    return f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+
+
+def _numbers(value: Any, column: str, expected: str) -> Array:
     """Tokens as a list, an array or "1 2 3" (also with commas)."""
     if isinstance(value, np.ndarray):
         return value.astype(np.int64) if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
     parts = value.replace(",", " ").split() if isinstance(value, str) else value
     if not isinstance(parts, list):
-        raise _BadRowError(f"column {column}: expected a list of tokens, found {str(value)[:40]!r}")
+        raise _BadRowError(f"{_column(column)}expected {expected}, found {str(value)[:40]}")
     try:
         return np.array([_token(part) for part in parts], dtype=np.int64)
     except (ValueError, OverflowError):
         wrong = next(part for part in parts if not _is_token(part))
-        raise _BadRowError(f"column {column}: expected tokens, found {str(wrong)[:40]!r}") from None
+        raise _BadRowError(f"{_column(column)}expected tokens, found {str(wrong)[:40]!r}") from None
 
 
 def _token(part: Any) -> int:

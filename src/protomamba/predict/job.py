@@ -261,7 +261,7 @@ def _agree_and_append(lines: Lines, made: Sequence[bytes], first: int, there: in
     for place in range(overlap):
         if lines.next() != made[place]:
             raise UserError(
-                f"--out {lines.path}: answer {first + place + 1} is not what this command writes there: it was "
+                f"--out {lines.path}: answer {first + place + 1:,} is not what this command writes there: it was "
                 "made with another checkpoint, input or option; remove it, or choose another name"
             )
     lines.append(made[overlap:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from protomamba.data.arrays import load_npy
-from protomamba.data.compressed import columnar_errors, import_pyarrow, lines_of, plain_suffix
-from protomamba.data.csv_tables import delimiter_of, header_names
+from protomamba.data.compressed import BOM, columnar_errors, import_pyarrow, lines_of, plain_suffix
+from protomamba.data.csv_tables import HEADER_AGAIN, csv_header, delimiter_of, header_names
 from protomamba.data.fasta import parts_of
 from protomamba.data.files import json_reason
 from protomamba.errors import UserError
@@ -25,6 +26,8 @@ from protomamba.errors import UserError
 # The one column of a format that has no names.
 LINE = "line"
 PARQUET_ROWS = 1_024
+UNCLOSED = 'a quote (") that is never closed, so all rows behind it are part of this one'
+SURROGATE = re.compile("[\ud800-\udfff]")
 FASTA_KEY, FASTA_BASES = "id", "sequence"
 csv.field_size_limit(1 << 30)  # a sequence is one field
 
@@ -51,8 +54,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _text(path: Path) -> Iterator[str]:
     """The lines; bytes that are not UTF-8 become surrogates, which byte models give back as they were."""
-    for _, raw in lines_of(path):
-        line = raw.decode("utf-8", "surrogateescape")
+    for number, raw in lines_of(path):
+        line = raw.removeprefix(BOM if number == 1 else b"").decode("utf-8", "surrogateescape")
         if "\r" in line:  # alone it ends a line too
             yield from io.StringIO(line, newline="")
         else:
@@ -84,7 +87,9 @@ def _json_row(number: int, line: str) -> Row:
 
 def _csv(path: Path) -> Iterator[Row]:
     lines = _text(path)
-    header = next(lines, "").removeprefix("\ufeff")
+    header = next(lines, "")
+    if SURROGATE.search(header):
+        csv_header(path, io.BytesIO(header.encode("utf-8", "surrogateescape")))  # raises
     between = delimiter_of(header)
     names = header_names(path, header, between)
     reader = csv.DictReader(lines, names, strict=True, delimiter=between)
@@ -93,7 +98,8 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield Row(number, error=f"not a row of CSV: {error}")
+            lost = f"{error}" if "end of data" not in str(error) else UNCLOSED
+            yield Row(number, error=f"not a row of CSV: {lost}")
             number += 1
             continue
         if fields is None:
@@ -107,6 +113,8 @@ def _csv_row(number: int, fields: dict[Any, Any], columns: int) -> Row:
         count = sum(value is not None for name, value in fields.items() if name is not None)
         found = count + len(fields.get(None) or ())
         return Row(number, error=f"expected {columns} fields, found {found}")
+    if len(fields) > 1 and all(name == value for name, value in fields.items()):
+        return Row(number, error=HEADER_AGAIN)
     return Row(number, fields)
 
 

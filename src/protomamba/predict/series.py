@@ -23,12 +23,12 @@ def is_series(path: Path) -> bool:
 
 
 def series_rows(path: Path, recipe: Mapping[str, Any]) -> Iterator[Row]:
-    """{LINE: float32 (L, C)} of each case, by its line or row. UserError naming what cannot be read."""
+    """{LINE: float32 (L, C)} of each case, by its number. UserError naming what cannot be read."""
     if plain_suffix(path) == ".ts":
         cases = read_ts(path)
     else:
         cases = read_npz(path, next(iter(recipe.get("values") or ()), None), recipe.get("label"))
-    for number, _, values in cases:
+    for number, (_, _, values) in enumerate(cases, 1):
         yield Row(number, {LINE: scaled(values, recipe)})
 
 
@@ -44,7 +44,7 @@ def _wide_row(row: Row, names: Sequence[str], recipe: Mapping[str, Any]) -> Row:
         values = np.array([_number(row.fields[name]) for name in names], dtype=np.float32)
     except (KeyError, ValueError, TypeError, OverflowError):
         wrong = next(name for name in names if not _is_number(row.fields.get(name, "no such column")))
-        return Row(row.number, error=f"column {wrong}: expected a number, found {str(row.fields.get(wrong))[:40]!r}")
+        return Row(row.number, error=f"column {wrong!r}: expected a number, found {str(row.fields.get(wrong))[:40]!r}")
     others = {name: value for name, value in row.fields.items() if name not in set(names)}
     return Row(row.number, {**others, LINE: scaled(trimmed(values[:, None]), recipe)})
 
