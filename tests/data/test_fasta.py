@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from protomamba.data import compressed, tokenizer_from_json
@@ -47,6 +47,7 @@ records_ = st.lists(st.text("ACGTNacgtRU", min_size=1, max_size=50), min_size=1,
 def test_records_come_back_wherever_lines_and_blocks_end(
     records: list[str], width: int, block: int, end: str, last: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    assume(any(set(record.upper()) & set("ACGTU") for record in records))
     folder = tmp_path_factory.mktemp("fasta")
     lines = []
     for number, record in enumerate(records):
@@ -114,7 +115,7 @@ def test_a_folder_of_dna_is_ready_to_train(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no record": (b"ACGT\n", r"a\.fa, line 1: expected FASTA, a record that begins with '>', found b'ACGT"),
+    "no record": (b"ACGT\n", r"a\.fa, line 1: expected FASTA, a record that begins with '>', found 'ACGT"),
     "nothing": (b"\n\n", "expected records of DNA, found none"),
     "a letter": (b">one\nACGT\nAC!GT\n", r"a\.fa, line 3, column 3: expected a base .*record 'one', found '!'"),
     "a protein": (b">p\nMKVLE\n", r"a\.fa, line 2, column 4: expected a base .*found 'L'"),

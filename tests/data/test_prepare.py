@@ -178,7 +178,7 @@ def test_bytes_need_not_be_text(tmp_path: Path) -> None:
     path.write_bytes(data)
     prepare([path], tmp_path / "out", format="bytes", eos="none")
     assert bytes(all_tokens(tmp_path / "out")) == data
-    with pytest.raises(UserError, match=r"genome.dat, byte 128: expected UTF-8 text, found 0x80"):
+    with pytest.raises(UserError, match=r"genome.dat, line 2, byte 128: expected UTF-8 text, found 0x80"):
         prepare([path], tmp_path / "text")
     with pytest.raises(ConfigError, match="--format bytes"):
         prepare([path], tmp_path / "bpe", format="bytes", train_bpe=300)
@@ -201,7 +201,7 @@ def test_pieces_are_the_file_and_cut_no_character(tmp_path_factory: pytest.TempP
         ("{", "line 2: expected a JSON object"),
         ("[1]", "line 2: expected an object with 'text', found list"),
         ('{"body": "x"}', "found keys body; name the text's key with --field"),
-        ('{"text": 3}', "line 2: expected text in 'text', found int"),
+        ('{"text": 3}', "line 2: expected text in 'text', found 3"),
         ('{"text": "\\ud800"}', "half a surrogate pair at 0"),
     ],
 )
@@ -254,7 +254,7 @@ def test_parquet_columns_are_documents(tmp_path: Path) -> None:
     assert [bytes(tokens).decode() for tokens in split_documents(all_tokens(tmp_path / "out"), EOS)] == entries
     with pytest.raises(UserError, match=r"a.parquet: expected a column 'text', found body, n; name it with --field"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out2")
-    with pytest.raises(UserError, match="row 1: expected text in 'n', found int"):
+    with pytest.raises(UserError, match="row 1: expected text in 'n', found 0"):
         prepare([tmp_path / "a.parquet"], tmp_path / "out3", field="n")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match=r"b.parquet: not a readable parquet file"):

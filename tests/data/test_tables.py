@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from protomamba.cli.main import main
 from protomamba.data import csv_tables
 from protomamba.data.blocks import BadRowError
+from protomamba.data.documents import Source, pieces_of
+from protomamba.data.fasta import parts_of, prepare_fasta
+from protomamba.data.series import read_ts
 from protomamba.data.tables import read_blocks
 from protomamba.errors import UserError
+from protomamba.predict.rows import read_rows
 
 HEADER = b"user,item\n"
 COLUMNS = ("user", "item")
@@ -87,3 +92,54 @@ def test_a_bad_line_of_json_is_named(line: bytes, says: str, tmp_path: Path) -> 
     path = table(tmp_path, b'{"user": "a", "item": "x"}\n' + line, "t.jsonl")
     with pytest.raises(UserError, match=says):
         read(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_what_follows(tmp_path: Path) -> None:
+    """Spreadsheets and editors write one; the model must not read it, and no reader may stumble on it."""
+    mark = b"\xef\xbb\xbf"
+    fasta = table(tmp_path, mark + b">a\nACGT\n", "a.fa")
+    assert {part.name for part in parts_of(fasta)} == {"a"}
+    series = table(tmp_path, mark + b"@classLabel true x y\n@data\n1,2:x\n", "a.ts")
+    assert [label for _, label, _ in read_ts(series)] == ["x"]
+    text = table(tmp_path, mark + b"hello\n", "a.txt")
+    assert b"".join(piece.data for piece in pieces_of(Source(text, "a.txt", "text"), "text")) == b"hello\n"
+    raw = pieces_of(Source(text, "a.txt", "bytes"), "text")
+    assert b"".join(piece.data for piece in raw) == mark + b"hello\n"
+    lines = table(tmp_path, mark + b"1 2\n", "b.txt")
+    assert next(read_rows(lines)).fields == {"line": "1 2"}
+
+
+def test_a_label_that_the_header_of_a_ts_file_does_not_list(tmp_path: Path) -> None:
+    path = table(tmp_path, b"@classLabel true x y\n@data\n1,2:x\n3,4:?\n", "a.ts")
+    with pytest.raises(UserError, match=r"a\.ts, line 4: expected a label of @classLabel \(x, y\), found '\?'"):
+        list(read_ts(path))
+    assert len(list(read_ts(path, any_label=True))) == 2
+
+
+def test_dna_of_which_nothing_is_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.fa: expected records of DNA, found only N"):
+        prepare_fasta([table(tmp_path, b">a\nNNNN\n", "a.fa")], tmp_path / "out")
+
+
+def test_a_file_that_is_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(table(tmp_path, b">a\nACGT\n", "a.fa"))
+    for kind in (["fasta"], []):
+        given = [*kind, path, path, "--out-dir", str(tmp_path / "out"), *([] if kind else ["--format", "text"])]
+        assert main(["prepare", *given]) == 2
+        assert "a.fa: is given twice" in capsys.readouterr().err
+
+
+def test_what_was_meant_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(table(tmp_path, b"hello hello\n", "a.txt"))
+    out = ["--out-dir", str(tmp_path / "out")]
+    for arguments, code, says in (
+        (
+            ["prepare", "event", "x.csv", *out],
+            2,
+            "prepare event: there is no such kind, and no such file (did",
+        ),
+        (["prepare", path, "--tokenizer", path, *out], 1, f"{path}: not a readable tokenizers file"),
+        (["train", path, *out], 1, f"{path}: is a file, not a prepared folder; protomamba prepare makes one"),
+    ):
+        assert main(arguments) == code
+        assert says in capsys.readouterr().err

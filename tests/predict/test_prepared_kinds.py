@@ -177,7 +177,7 @@ def test_dna_gets_the_likelihood_of_each_record(tmp_path: Path, kmer: int) -> No
         judged = [value for value, token in zip(own.tokens, tokens[1:], strict=True) if token != 1]
         assert line["id"] == name and line["tokens"] == len(judged)
         assert line["log_likelihood"] == pytest.approx(sum(filter(None, judged)), rel=1e-4)
-        assert line["bits_per_byte"] == pytest.approx(-line["log_likelihood"] / math.log(2) / len(bases), rel=1e-4)
+        assert line["bits_per_base"] == pytest.approx(-line["log_likelihood"] / math.log(2) / len(bases), rel=1e-4)
         unknown = [value is None for value in line["token_log_likelihoods"]]
         assert unknown == [token == 1 for token in tokens[1:]]
 

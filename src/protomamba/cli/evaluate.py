@@ -65,10 +65,13 @@ def _show(figures: Mapping[str, Any], judged: Judgement) -> None:
     if judged.ranking:
         rows = {"model": judged.ranking["figures"], **judged.ranking.get("baselines", {})}
         names = list(judged.ranking["figures"])
-        console.table(("", *names), [(who, *(each.get(name, 0.0) for name in names)) for who, each in rows.items()])
+        console.table(
+            ("", *names), [(who, *(_shown(each.get(name, 0.0)) for name in names)) for who, each in rows.items()]
+        )
     if judged.classification:
         found = [
-            (one.name, one.precision, one.recall, one.f1, one.count) for one in class_figures(judged.classification)
+            (one.name, *map(_shown, (one.precision, one.recall, one.f1, one.count)))
+            for one in class_figures(judged.classification)
         ]
         console.table(("class", "precision", "recall", "F1", "sequences"), found)
         names = judged.classification["classes"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from protomamba.cli.flags import Parser
 from protomamba.errors import ConfigError, UserError
+from protomamba.schema import nearest
 from protomamba.words import counted
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ def prepare_text(arguments: argparse.Namespace) -> int:
     from protomamba.data.prepare import prepare
     from protomamba.train.callbacks.console import Console
 
+    first = arguments.inputs[0]
+    kind = nearest(str(first), ("events", "fasta", "labels"))
+    if kind and not first.exists():
+        raise ConfigError(f"prepare {first}: there is no such kind, and no such file{kind}")
     console = Console()
     with console.bar("preparing") as progress:
         manifest = prepare(
@@ -141,7 +146,13 @@ def prepare_events(arguments: argparse.Namespace) -> int:
         manifest = prepare_events(
             arguments.inputs, arguments.out_dir, options, vocabulary=vocabulary, seed=arguments.seed, progress=progress
         )
-    _show(manifest, {"events": f"{manifest.about['events']:,}", "tokens": f"{manifest.about['vocab_size']:,}"})
+    _show(
+        manifest,
+        {
+            "events": f"{manifest.about['events']:,}",
+            "vocabulary": f"{manifest.about['vocab_size']:,} (items, with 2 reserved)",
+        },
+    )
     return 0
 
 
@@ -170,7 +181,10 @@ def prepare_fasta(arguments: argparse.Namespace) -> int:
             both_strands=arguments.strands == "both",
             progress=progress,
         )
-    _show(manifest, {"bases": f"{manifest.about['bases']:,}", "tokens": f"{manifest.about['vocab_size']:,}"})
+    _show(
+        manifest,
+        {"bases": f"{manifest.about['bases']:,}", "vocabulary": f"{manifest.about['vocab_size']:,} (with 2 reserved)"},
+    )
     return 0
 
 

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protomamba.data.compressed import blocks_of, columnar_errors, import_pyarrow, lines_of, plain_suffix
-from protomamba.data.files import CHUNK_BYTES, check_regular_file, chunks_of, json_reason, os_message, read_json
+from protomamba.data.compressed import BOM, blocks_of, columnar_errors, import_pyarrow, lines_of, plain_suffix
+from protomamba.data.files import (
+    CHUNK_BYTES,
+    check_regular_file,
+    chunks_of,
+    json_reason,
+    os_message,
+    read_json,
+    refuse_repeated,
+)
 from protomamba.errors import ConfigError, UserError
 
 FORMATS = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
@@ -57,6 +65,7 @@ def find_sources(inputs: Sequence[Path], format: str) -> list[Source]:
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format}: expected one of {', '.join(FORMATS)}")
+    refuse_repeated(inputs)
     sources = []
     for given in inputs:
         for path, name in _files_in(given) if os.path.isdir(given) else [(given, given.name)]:
@@ -141,7 +150,9 @@ def pieces_of(source: Source, field: str) -> Iterator[Piece]:
 def _whole_file(path: Path, is_text: bool) -> Iterator[Piece]:
     """A file as one document, cut behind line ends so that a tokenizer sees whole lines."""
     size, done, pending = path.stat().st_size, 0, b""
-    for block in blocks_of(path) if is_text else chunks_of(path):
+    for number, block in enumerate(blocks_of(path) if is_text else chunks_of(path)):
+        if is_text and number == 0 and block.startswith(BOM):
+            done, block = len(BOM), block[len(BOM) :]
         if pending:  # and more follows: only the last piece ends where the file does
             cut = pending.rfind(b"\n") + 1 or _character_start(pending)
             yield Piece(_checked(path, done, pending[:cut], is_text), False, min(done + cut, size))
@@ -163,11 +174,21 @@ def _checked(path: Path, offset: int, data: bytes, is_text: bool) -> bytes:
         if is_text:
             data.decode("utf-8")
     except UnicodeDecodeError as error:
+        place = offset + error.start
         raise UserError(
-            f"{path}, byte {offset + error.start:,}: expected UTF-8 text, found 0x{data[error.start]:02x}; "
-            "convert the file, or read it with --format bytes"
+            f"{path}, line {_line_of(path, place):,}, byte {place:,}: expected UTF-8 text, found "
+            f"0x{data[error.start]:02x}; convert the file, or read it with --format bytes"
         ) from error
     return data
+
+
+def _line_of(path: Path, place: int) -> int:
+    """The line, from 1, of a byte of the contents."""
+    line = 1
+    for block in blocks_of(path):
+        line += block.count(b"\n", 0, max(0, place))
+        place -= len(block)
+    return line
 
 
 def _jsonl(path: Path, field: str) -> Iterator[Piece]:
@@ -191,7 +212,7 @@ def _json_text(where: str, line: bytes, field: str) -> bytes:
 
 def _as_utf8(where: str, field: str, text: Any) -> bytes:
     if not isinstance(text, str):
-        raise UserError(f"{where}: expected text in {field!r}, found {type(text).__name__}")
+        raise UserError(f"{where}: expected text in {field!r}, found {'nothing' if text is None else repr(text)[:40]}")
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from protomamba.data.compressed import LONGEST_LINE, blocks_of, refuse_long_line
+from protomamba.data.compressed import BOM, LONGEST_LINE, blocks_of, refuse_long_line
 from protomamba.data.dna import INVALID, SPACE, DnaTokenizer
 from protomamba.data.files import check_regular_file, sha256_of
 from protomamba.data.filling import Filling, filling
@@ -94,8 +94,9 @@ def _read_all(paths: Sequence[Path], records: _Records, progress: Progress | Non
         records.end()
         if progress:
             progress(sum(sizes[: number + 1]), sum(sizes))
-    if not records.bases:
-        raise UserError(f"{paths[0] if paths else 'no input'}: expected records of DNA, found none")
+    if records.bases == records.unknown:
+        found = "only N and other ambiguity codes" if records.bases else "none"
+        raise UserError(f"{paths[0] if paths else 'no input'}: expected records of DNA, found {found}")
 
 
 @dataclass
@@ -200,8 +201,10 @@ def _kept(pending: bytes, at: int) -> int:
 
 
 def _ended(path: Path) -> Iterator[bytes]:
-    """The blocks of a file, with a line end behind the last."""
-    yield from blocks_of(path)
+    """The blocks of a file without a byte order mark, with a line end behind the last."""
+    blocks = blocks_of(path)
+    yield next(blocks, b"").removeprefix(BOM)
+    yield from blocks
     yield b"\n"
 
 
@@ -209,4 +212,5 @@ def _sequence(path: Path, record: int, name: str, line: int, data: bytes) -> Ite
     if record >= 0:
         yield Part(record, name, line, data)
     elif data.strip():
-        raise UserError(f"{path}, line {line:,}: expected FASTA, a record that begins with '>', found {data[:20]!r}")
+        found = data.lstrip()[:20].decode("latin-1").splitlines()[0]
+        raise UserError(f"{path}, line {line:,}: expected FASTA, a record that begins with '>', found {found!r}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from protomamba.errors import UserError
+from protomamba.errors import ConfigError, UserError
 
 CHUNK_BYTES = 1 << 20
 
@@ -87,6 +87,15 @@ def check_kinds(entry: Any) -> None:
         value = getattr(entry, field.name)
         if field.type in ("int", "str") and type(value).__name__ != field.type:
             raise TypeError(f"{field.name}: expected {field.type}, found {str(value)[:40]}")
+
+
+def refuse_repeated(paths: Sequence[Path]) -> None:
+    """ConfigError for a file that is given twice, whose contents would count twice."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: is given twice; name each file once")
+        seen.add(path.resolve())
 
 
 def json_reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from protomamba.data.claim import PROGRESS_FILE, PrepareLock, check_unchanged
-from protomamba.data.files import FileRef, reference, sha256_of
+from protomamba.data.files import FileRef, reference, refuse_repeated, sha256_of
 from protomamba.data.manifest import MANIFEST
 from protomamba.data.prepared_manifest import TOKENS, VERSION, PreparedManifest, read_prepared_manifest
 from protomamba.errors import UserError
@@ -52,6 +52,7 @@ class Filling:
 def filling(folder: Path, inputs: Sequence[Path], options: Mapping[str, Any]) -> Iterator[Filling]:
     """Holds the folder while it is filled. UserError for a folder in use or of other contents, and where an input
     changed, which then is told instead of whatever was found in it."""
+    refuse_repeated(inputs)
     files = [_described(path, folder) for path in inputs]
     make_folder(folder)
     with PrepareLock(folder):

@@ -182,9 +182,10 @@ def _tokenizer(
     """The tokenizer, copied into the folder; one trained by a run that was stopped is used again."""
     path = folder / TOKENIZER_FILE
     if train_bpe is None:
+        tokenizer = load_tokenizer(name, eos)
         if name != "bytes":
             _copy(Path(name), path)
-        return load_tokenizer(name if name == "bytes" else str(path), eos)
+        return tokenizer
     if name != "bytes":
         raise ConfigError("--train-bpe makes a tokenizer and --tokenizer names one: give one of them")
     if not (state.shards and path.is_file()):

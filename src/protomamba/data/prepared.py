@@ -44,7 +44,8 @@ class Prepared:
 def open_prepared(folder: Path) -> Prepared:
     """Open a folder that `protomamba prepare` made. UserError where it is not one, or is damaged."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; protomamba prepare makes one from your files")
+        found = "is a file, not a prepared folder" if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: {found}; protomamba prepare makes one from your files")
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder}: has no {MANIFEST}, so it is not a prepared folder: make one with protomamba prepare, or give "
@@ -99,6 +100,7 @@ def _open_fasta(manifest: PreparedManifest) -> Prepared:
         tokenizer=tokenizer.to_json(),
         preset=manifest.preset,
         bytes_per_token=float(tokenizer.k),
+        raw_unit="base",
         recipe=manifest.recipe,
     )
     complement = tokenizer.complement() if manifest.about["both_strands"] else None

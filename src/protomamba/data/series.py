@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protomamba.data.arrays import load_npz
-from protomamba.data.compressed import lines_of
+from protomamba.data.compressed import BOM, lines_of
 from protomamba.errors import UserError
 
 Floats = npt.NDArray[np.float32]
@@ -29,21 +29,26 @@ def trimmed(values: Floats) -> Floats:
     return values[: known[-1] + 1] if known.size else values[:0]
 
 
-def read_ts(path: Path) -> Iterator[Series]:
+def read_ts(path: Path, any_label: bool = False) -> Iterator[Series]:
     """A `.ts` file: a line a case, its channels between colons, its label behind the last. UserError naming the line.
 
+    any_label: also one that is none of the header's classes, such as `?`, where labels are not looked at.
     `?` and NaN are missing values; channels of one case may differ in length and are filled up with NaN.
     """
-    in_data, labelled = False, True
+    in_data, labelled, classes = False, True, list[str]()
     for number, raw in lines_of(path):
-        line = raw.decode("utf-8", "replace").strip()
+        line = raw.removeprefix(BOM if number == 1 else b"").decode("utf-8", "replace").strip()
         if not line or line.startswith("#"):
             continue
         if in_data:
-            yield _ts_case(path, number, line)
+            case = _ts_case(path, number, line)
+            if classes and case[1] not in classes and not any_label:
+                _refuse(path, number, f"a label of @classLabel ({', '.join(classes[:10])})", case[1])
+            yield case
             continue
         word, *rest = line.lower().split()
-        labelled = labelled and not (word == "@classlabel" and rest[:1] == ["false"])
+        if word == "@classlabel":
+            labelled, classes = rest[:1] != ["false"], line.split()[2:]
         if word == "@timestamps" and rest[:1] == ["true"]:
             _refuse(path, number, "values without time stamps (@timeStamps false)", "time stamps")
         if not word.startswith("@"):

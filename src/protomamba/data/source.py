@@ -56,6 +56,7 @@ class DataInfo:
     tokenizer: str | None = None  # as JSON, for tokenizer_from_json
     preset: str | None = None  # bytes, text, events, dna or classify, where `prepare` said so
     bytes_per_token: float | None = None
+    raw_unit: str = "byte"  # what bytes_per_token counts: of DNA bases
     recipe: Mapping[str, Any] | None = None  # how `prepare` read its inputs, so that later ones are read alike
 
 

@@ -27,10 +27,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Names:
-    """What tokens and classes are called outside; without a name a token or class is its number."""
+    """What tokens, classes and the bytes (bases) of a text are called outside; a token or class without a name is its
+    number."""
 
     item: Callable[[int], Any] = field(default=lambda token: token)
     classes: Sequence[str] = ()
+    raw_unit: str = "byte"
 
 
 def answers(
@@ -44,7 +46,7 @@ def answers(
         yield from _classes(predictor, sequences, question, names)
     elif question.what == "likelihood":
         found = predictor.log_likelihoods(sequences, question.per_token)
-        yield from (_likelihood(one, example) for one, example in zip(found, window, strict=True))
+        yield from (_likelihood(one, example, names.raw_unit) for one, example in zip(found, window, strict=True))
     else:
         yield from ({"embedding": _floats(vector, 9)} for vector in predictor.embeddings(sequences))
 
@@ -71,12 +73,12 @@ def _classes(
         }
 
 
-def _likelihood(found: Likelihood, example: Example) -> dict[str, Any]:
+def _likelihood(found: Likelihood, example: Example, raw_unit: str) -> dict[str, Any]:
     bits = 0.0 - found.log_likelihood / math.log(2)  # of nothing 0, not -0
     line: dict[str, Any] = {"log_likelihood": _floats([found.log_likelihood], 9)[0], "bits": _floats([bits], 9)[0]}
     line["tokens"] = found.count
     if example.raw_bytes:
-        line["bits_per_byte"] = _floats([bits / example.raw_bytes])[0]
+        line[f"bits_per_{raw_unit}"] = _floats([bits / example.raw_bytes])[0]
     if found.tokens is not None:
         line["token_log_likelihoods"] = [None if value is None else _floats([value])[0] for value in found.tokens]
     return line

@@ -25,7 +25,7 @@ def is_series(path: Path) -> bool:
 def series_rows(path: Path, recipe: Mapping[str, Any]) -> Iterator[Row]:
     """{LINE: float32 (L, C)} of each case, by its number. UserError naming what cannot be read."""
     if plain_suffix(path) == ".ts":
-        cases = read_ts(path)
+        cases = read_ts(path, any_label=True)
     else:
         cases = read_npz(path, next(iter(recipe.get("values") or ()), None), recipe.get("label"))
     for number, (_, _, values) in enumerate(cases, 1):

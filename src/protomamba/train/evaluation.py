@@ -58,7 +58,7 @@ def _figures(found: Validation, source: Source, called: str) -> dict[str, Any]:
         "accuracy": found.accuracy,
         "majority_accuracy": found.majority,
         "perplexity": found.perplexity,
-        "bits_per_byte": bits_per_byte(found.nll, source.info.bytes_per_token),
+        f"bits_per_{source.info.raw_unit}": bits_per_byte(found.nll, source.info.bytes_per_token),
         "targets": found.targets,
     }
 

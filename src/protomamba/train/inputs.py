@@ -87,6 +87,11 @@ class Held:
         """Of the raw text, where text was prepared."""
         return self.source.info.bytes_per_token
 
+    @property
+    def raw_unit(self) -> str:
+        """What that counts: a byte, or a base of DNA."""
+        return self.source.info.raw_unit
+
 
 def open_inputs(config: DataFields, *, seed: int, corpus: Path) -> Inputs:
     """Open, index and check the data of a run. Raises UserError naming the file and what is wrong with it.

@@ -241,6 +241,7 @@ class Run:
         if not result.targets:
             raise UserError("the validation batches contain no targets")
         result.bytes_per_token = getattr(self.validation, "bytes_per_token", None)
+        result.raw_unit = getattr(self.validation, "raw_unit", "byte")
         self.callbacks.tell(self, "on_validation", result)
         self._reset_clock()
         return result.best

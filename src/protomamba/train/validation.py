@@ -24,7 +24,7 @@ class Validation:
     nll: mean cross entropy in nats of the head's calibrated probabilities; None where it has none, or without a target.
     majority: the share of the most common target, which is the accuracy of always predicting it.
     best: whether it is the best of its run so far. more: further fields for its line in metrics.jsonl.
-    bytes_per_token: of the raw text, where text was prepared.
+    bytes_per_token: of the raw text, where text was prepared; raw_unit: what that counts, a byte or a base of DNA.
     """
 
     loss: float
@@ -35,6 +35,7 @@ class Validation:
     best: bool = False
     more: dict[str, Any] = field(default_factory=dict)
     bytes_per_token: float | None = None
+    raw_unit: str = "byte"
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -55,7 +56,7 @@ class Validation:
             "majority_accuracy": self.majority,
             "val_perplexity": self.perplexity,
             "targets": self.targets,
-            **({} if self.bits_per_byte is None else {"val_bits_per_byte": self.bits_per_byte}),
+            **({} if self.bits_per_byte is None else {f"val_bits_per_{self.raw_unit}": self.bits_per_byte}),
             "best": self.best,
             **self.more,
         }
@@ -114,7 +115,7 @@ def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool,
     return Validation(
         loss=sum(part.loss_sum for part in parts) / count,
         accuracy=sum(part.correct for part in parts) / judged,
-        nll=-sum(likelihoods) / judged if likelihoods else None,
+        nll=max(-sum(likelihoods) / judged, 0.0) if likelihoods else None,  # rounding may leave a likelihood above 1
         targets=sum(part.count for part in parts),
         majority=seen.majority / count,
     )

@@ -7,6 +7,7 @@ and never a bar, because a log file keeps every redraw. A stream that breaks cos
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ class Console:
         cells = [list(row) for row in rows]
         table = Table(title=title, title_justify="left", box=SIMPLE)
         for i, name in enumerate(columns):
-            numeric = bool(cells) and all(isinstance(row[i], int | float) for row in cells)
+            numeric = bool(cells) and all(_is_number(row[i]) for row in cells)
             table.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*(escape(_cell(value)) for value in row))
@@ -170,6 +171,11 @@ def duration(seconds: float) -> str:
 
 def _parts(fields: Mapping[str, Any]) -> dict[str, str]:
     return {key: form.format(fields[key]) for key, form in _STEP_FIELDS.items() if fields.get(key) is not None}
+
+
+def _is_number(value: object) -> bool:
+    """A number, or one as text that somebody has rounded already."""
+    return isinstance(value, int | float) or re.fullmatch(r"-?[\d,]+(\.\d+)?", str(value)) is not None
 
 
 def _cell(value: object) -> str:

@@ -53,7 +53,7 @@ class Progress(Callback):
 
     def on_validation(self, run: Run, result: Validation) -> None:
         nll = "" if result.nll is None else f"  val_nll {result.nll:.4f}  perplexity {result.perplexity:.4g}"
-        bits = "" if result.bits_per_byte is None else f"  bits/byte {result.bits_per_byte:.4f}"
+        bits = "" if result.bits_per_byte is None else f"  bits/{result.raw_unit} {result.bits_per_byte:.4f}"
         self.console.line(
             f"step {run.trainer.global_step:>7,}  val_loss {result.loss:.4f}{nll}{bits}"
             f"  val_accuracy {result.accuracy:.4f}"
