@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.errors import ConfigError
+from protomamba.model.heads.sampling_head import GROUP, Sample, SamplingHead
 from protomamba.train.comm import Comm, Local
 from tests.distributed.threads import agreed, ranks
 from tests.runs import assert_equal
@@ -39,6 +41,14 @@ def batches(step: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
         targets[step % ROWS] = -100
         found.append((tokens[:, :-1], targets))
     return found
+
+
+def long_batches(step: int) -> list[tuple[Tensor, Tensor]]:
+    """More targets for each of two shards than share a sample of classes, and a shard with more than the other."""
+    tokens = torch.randint(VOCAB, (2, GROUP + 9), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, 1:].clone()
+    targets[step % 2, GROUP // 3 :: 2] = -100
+    return [(tokens[:, :-1], targets), (tokens[:, :-1].flip(0), tokens[:, 1:].flip(0))]
 
 
 def steps(
@@ -104,6 +114,37 @@ def test_shards_of_row_sparse_tables_add_up_to_the_gradient_of_one() -> None:
     )
     for name, value in whole["model"].items():
         torch.testing.assert_close(shards["model"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_shards_with_several_samples_of_classes_make_the_same_steps_on_one_and_two_ranks() -> None:
+    """Each 512 targets of a shard have a sample of their own (decision 092), beside those of the other shard."""
+    small = ModelConfig(d_model=16, d_state=4, n_layer=1, vocab_size=VOCAB, head="hpn")
+    settings = TrainConfig(**{**SETTINGS, "grad_shards": 2})
+
+    def trained(comm: Comm, made: SequenceModel) -> tuple[Any, Any]:
+        assert isinstance(made.head, SamplingHead)
+        trainer, drawn = Trainer(made, settings, comm), list[int]()
+        made.head.next_samples = counted(made.head.next_samples, drawn)  # type: ignore[method-assign]
+        told = [trainer.train_step(*long_batches(step)) for step in range(3)]
+        assert set(drawn) == {1, 2}
+        parts = trainer.parts()
+        return {name: copy.deepcopy(dict(parts[name])) for name in ("model", "optimizer", "trainer")}, told
+
+    straight, told = agreed([SequenceModel(small, seed=1)], trained)
+    parts, again = agreed([SequenceModel(small, seed=1) for _ in range(2)], trained)
+    assert_equal(parts, straight, "2 ranks")
+    assert again == told
+
+
+def counted(draw: Callable[[Tensor], list[Sample]], numbers: list[int]) -> Callable[[Tensor], list[Sample]]:
+    """The same, noting how many samples it draws."""
+
+    def noting(targets_T: Tensor) -> list[Sample]:
+        samples = draw(targets_T)
+        numbers.append(len(samples))
+        return samples
+
+    return noting
 
 
 PLANS = [plan if plan < 3 else pytest.param(plan, marks=pytest.mark.slow) for plan in range(200)]
