@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -64,3 +66,16 @@ def test_another_order_would_have_other_bits() -> None:
     for value in values[1:]:
         straight = straight + value
     assert not torch.equal(tree, straight)
+
+
+def test_what_was_added_up_is_freed_at_once() -> None:
+    """A step's sums and messages are as large as the model: they must not wait for the garbage collector."""
+    parts = {(i, i + 1): torch.ones(2) for i in range(3)}
+    kept = [weakref.ref(each) for each in parts.values()]
+    gc.disable()
+    try:
+        fold(parts, 3, torch.add)
+        del parts
+        assert [each() for each in kept] == [None] * 3
+    finally:
+        gc.enable()

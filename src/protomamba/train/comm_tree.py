@@ -45,14 +45,15 @@ def nodes(leaves: range, count: int) -> list[Node]:
 
 def fold(parts: Mapping[Node, T], count: int, add: Callable[[T, T], T]) -> T:
     """The root's value from those of nodes that cover all leaves."""
+    return _value(parts, (0, count), add)
 
-    def value(node: Node) -> T:
-        if node in parts:
-            return parts[node]
-        left, right = children(node)
-        return add(value(left), value(right))
 
-    return value((0, count))
+def _value(parts: Mapping[Node, T], node: Node, add: Callable[[T, T], T]) -> T:
+    # A function that calls itself by a name of its own scope would keep `parts` until the garbage collector comes.
+    if node in parts:
+        return parts[node]
+    left, right = children(node)
+    return add(_value(parts, left, add), _value(parts, right, add))
 
 
 class Partials(Generic[T]):
