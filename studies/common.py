@@ -18,7 +18,7 @@ from typing import Any
 from protomamba.data.corpus import SHARD, default_corpus
 from protomamba.run_config import DataFields, RunConfig
 from protomamba.train.build import fresh_trainer
-from protomamba.train.frequencies import tell_frequencies
+from protomamba.train.frequencies import set_class_frequencies
 from protomamba.train.inputs import Held, open_inputs, stream_spec
 from protomamba.train.passes import MicroBatch
 from protomamba.train.trainer import StepStats, Trainer
@@ -61,7 +61,7 @@ class Session:
             return batch.tokens_BL, batch.targets_BL, batch.reset_BL
 
         trainer = trainer or fresh_trainer(config, inputs.vocab_size, None)[0]
-        tell_frequencies(trainer.model.head, inputs.training, stream_spec(data, config.seed))
+        set_class_frequencies(trainer.model.head, inputs.training, stream_spec(data, config.seed))
         return cls(trainer, batches, held_out)
 
     def train(self, steps: int) -> list[StepStats]:

@@ -17,9 +17,17 @@ WITHOUT_EXAMPLES = {"doctor", "completion"}  # nothing to choose
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_ends_with_examples_on_lines_of_their_own(command: str) -> None:
-    shown = parser_of(command).format_help().splitlines()
+    text = parser_of(command).format_help()
     assert (command in WITHOUT_EXAMPLES) == (command not in EXAMPLES)
-    assert {f"  {line}" for line in EXAMPLES.get(command, ())} <= set(shown)
+    assert {f"  {line}" for line in EXAMPLES.get(command, ())} <= set(text.replace(" \\\n      ", " ").splitlines())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_into_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a choice in the line of usage, which argparse does not break."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = parser_of(command).format_help().splitlines()
+    assert not [line for line in shown if len(line) > 80 and not line.lstrip().startswith("[")]
 
 
 @pytest.mark.parametrize(("command", "line"), [(name, line) for name, lines in EXAMPLES.items() for line in lines])

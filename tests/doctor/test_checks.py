@@ -170,3 +170,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)["findings"]
     assert {finding["what"] for finding in found} >= {"kernels", "matrix products", "torch", "threads", "memory"}
     assert {finding["state"] for finding in found} <= {"ok", "slow", "missing", "note"}
+
+
+def test_what_the_kernels_set_themselves_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in matmul.PRODUCTS_KEPT.items():
+        monkeypatch.setenv(name, value)
+    assert "environment" not in by_name() or "CAPACITY" not in by_name()["environment"].found
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY=7" in by_name()["environment"].found

@@ -16,7 +16,7 @@ from protomamba.model.heads import HyperspherePrototypes, SoftmaxHead
 from protomamba.run_config import RunConfig
 from protomamba.train import frequencies
 from protomamba.train.build import build_parts
-from protomamba.train.frequencies import tell_frequencies
+from protomamba.train.frequencies import set_class_frequencies
 
 SPEC = StreamSpec(batch_size=4, seq_len=16)
 CLASSES = 100
@@ -34,7 +34,7 @@ def token_file(tmp_path: Path) -> Path:
 
 def test_all_of_a_small_source_is_counted(token_file: Path) -> None:
     told = head()
-    tell_frequencies(told, open_token_file(token_file), SPEC)
+    set_class_frequencies(told, open_token_file(token_file), SPEC)
     assert torch.equal(told.counts, torch.bincount(torch.from_numpy(np.load(token_file))[1:].long(), minlength=CLASSES))
     assert bool(told.told)
 
@@ -42,7 +42,7 @@ def test_all_of_a_small_source_is_counted(token_file: Path) -> None:
 def test_of_a_large_one_a_part_spread_evenly(token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frequencies, "TARGETS", 8_000)
     told = head()
-    tell_frequencies(told, open_token_file(token_file), SPEC)
+    set_class_frequencies(told, open_token_file(token_file), SPEC)
     assert 7_900 < int(told.counted) <= 8_000
     share_V = torch.bincount(torch.from_numpy(np.load(token_file)).long(), minlength=CLASSES) / 40_001
     assert (told.counts / told.counted - share_V).abs().max() < 0.02
@@ -52,7 +52,7 @@ def test_labels_have_counts_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("1 2 3\n4 5\n6\n")
     (tmp_path / "l.txt").write_text("7\n7\n2\n")
     told = head()
-    tell_frequencies(told, open_labelled(tmp_path / "t.txt", tmp_path / "l.txt"), SPEC)
+    set_class_frequencies(told, open_labelled(tmp_path / "t.txt", tmp_path / "l.txt"), SPEC)
     assert told.counts.nonzero()[:, 0].tolist() == [2, 7] and int(told.counts[7]) == 2
 
 
@@ -61,7 +61,7 @@ def test_a_head_that_looks_at_every_class_is_not_told(token_file: Path) -> None:
     whole = head(sample=CLASSES)
     for left_alone in (whole, SoftmaxHead(ModelConfig(vocab_size=CLASSES, d_model=4))):
         assert not left_alone.samples_classes
-        tell_frequencies(left_alone, source, SPEC)
+        set_class_frequencies(left_alone, source, SPEC)
     assert not whole.counted and not whole.told
 
 

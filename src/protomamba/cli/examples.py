@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+
+WIDTH = 80
+
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": (
         "protomamba train data --out-dir runs/mine",
@@ -54,6 +58,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 
 def epilog(command: str, more: str | None) -> str | None:
     """What comes after the list of flags: a command's own remark, then its examples."""
-    lines = [f"  {line}" for line in EXAMPLES.get(command, ())]
+    lines = [_folded(line) for line in EXAMPLES.get(command, ())]
     examples = "\n".join([f"example{'s' if len(lines) > 1 else ''}:", *lines]) if lines else None
-    return "\n\n".join(part for part in (more, examples) if part) or None
+    remark = textwrap.fill(more, WIDTH) if more else None
+    return "\n\n".join(part for part in (remark, examples) if part) or None
+
+
+def _folded(line: str) -> str:
+    """A command as it can be pasted, in lines that a terminal does not break."""
+    parts = textwrap.wrap(line, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
+    return "  " + " \\\n      ".join(parts)

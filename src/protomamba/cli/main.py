@@ -116,7 +116,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 # name -> (one line, flags, work)
 COMMANDS = {
     "train": ("train a model, or resume a run", _configure_train, _train),
-    "eval": ("evaluate a checkpoint: loss, accuracy and the metrics of its task", evaluate.configure, evaluate.work),
+    "eval": ("evaluate a checkpoint: loss, accuracy, measures of its task", evaluate.configure, evaluate.work),
     "generate": ("continue a prompt", generate.configure, generate.work),
     "predict": ("write predictions for every row of a file", predict.configure, predict.work),
     "prepare": (

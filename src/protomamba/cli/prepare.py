@@ -26,7 +26,9 @@ def _configure_common(parser: Parser, inputs: str) -> None:
 
 
 def configure_text(parser: Parser) -> None:
-    parser.epilog = "prepare events, fasta and labels take tables and sequences; a folder of such a name is ./events"
+    parser.epilog = (
+        "prepare events, fasta and labels are for tables and sequences; to read a folder of that name as text: ./events"
+    )
     _configure_common(parser, "files and folders, also .gz and .zst, and folders of the `datasets` library")
     formats = ("auto", "text", "bytes", "jsonl", "parquet", "arrow")
     parser.add_argument(

@@ -28,6 +28,8 @@ def work(arguments: argparse.Namespace) -> int:
     settings = {**record.config, **record.environment}
     plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
     tracked = Tracked(arguments.name or record.name, arguments.run, new_identity(), plain)
+    folder = arguments.run / "tensorboard"
+    where = f": {folder}; tensorboard --logdir {arguments.run}" if arguments.to == "tensorboard" else ""
     count = replay(read_metrics(arguments.run / "metrics.jsonl"), make_tracker(arguments.to, tracked))
-    print(f"{counted(count, 'line')} of {arguments.run} {'is' if count == 1 else 'are'} in {arguments.to}")
+    print(f"{counted(count, 'line')} of {arguments.run} {'is' if count == 1 else 'are'} in {arguments.to}{where}")
     return 0

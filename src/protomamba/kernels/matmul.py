@@ -27,8 +27,9 @@ BACKENDS = ("torch", "onednn")
 # rows per second of processor time (width 64, 2 layers, lengths 8 to 120); memory then; of a training whose number of
 # targets varies: 64: 221, 303 MiB, 373 MiB; 128: 256, 344, 405; 256: 322, 423, 479; 1,024: 430, 413, 846.
 # Both caches read these when they are first used.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+PRODUCTS_KEPT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+for _name, _kept in PRODUCTS_KEPT.items():
+    os.environ.setdefault(_name, _kept)
 # Up to this many rows a product is bound by reading the matrix, which no BLAS does at the memory's speed.
 FEW_ROWS = 8
 

@@ -47,14 +47,14 @@ def status(record: RunRecord) -> str:
     return REASONS.get(str(record.end.get("reason")), str(record.end.get("reason")))
 
 
-def judge(record: RunRecord) -> str:
+def main_metric(record: RunRecord) -> str:
     """The curve that best checkpoints go by: cross entropy where it was logged, else the loss."""
     return "validation.val_nll" if "validation.val_nll" in record.series else "validation.val_loss"
 
 
 def best_validation(record: RunRecord) -> dict[str, Any]:
     """The best validation: its step and all figures of that step; empty without a validation."""
-    series = record.series.get(judge(record))
+    series = record.series.get(main_metric(record))
     if series is None:
         return {}
     step = series.steps[min(range(len(series.values)), key=series.values.__getitem__)]
@@ -78,14 +78,14 @@ def value_at(series: Series, step: int, *, exact: bool = False) -> float | None:
 
 def at_equal(records: Sequence[RunRecord]) -> dict[str, list[float | None]]:
     """The judging curve of several runs at the last step, and the last second, that all have reached."""
-    curves = [record.series.get(judge(record)) for record in records]
-    if len(records) < 2 or not all(curves) or len({judge(record) for record in records}) > 1:
+    curves = [record.series.get(main_metric(record)) for record in records]
+    if len(records) < 2 or not all(curves) or len({main_metric(record) for record in records}) > 1:
         return {}
     known = [curve for curve in curves if curve is not None]
     step = min(curve.steps[-1] for curve in known)
     seconds = min(record.clock.values[-1] for record in records)
     reached = [_step_after(record, seconds) for record in records]
-    name = label(judge(records[0]))
+    name = label(main_metric(records[0]))
     return {
         f"{name} at step {step:,}": [value_at(curve, step) for curve in known],
         f"{name} after {seconds:,.0f} s": [value_at(c, at) for c, at in zip(known, reached, strict=True)],

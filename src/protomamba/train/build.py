@@ -35,7 +35,7 @@ from protomamba.train.callbacks.trackers import TrackerCallback, require_tracker
 from protomamba.train.comm import Comm, Local, join, restarted
 from protomamba.train.comm_start import check_ranks, find_together, ranks_line, refuse_unshareable
 from protomamba.train.comm_workers import outer_workers
-from protomamba.train.frequencies import tell_frequencies
+from protomamba.train.frequencies import set_class_frequencies
 from protomamba.train.fresh import fresh_trainer
 from protomamba.train.initial_weights import (
     SHAPE,
@@ -216,7 +216,7 @@ def build_parts(
         trainer, notes = trainer_class(config).from_checkpoint(resumed.found.checkpoint, comm), list[str]()
     else:
         trainer, notes = fresh_trainer(config, inputs.vocab_size, weights, comm)
-        tell_frequencies(trainer.model.head, inputs.training, spec)
+        set_class_frequencies(trainer.model.head, inputs.training, spec)
         weigh_classes(trainer.model.head, inputs.training, config.class_weights)
     notes += trainer.model.head.notes
     validation = None if inputs.validation is None else Held(inputs.validation, spec, config.eval_batches)

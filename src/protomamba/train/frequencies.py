@@ -16,7 +16,7 @@ from protomamba.model.heads import Head
 TARGETS = 2_000_000
 
 
-def tell_frequencies(head: Head, source: Source, spec: StreamSpec) -> None:
+def set_class_frequencies(head: Head, source: Source, spec: StreamSpec) -> None:
     """Give the head the source's own counts, or those of TARGETS targets spread evenly over it. Heads that look at
     every class are left alone."""
     if not head.samples_classes:

@@ -106,19 +106,19 @@ class Run:
 
     def note(self, text: str) -> None:
         """Send a message to the callbacks: the console shows it, the metrics record it."""
-        self.callbacks.tell(self, "on_message", text, False)
+        self.callbacks.call_event(self, "on_message", text, False)
 
     def warn(self, text: str) -> None:
         """Send a warning to the callbacks."""
-        self.callbacks.tell(self, "on_message", text, True)
+        self.callbacks.call_event(self, "on_message", text, True)
 
     def log(self, event: str, **fields: Any) -> None:
         """A line for metrics.jsonl, at this step."""
-        self.callbacks.tell(self, "on_event", event, fields)
+        self.callbacks.call_event(self, "on_event", event, fields)
 
     def output_lost(self, error: OSError) -> None:
         """Tell the callbacks that standard output can no longer be written to."""
-        self.callbacks.tell(self, "on_output_lost", error)
+        self.callbacks.call_event(self, "on_output_lost", error)
 
     def facts(self) -> dict[str, Any]:
         """What the run is, for its record: environment, parameters, seed, where it came from and where it goes."""
@@ -164,7 +164,7 @@ class Run:
         self._check_space()
         reason = "failed"
         try:
-            self.callbacks.tell(self, "on_start")
+            self.callbacks.call_event(self, "on_start")
             for note in notes:
                 self.note(note)
             if self.folder is not None and (who := left_behind(self.folder.folder)):
@@ -175,12 +175,12 @@ class Run:
             with Prefetcher(self.stream, *self.prefetch) as self._batches:
                 self._reset_clock()
                 reason = self._loop()
-            self.callbacks.tell(self, "on_finish", reason)
+            self.callbacks.call_event(self, "on_finish", reason)
         except BaseException as error:
             self.error = error
             raise
         finally:
-            self.callbacks.tell(self, "on_end", reason)
+            self.callbacks.call_event(self, "on_end", reason)
         return reason
 
     def _loop(self) -> str:
@@ -224,7 +224,7 @@ class Run:
         self.is_logged = self._due(self.log_every) or stats.skipped_update
         elapsed, steps = time.perf_counter() - self._clock, stats.step - self._clock_step
         self.speed = {"tokens_per_s": stats.tokens * steps / elapsed, "step_ms": 1e3 * elapsed / steps}
-        self.callbacks.tell(self, "on_step", stats)
+        self.callbacks.call_event(self, "on_step", stats)
         if self.is_logged:
             self._reset_clock()
         if stats.skipped_update:
@@ -242,7 +242,7 @@ class Run:
             raise UserError("the validation batches contain no targets")
         result.bytes_per_token = getattr(self.validation, "bytes_per_token", None)
         result.raw_unit = getattr(self.validation, "raw_unit", "byte")
-        self.callbacks.tell(self, "on_validation", result)
+        self.callbacks.call_event(self, "on_validation", result)
         self._reset_clock()
         return result.best
 
@@ -260,15 +260,15 @@ class Run:
         info = {"val_loss": self.best.best_val_loss, "val_nll": self.best.best_val_nll} if best else {}
         self.saved_best = best
         self.trainer.require_finite_tables()
-        self.callbacks.tell(self, "on_before_save")
+        self.callbacks.call_event(self, "on_before_save")
         try:
             report = folder.save(parts, config=self.configs(), step=step, best=best, info=info)
         except SaveError as error:
             self._tolerate(error)
-            self.callbacks.tell(self, "on_save_error", error)
+            self.callbacks.call_event(self, "on_save_error", error)
         else:
             self._write_mirror(folder)
-            self.callbacks.tell(self, "on_save", report)
+            self.callbacks.call_event(self, "on_save", report)
         self._clock += time.perf_counter() - started
 
     def _write_mirror(self, folder: RunDir) -> None:

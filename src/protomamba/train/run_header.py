@@ -24,11 +24,12 @@ def header(trainer: Trainer, data: str, folder: str, resumed_from: str | None, f
     target = trainer.target_step if further is None else trainer.global_step + further
     environment, model, config = describe_environment(), trainer.model, trainer.config
     shape = model.config
+    commit = f" ({environment['commit']})" if environment["commit"] else ""  # of a checkout
     parameters, moving = model.parameter_count(), model.parameter_count(trainable_only=True)
     layers = f"{stack(shape.kinds(len(model.layers)))}, d_model {shape.d_model}, d_state {shape.d_state}"
     unfused = [f"{name}.{reason}" for name, reason in model.unfused_reasons().items()]
     return {
-        "protomamba": f"{environment['protomamba']} ({environment['commit'] or 'no commit'}), "
+        "protomamba": f"{environment['protomamba']}{commit}, "
         f"torch {environment['torch']}, python {environment['python']}",
         "kernels": f"{environment['kernels']} ({environment['cpu_level']}), {config.precision} products by "
         f"{environment['matmul']}, {counted(environment['threads'], 'thread')}",

@@ -23,7 +23,7 @@ class Callbacks(list[Callback]):
         super().__init__([*own, *given])
         self._given = tuple(given)
 
-    def tell(self, run: Run, event: str, *arguments: Any) -> None:
+    def call_event(self, run: Run, event: str, *arguments: Any) -> None:
         """Call every callback that defines the event."""
         for each in list(self):
             method: Callable[..., None] = getattr(each, event)
