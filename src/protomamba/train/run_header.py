@@ -51,14 +51,13 @@ def stack(kinds: Sequence[str]) -> str:
     return f"{counted(len(kinds), 'layer')} ({pattern}{', repeated' if 1 < len(unit) < len(kinds) else ''})"
 
 
-def goodbye(reason: str, step: int, folder: Path | None) -> str:
+def goodbye(reason: str, step: int, folder: Path | None, report: bool = False) -> str:
     """The last line: how the run ended and what there is to do."""
     if reason == "signal":
         kept = f"; to continue: protomamba train --resume auto --out-dir {folder}" if folder else ""
         return f"stopped by a signal: step {step:,}{kept}"
-    return f"{reason.replace('_', ' ')}: step {step:,}" + (
-        f"; checkpoints and metrics are in {folder}" if folder else ""
-    )
+    kept = "checkpoints, metrics and report.html" if report else "checkpoints and metrics"
+    return f"{reason.replace('_', ' ')}: step {step:,}" + (f"; {kept} are in {folder}" if folder else "")
 
 
 def idle_flags(config: RunConfig, model: ModelConfig) -> list[str]:

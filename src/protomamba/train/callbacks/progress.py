@@ -70,4 +70,8 @@ class Progress(Callback):
         self.console.stop()
         self.console.when_lost(None)
         if reason != "failed":
-            self.console.line(goodbye(reason, run.trainer.global_step, run.folder.folder if run.folder else None))
+            folder, reported = (
+                run.folder.folder if run.folder else None,
+                any(each.name == "report" for each in run.callbacks),
+            )
+            self.console.line(goodbye(reason, run.trainer.global_step, folder, reported))
