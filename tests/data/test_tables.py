@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from protomamba.cli.main import main
@@ -143,3 +145,19 @@ def test_what_was_meant_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert main(arguments) == code
         assert says in capsys.readouterr().err
+
+
+def test_a_ts_file_costs_no_more_than_its_values(tmp_path: Path) -> None:
+    """A header without end, and a line so long that all its words at once would take 30 times its memory."""
+    endless = table(tmp_path, b"@x\n" * 30_000, "a.ts")
+    with pytest.raises(
+        UserError, match=r"a\.ts, line 10,001: expected @data within the first 10,000 lines, found '@x'"
+    ):
+        list(read_ts(endless))
+    long = table(tmp_path, b"@classLabel true x\n@data\n" + b"1," * 1_000_000 + b"2.5:3,?:x\n", "b.ts")
+    tracemalloc.start()
+    ((_, label, values),) = read_ts(long)
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    tracemalloc.stop()
+    assert label == "x" and values.shape == (1_000_001, 2) and values[-1, 0] == 2.5 and values[0].tolist() == [1.0, 3.0]
+    assert np.isnan(values[1:, 1]).all() and (values[:-1, 0] == 1).all()

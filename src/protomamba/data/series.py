@@ -21,12 +21,16 @@ Floats = npt.NDArray[np.float32]
 Series = tuple[int, str, Floats]
 LARGEST = float(np.finfo(np.float32).max)
 VALUES, LABELS, LENGTHS = "X", "y", "lengths"
+# More than any header has, and few enough to be read in no time.
+HEADER_LINES = 10_000
+# Characters of a line whose values are read together.
+PIECE = 65_536
 
 
 def trimmed(values: Floats) -> Floats:
     """Without the steps at the end in which every channel is missing."""
-    known = np.flatnonzero(~np.isnan(values).all(axis=1))
-    return values[: known[-1] + 1] if known.size else values[:0]
+    known = np.asarray(~np.isnan(values).all(axis=1))
+    return values[: len(known) - int(known[::-1].argmax())] if known.any() else values[:0]
 
 
 def read_ts(path: Path, any_label: bool = False) -> Iterator[Series]:
@@ -37,7 +41,11 @@ def read_ts(path: Path, any_label: bool = False) -> Iterator[Series]:
     """
     in_data, labelled, classes = False, True, list[str]()
     for number, raw in lines_of(path):
-        line = raw.removeprefix(BOM if number == 1 else b"").decode("utf-8", "replace").strip()
+        if not in_data and number > HEADER_LINES:
+            _refuse(
+                path, number, f"@data within the first {HEADER_LINES:,} lines", raw.decode("utf-8", "replace").strip()
+            )
+        line = raw.removeprefix(BOM if number == 1 else b"").strip().decode("utf-8", "replace").strip()
         if not line or line.startswith("#"):
             continue
         if in_data:
@@ -65,24 +73,34 @@ def _ts_case(path: Path, number: int, line: str) -> Series:
     *channels, label = line.split(":")
     if not channels or not label.strip():
         _refuse(path, number, "channels of values and a label, with colons between them", line)
-    columns = [_ts_channel(path, number, place, text) for place, text in enumerate(channels, 1)]
-    values = np.full((max(len(column) for column in columns), len(columns)), np.nan, dtype=np.float32)
-    for channel, column in enumerate(columns):
-        values[: len(column), channel] = column
+    steps = max(text.count(",") for text in channels) + 1
+    values = np.full((steps, len(channels)), np.nan, dtype=np.float32)
+    for channel, text in enumerate(channels):
+        start = 0
+        for piece in _pieces(text):
+            words = piece.split(",")
+            values[start : start + len(words), channel] = [_ts_value(path, number, channel + 1, x) for x in words]
+            start += len(words)
     return number, label.strip(), trimmed(values)
 
 
-def _ts_channel(path: Path, number: int, place: int, text: str) -> list[float]:
-    found = []
-    for word in text.split(","):
-        try:
-            value = float("nan") if word.strip() in ("?", "") else float(word)
-        except ValueError:
-            value = float("inf")
-        if abs(value) > LARGEST:
-            _refuse(path, number, f"finite numbers in channel {place}", word.strip())
-        found.append(value)
-    return found
+def _ts_value(path: Path, number: int, place: int, word: str) -> float:
+    try:
+        value = float("nan") if word.strip() in ("?", "") else float(word)
+    except ValueError:
+        value = float("inf")
+    if abs(value) > LARGEST:
+        _refuse(path, number, f"finite numbers in channel {place}", word.strip())
+    return value
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The values between commas, some thousand at a time: all words of a long line at once take 30 times its memory."""
+    start = 0
+    while (stop := text.find(",", start + PIECE)) >= 0:
+        yield text[start:stop]
+        start = stop + 1
+    yield text[start:]
 
 
 def _refuse(path: Path, number: int, expected: str, found: str) -> NoReturn:
