@@ -85,9 +85,9 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         try:
             since = _advance_clock(record, event, since)
             _READERS.get(event["event"], _ignore)(record, event)
+            record.last_step = max(record.last_step, _step(event))
         except MALFORMED as error:
             raise UserError(f"{metrics}: line {number}: no event of a run ({type(error).__name__}: {error})") from error
-        record.last_step = max(record.last_step, _step(event))
     return record
 
 
