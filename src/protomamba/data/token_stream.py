@@ -85,7 +85,7 @@ class TokenStream(BatchStream):
         return (
             f"{self.shards.tokens:,} tokens in {counted(len(self.shards), 'shard')}, "
             f"{counted(self.rows_per_epoch, 'window')} of {self.seq_len:,} an epoch ({self.steps_per_epoch:,.1f} "
-            f"steps), {self.dropped_tokens:,} tail tokens unused{short}"
+            f"steps), {counted(self.dropped_tokens, 'token')} unused at the end{short}"
         )
 
     def batch(self, index: int) -> Batch:
