@@ -161,3 +161,13 @@ def test_a_ts_file_costs_no_more_than_its_values(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert label == "x" and values.shape == (1_000_001, 2) and values[-1, 0] == 2.5 and values[0].tolist() == [1.0, 3.0]
     assert np.isnan(values[1:, 1]).all() and (values[:-1, 0] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "where"), [('["a", "\\ud800"]', "row 2, column 'item'"), ('{"a": "\\ud800"}', "column 'item'")]
+)
+def test_half_a_character_within_a_value_is_named(value: str, where: str, tmp_path: Path) -> None:
+    first = '["a", "b"]' if value.startswith("[") else "{}"
+    lines = f'{{"user": "a", "item": {first}}}\n{{"user": "b", "item": {value}}}\n'
+    with pytest.raises(UserError, match=rf"{where}: expected text, found half a surrogate pair"):
+        read(table(tmp_path, lines.encode(), "t.jsonl"))

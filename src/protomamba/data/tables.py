@@ -128,15 +128,18 @@ def _check_kind(path: Path, number: int, column: str, value: Any, kinds: dict[st
 def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any], numbers: Sequence[int]) -> Array:
     try:
         return pyarrow.array(values)
-    except UnicodeEncodeError:
-        place = next(i for i, value in enumerate(values) if not str(value).isascii() and _is_broken(str(value)))
+    except UnicodeEncodeError as error:
+        place = next((i for i, value in enumerate(values) if _is_broken(value)), None)
+        if place is None:
+            raise UserError(f"{path}, column {column!r}: expected text, found half a surrogate pair") from error
         raise BadRowError(path, numbers[place], "expected text, found half a surrogate pair", column) from None
     except (pyarrow.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise UserError(f"{path}, column {column!r}: {' '.join(str(error).split())[:120]}") from error
 
 
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _is_broken(value: Any) -> bool:
+    texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+    return any("\ud800" <= character <= "\udfff" for text in texts for character in text)
 
 
 def _parquet_schema(path: Path) -> Any:
