@@ -228,6 +228,12 @@ def _call_judge(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     return tuple(x for x in judging if x is not None)
 
 
+def _call_grouped(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Two runs of the tokens, which share the one sample."""
+    rest = {name: x for name, x in inputs.items() if name not in ("sample_S", "log_chance_S")}
+    return (ops.grouped_prototype_loss(**rest, samples=[(inputs["sample_S"], inputs["log_chance_S"])] * 2),)
+
+
 _CARRIED = frozenset({"initial_state_BEN", "initial_state_BKE", "conv_BKE", "ssm_BEN", "reset_BL"})
 _BLOCK = ("x_BLD", *BlockWeights._fields, *BlockState._fields)
 
@@ -263,4 +269,7 @@ CASES = {
     "compact_block": Case(_block(True), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "mamba_step": Case(_block(False), _call_step, (), carried=_CARRIED),
     "sampled_softmax_loss": Case(_sampled("weight_VD"), _called("sampled_softmax_loss"), ("z_TD", "weight_VD")),
+    "grouped_prototype_loss": Case(
+        _sampled("prototypes_VD", log_scale=torch.tensor(1.7)), _call_grouped, ("z_TD", "prototypes_VD", "log_scale")
+    ),
 }
