@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import resource
@@ -119,13 +118,7 @@ def _stall_after_stop(marker: Path) -> None:
     checkpoint.commit = commit  # type: ignore[attr-defined]
 
 
-PR_SET_THP_DISABLE = 41  # linux/prctl.h
-
-
 def _watch_memory(file: Path) -> None:
-    # The kernel may fill the holes of a region with pages of its own to make one huge page of it, at any moment: in a
-    # million steps that added 3.8 MB (504, 306 and 118 pages) which nothing had asked for.
-    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     report = run.Run._report
     page = os.sysconf("SC_PAGE_SIZE")
 
