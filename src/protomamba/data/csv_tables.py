@@ -24,7 +24,7 @@ def csv_blocks(path: Path, columns: Sequence[str], on_bad: OnBad) -> Iterator[Bl
     """The named columns as text. pyarrow's own streaming reads ahead in a thread that outlives an error."""
     import_pyarrow(path)
     with open_bytes(path) as file:
-        names, delimiter = csv_header(path, file)
+        names, delimiter = csv_header(path, file.readline(LONGEST_LINE))
         for column in columns:
             if column not in names:
                 refuse_missing(path, column, names, taken=columns)
@@ -148,20 +148,19 @@ def _headers(arrays: dict[str, Array]) -> list[int]:
     return [int(place) for place in np.flatnonzero(np.asarray(same))]
 
 
-def csv_header(path: Path, file: Any) -> tuple[list[str], str]:
-    """Column names and the delimiter, from the first line."""
-    line = file.readline(LONGEST_LINE)
+def csv_header(path: Path, line: bytes) -> tuple[list[str], str]:
+    """Column names and the delimiter, from the first line. UserError unless it is UTF-8 and names, each another."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
         kind = "UTF-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "another encoding"
         raise UserError(f"{path}, line 1: expected a header of UTF-8 text, found {kind}; save it as UTF-8") from None
-    delimiter = delimiter_of(text)
-    return header_names(path, text, delimiter), delimiter
+    # The commonest of those in use, the comma where none occurs.
+    delimiter = max(",;\t|", key=text.count)
+    return _header_names(path, text, delimiter), delimiter
 
 
-def header_names(path: Path, header: str, delimiter: str) -> list[str]:
-    """The names of the columns in the first line of a CSV file. UserError unless they are names, each another."""
+def _header_names(path: Path, header: str, delimiter: str) -> list[str]:
     lines = header.rstrip("\r\n")
     if "\r" in lines:
         raise UserError(f"{path}, line 1: expected lines that end with LF or CR LF, found CR alone; convert the file")
@@ -175,11 +174,6 @@ def header_names(path: Path, header: str, delimiter: str) -> list[str]:
     if double is not None:
         raise UserError(f"{path}, line 1: expected different names of columns, found {double!r} twice")
     return names
-
-
-def delimiter_of(header: str) -> str:
-    """What stands between the names of the columns: the commonest of those in use, the comma where none occurs."""
-    return max(",;\t|", key=header.count)
 
 
 def _whole_lines(path: Path, file: Any) -> Iterator[bytes]:

@@ -34,6 +34,7 @@ class DnaTokenizer:
     k: int = 1
     case: bool = False
     kind = "dna"
+    raw_unit = "base"
     eos_token = BOUNDARY
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from protomamba.errors import ConfigError, UserError
 
 CHUNK_BYTES = 1 << 20
+# A character that no text has: half a pair, or a byte that was no UTF-8 and was read so.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

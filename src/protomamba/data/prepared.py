@@ -100,7 +100,7 @@ def _open_fasta(manifest: PreparedManifest) -> Prepared:
         tokenizer=tokenizer.to_json(),
         preset=manifest.preset,
         bytes_per_token=float(tokenizer.k),
-        raw_unit="base",
+        raw_unit=tokenizer.raw_unit,
         recipe=manifest.recipe,
     )
     complement = tokenizer.complement() if manifest.about["both_strands"] else None

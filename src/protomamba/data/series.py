@@ -41,11 +41,9 @@ def read_ts(path: Path, any_label: bool = False) -> Iterator[Series]:
     """
     in_data, labelled, classes = False, True, list[str]()
     for number, raw in lines_of(path):
-        if not in_data and number > HEADER_LINES:
-            _refuse(
-                path, number, f"@data within the first {HEADER_LINES:,} lines", raw.decode("utf-8", "replace").strip()
-            )
         line = raw.removeprefix(BOM if number == 1 else b"").strip().decode("utf-8", "replace").strip()
+        if not in_data and number > HEADER_LINES:
+            _refuse(path, number, f"@data within the first {HEADER_LINES:,} lines", line)
         if not line or line.startswith("#"):
             continue
         if in_data:

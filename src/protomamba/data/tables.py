@@ -16,9 +16,16 @@ from typing import Any
 import numpy as np
 
 from protomamba.data.blocks import Array, BadRowError, Block, OnBad, refuse_missing
-from protomamba.data.compressed import columnar_errors, import_pyarrow, lines_of, open_bytes, plain_suffix
+from protomamba.data.compressed import (
+    LONGEST_LINE,
+    columnar_errors,
+    import_pyarrow,
+    lines_of,
+    open_bytes,
+    plain_suffix,
+)
 from protomamba.data.csv_tables import csv_blocks, csv_header
-from protomamba.data.files import json_reason
+from protomamba.data.files import SURROGATE, json_reason
 from protomamba.errors import UserError
 
 BLOCK_ROWS = 1 << 16
@@ -48,7 +55,7 @@ def column_names(path: Path) -> list[str]:
     if kind == ".parquet":
         return list(_parquet_schema(path).names)
     with open_bytes(path) as file:
-        return csv_header(path, file)[0]
+        return csv_header(path, file.readline(LONGEST_LINE))[0]
 
 
 def expand_columns(path: Path, patterns: Sequence[str], flag: str) -> list[str]:
@@ -129,17 +136,18 @@ def _json_array(pyarrow: Any, path: Path, column: str, values: Sequence[Any], nu
     try:
         return pyarrow.array(values)
     except UnicodeEncodeError as error:
-        place = next((i for i, value in enumerate(values) if _is_broken(value)), None)
-        if place is None:
-            raise UserError(f"{path}, column {column!r}: expected text, found half a surrogate pair") from error
-        raise BadRowError(path, numbers[place], "expected text, found half a surrogate pair", column) from None
+        wrong = "expected text, found half a surrogate pair"
+        for number, value in zip(numbers, values, strict=True):
+            if _is_broken(value):
+                raise BadRowError(path, number, wrong, column) from None
+        raise UserError(f"{path}, column {column!r}: {wrong}") from error
     except (pyarrow.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise UserError(f"{path}, column {column!r}: {' '.join(str(error).split())[:120]}") from error
 
 
 def _is_broken(value: Any) -> bool:
-    texts = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
-    return any("\ud800" <= character <= "\udfff" for text in texts for character in text)
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and SURROGATE.search(text) for text in texts)
 
 
 def _parquet_schema(path: Path) -> Any:

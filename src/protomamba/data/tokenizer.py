@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
         """The token that ends a document, if it has one."""
 
     @property
+    def raw_unit(self) -> str:
+        """What a text is measured in: "byte", or "base" of DNA."""
+
+    @property
     def identity(self) -> str:
         """A checksum of everything that decides the tokens."""
 
@@ -57,6 +61,7 @@ class ByteTokenizer:
     """UTF-8 bytes as tokens 0 to 255; 256 ends a document, unless there is no `eos`."""
 
     kind = "bytes"
+    raw_unit = "byte"
     vocab_size = 257
 
     def __init__(self, eos: int | None = BYTES_EOS) -> None:
@@ -90,6 +95,7 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library. `eos` is the token that ends a document (None: there is none)."""
 
     kind = "huggingface"
+    raw_unit = "byte"
 
     def __init__(self, source: str, eos: int | None, where: str = "tokenizer") -> None:
         library = import_tokenizers()

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from protomamba.data.dna import INVALID, DnaTokenizer
+from protomamba.data.files import SURROGATE
 from protomamba.data.tokenizer import Tokenizer
 from protomamba.data.vocabulary import UNKNOWN, Vocabulary
 from protomamba.errors import UserError
 from protomamba.predict.batching import Array
 from protomamba.predict.predictor import wrong_step
-from protomamba.predict.rows import LINE, SURROGATE, Row
+from protomamba.predict.rows import LINE, Row
 
 # Names that a column of the sequence is looked for by, before the columns are looked at.
 USUAL_NAMES = ("tokens", "items", "text", "sequence")

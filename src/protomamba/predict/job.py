@@ -91,12 +91,12 @@ def known(loaded: Checkpoint) -> Known:
     state = loaded.parts.get("vocabulary")
     vocabulary = Vocabulary.from_state(state) if state else None
     classes = tuple(about.get("class_names") or ())
-    recipe = about.get("recipe") or {}
-    unit = "base" if recipe.get("kind") == "fasta" else "byte"
+    tokenizer = tokenizer_from_json(description) if description else None
+    unit = tokenizer.raw_unit if tokenizer else "byte"
     return Known(
-        tokenizer_from_json(description) if description else None,
+        tokenizer,
         vocabulary,
-        recipe,
+        about.get("recipe") or {},
         about.get("reserved") or (),
         Names(vocabulary.name, classes) if vocabulary else Names(classes=classes, raw_unit=unit),
     )

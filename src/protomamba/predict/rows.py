@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from protomamba.data.arrays import load_npy
 from protomamba.data.compressed import BOM, columnar_errors, import_pyarrow, lines_of, plain_suffix
-from protomamba.data.csv_tables import HEADER_AGAIN, csv_header, delimiter_of, header_names
+from protomamba.data.csv_tables import HEADER_AGAIN, csv_header
 from protomamba.data.fasta import parts_of
 from protomamba.data.files import json_reason
 from protomamba.errors import UserError
@@ -27,7 +26,6 @@ from protomamba.errors import UserError
 LINE = "line"
 PARQUET_ROWS = 1_024
 UNCLOSED = 'a quote (") that is never closed, so all rows behind it are part of this one'
-SURROGATE = re.compile("[\ud800-\udfff]")
 FASTA_KEY, FASTA_BASES = "id", "sequence"
 csv.field_size_limit(1 << 30)  # a sequence is one field
 
@@ -87,11 +85,7 @@ def _json_row(number: int, line: str) -> Row:
 
 def _csv(path: Path) -> Iterator[Row]:
     lines = _text(path)
-    header = next(lines, "")
-    if SURROGATE.search(header):
-        csv_header(path, io.BytesIO(header.encode("utf-8", "surrogateescape")))  # raises
-    between = delimiter_of(header)
-    names = header_names(path, header, between)
+    names, between = csv_header(path, next(lines, "").encode("utf-8", "surrogateescape"))
     reader = csv.DictReader(lines, names, strict=True, delimiter=between)
     number = 1
     while True:

@@ -93,13 +93,10 @@ class HyperspherePrototypes(SamplingHead):
     def _separated(
         self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample], weight_T: Tensor | None
     ) -> Tensor:
-        if len(samples) > 1:
-            given = z_TD, rows_RD, self.log_scale, targets_T, samples, weight_T, self.precision
-            return grouped_prototype_loss(*given)
-        sample_S, log_chance_S = samples[0] if samples else (None, None)
-        return separated_prototype_loss(
-            z_TD, rows_RD, self.log_scale, targets_T, sample_S, log_chance_S, weight_T, self.precision
-        )
+        given = z_TD, rows_RD, self.log_scale, targets_T
+        if samples:
+            return grouped_prototype_loss(*given, samples, weight_T, self.precision)
+        return separated_prototype_loss(*given, weight_T=weight_T, precision=self.precision)
 
     @property
     def samples_classes(self) -> bool:

@@ -70,8 +70,6 @@ class Progress(Callback):
         self.console.stop()
         self.console.when_lost(None)
         if reason != "failed":
-            folder, reported = (
-                run.folder.folder if run.folder else None,
-                any(each.name == "report" for each in run.callbacks),
-            )
+            folder = run.folder.folder if run.folder else None
+            reported = any(each.name == "report" for each in run.callbacks)
             self.console.line(goodbye(reason, run.trainer.global_step, folder, reported))
