@@ -115,7 +115,8 @@ def evaluate(model: SequenceModel, batches: Iterable[AnyBatch], calibrate: bool,
     return Validation(
         loss=sum(part.loss_sum for part in parts) / count,
         accuracy=sum(part.correct for part in parts) / judged,
-        nll=max(-sum(likelihoods) / judged, 0.0) if likelihoods else None,  # rounding may leave a likelihood above 1
+        # Rounding may leave a likelihood above 1; of nothing it is 0, not -0.
+        nll=max(0.0 - sum(likelihoods) / judged, 0.0) if likelihoods else None,
         targets=sum(part.count for part in parts),
         majority=seen.majority / count,
     )
