@@ -21,6 +21,10 @@ from typing import IO, Any, cast
 
 from protomamba.errors import UserError
 
+# Names that one save alone has (temporary files, numbered checkpoints) are strings: pathlib interns parts of paths,
+# and the table of interned strings grows by megabytes, for good, when some ten thousands have come and gone.
+PathText = str | os.PathLike[str]
+
 # A kill can leave one of these behind; whoever holds the run's lock may remove it.
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.\d+-\d+\.tmp")
 _serial = itertools.count()
@@ -45,7 +49,7 @@ class Disk:
         found = os.statvfs(folder)
         return found.f_bavail * found.f_frsize
 
-    def open(self, path: Path) -> int:
+    def open(self, path: PathText) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
     def write(self, fd: int, data: memoryview) -> int:
@@ -62,7 +66,7 @@ class Disk:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: PathText, target: PathText) -> None:
         os.replace(source, target)
 
     def fsync_dir(self, folder: Path) -> None:
@@ -76,10 +80,10 @@ class Disk:
         finally:
             os.close(fd)
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: PathText, target: PathText) -> None:
         os.link(source, target)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: PathText) -> None:
         os.unlink(path)
 
 
@@ -106,14 +110,14 @@ def write_all(fd: int, data: memoryview, disk: Disk = DISK) -> None:
         data = data[written:]
 
 
-def commit(path: Path, size: int, chunks: Iterable[memoryview], disk: Disk = DISK) -> None:
+def commit(path: PathText, size: int, chunks: Iterable[memoryview], disk: Disk = DISK) -> None:
     """Put `size` bytes, given as `chunks`, at `path`: all of them or none.
 
     Raises NotCommittedError (the old file stands) or DurabilityUnknownError (the new one stands, not surely for good).
     """
 
     with _installed(path, disk, size) as temporary:
-        if disk.free_bytes(path.parent) < size:
+        if disk.free_bytes(_folder(path)) < size:
             raise OSError(errno.ENOSPC, "not enough free space")
         fd = disk.open(temporary)
         try:
@@ -143,7 +147,7 @@ def atomic_file(path: Path, disk: Disk = DISK) -> Iterator[IO[bytes]]:
 def atomic_path(path: Path, disk: Disk = DISK) -> Iterator[Path]:
     """`atomic_file` for a library that writes the file itself: the block writes at the path it is given."""
     with _installed(path, disk) as temporary:
-        yield temporary
+        yield Path(temporary)
         fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
         try:
             disk.fsync(fd)
@@ -182,12 +186,12 @@ class _Written(io.RawIOBase):
         return os.lseek(self._fd, offset, whence)
 
 
-def commit_link(source: Path, target: Path, disk: Disk = DISK) -> None:
+def commit_link(source: Path, target: PathText, disk: Disk = DISK) -> None:
     """Give the file `source` the second name `target`, atomically: a hard link, or a copy where links are not possible.
 
     Safe because a committed file is never written to again: a later save puts another file under the first name.
     """
-    if source.exists() and target.exists() and source.samefile(target):
+    if source.exists() and os.path.exists(target) and source.samefile(target):
         # Between two names of one file a rename does nothing, and would leave the temporary name behind.
         return
     try:
@@ -206,10 +210,11 @@ def _blocks(path: Path) -> Iterator[memoryview]:
 
 
 @contextlib.contextmanager
-def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path]:
+def _installed(path: PathText, disk: Disk, size: int | None = None) -> Iterator[str]:
     """A temporary path to make a file at, which is renamed to `path` at the end of the block."""
     _refuse_what_is_no_file(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
         yield temporary
         disk.replace(temporary, path)
@@ -221,7 +226,7 @@ def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path
             raise NotCommittedError(_failure(path, size, error, disk)) from error
         raise
     try:
-        disk.fsync_dir(path.parent)
+        disk.fsync_dir(_folder(path))
     except OSError as error:
         raise DurabilityUnknownError(
             f"{path}: saved and readable, but its folder could not be synced ({_reason(error)}):"
@@ -229,27 +234,31 @@ def _installed(path: Path, disk: Disk, size: int | None = None) -> Iterator[Path
         ) from error
 
 
-def _refuse_what_is_no_file(path: Path) -> None:
+def _folder(path: PathText) -> Path:
+    return Path(os.path.dirname(path) or os.curdir)
+
+
+def _refuse_what_is_no_file(path: PathText) -> None:
     """A rename would put a file in the place of a device, pipe or socket: of /dev/null too, for who may write there."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
         return  # nothing there, or what the write itself will say
     except ValueError as error:
-        raise NotCommittedError(f"{str(path)!r}: not saved: not a file name: {error}") from error
+        raise NotCommittedError(f"{os.fspath(path)!r}: not saved: not a file name: {error}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         found = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise NotCommittedError(f"{path}: not saved: expected a file or nothing there, found {found}")
 
 
-def _failure(path: Path, size: int | None, error: OSError, disk: Disk) -> str:
+def _failure(path: PathText, size: int | None, error: OSError, disk: Disk) -> str:
     try:
-        free = f"{disk.free_bytes(path.parent):,}"
+        free = f"{disk.free_bytes(_folder(path)):,}"
     except OSError:
         free = "an unknown number of"
     needed = "" if size is None else f"{size:,} bytes needed, "
     return (
-        f"{path}: not saved ({_reason(error)}): {needed}{free} bytes free in {path.parent};"
+        f"{path}: not saved ({_reason(error)}): {needed}{free} bytes free in {_folder(path)};"
         " the earlier file, if any, is untouched"
     )
 

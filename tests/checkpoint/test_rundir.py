@@ -6,7 +6,9 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import CheckpointError, SaveError
-from protomamba.checkpoint.folder import RunDir, find_resumable
+from protomamba.checkpoint.folder import RunDir, find_resumable, numbered_name
 from protomamba.errors import UserError
 from protomamba.storage import Disk, write_json
 
@@ -97,7 +99,7 @@ def test_whatever_happens_only_files_of_this_run_go(
         step += advance
         save(run, step, best=best)
         if event != "go on":
-            if event == "damage" and keep_last and run.numbered(step - advance).exists():
+            if event == "damage" and keep_last and (run.folder / numbered_name(step - advance)).exists():
                 damage(run.latest)
             run, step = resume(folder, keep_last)
         numbered = {name for name in checkpoints(folder) if name.startswith("step-")} - foreign
@@ -112,7 +114,7 @@ def test_damage_to_latest_leads_to_the_one_before_and_is_told(tmp_path: Path) ->
         save(run, step)
     damage(run.latest)
     found = find_resumable(tmp_path)
-    assert found is not None and found.path == run.numbered(20) and found.checkpoint.info["step"] == 20
+    assert found is not None and found.path == run.folder / numbered_name(20) and found.checkpoint.info["step"] == 20
     assert "latest.safetensors: m: tensor 'm.w' is damaged" in found.warnings[0]
     assert found.warnings[1] == f"resuming from {found.path} (step 20)"
 
@@ -127,7 +129,7 @@ def test_a_newer_best_is_preferred_to_an_older_numbered_one(tmp_path: Path) -> N
     assert found is not None and found.path == run.best and "latest.safetensors: missing" in found.warnings[0]
     damage(run.best)
     found = find_resumable(tmp_path)
-    assert found is not None and found.path == run.numbered(10) and len(found.warnings) == 3
+    assert found is not None and found.path == run.folder / numbered_name(10) and len(found.warnings) == 3
 
 
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path: Path) ->
     save(run, 10)
     save(run, 20)
     damage(run.latest)
-    run.numbered(10).write_bytes(b"")
+    (run.folder / numbered_name(10)).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"no checkpoint is intact: .*latest.*damaged.*step-00000010"):
         find_resumable(tmp_path)
 
@@ -151,14 +153,14 @@ def test_checkpoints_of_another_run_are_no_fallback(tmp_path: Path) -> None:
     save(run, 10)
     save(run, 20)
     run.write_state({"step": 20})
-    shutil.copy(old.latest, run.numbered(500))
+    shutil.copy(old.latest, run.folder / numbered_name(500))
     damage(run.latest)
     found = find_resumable(run.folder)
-    assert found is not None and found.path == run.numbered(10)
+    assert found is not None and found.path == run.folder / numbered_name(10)
     # Even its header is gone: the mirror still says whose folder this is.
     run.latest.write_bytes(b"gone")
     found = find_resumable(run.folder)
-    assert found is not None and found.path == run.numbered(10)
+    assert found is not None and found.path == run.folder / numbered_name(10)
 
 
 def test_a_damaged_latest_does_not_take_the_place_of_an_older_whole_one(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_damaged_latest_does_not_take_the_place_of_an_older_whole_one(tmp_path
     assert step == 10
     save(run, 40)
     assert checkpoints(tmp_path) == {"latest.safetensors", "step-00000010.safetensors"}
-    assert step_in(run.numbered(10)) == 10 and step_in(run.latest) == 40
+    assert step_in(run.folder / numbered_name(10)) == 10 and step_in(run.latest) == 40
 
 
 def test_going_on_from_an_earlier_step_abandons_what_came_after(tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_going_on_from_an_earlier_step_abandons_what_came_after(tmp_path: Path) 
     for step in (10, 20, 30, 40):
         save(run, step)
     again = RunDir(tmp_path, keep_last=3)
-    again.adopt(run.numbered(20), checkpoint.load(run.numbered(20)))
+    again.adopt(run.folder / numbered_name(20), checkpoint.load(run.folder / numbered_name(20)))
     assert again.run_id == run.run_id
     save(again, 25)
     assert checkpoints(tmp_path) == {"latest.safetensors", "step-00000010.safetensors", "step-00000020.safetensors"}
@@ -198,7 +200,7 @@ def test_a_fresh_run_does_not_overwrite_another(tmp_path: Path) -> None:
     save(run, 10)
     with pytest.raises(UserError, match=r"already contains a run \(latest.safetensors\): .*--resume auto"):
         RunDir(tmp_path).refuse_if_occupied()
-    run.latest.rename(run.numbered(10))
+    run.latest.rename(run.folder / numbered_name(10))
     with pytest.raises(UserError, match=r"already contains a run \(step-00000010.safetensors\)"):
         RunDir(tmp_path).refuse_if_occupied()
 
@@ -256,3 +258,18 @@ def test_a_folder_that_cannot_be_made_is_a_line_for_people(tmp_path: Path) -> No
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="the folder cannot be created"):
         RunDir(tmp_path / "file" / "run")
+
+
+def test_saves_leave_the_table_of_interned_strings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pathlib interns parts of paths: names that come once, ten thousands of them, made that table grow for good."""
+    run = RunDir(tmp_path / "run", keep_last=2)
+    for step in (1, 2, 3, 4):
+        save(run, step)
+    interned: list[str] = []
+    intern = sys.intern
+    monkeypatch.setattr(sys, "intern", lambda text: interned.append(text) or intern(text))
+    for step in (5, 6, 7):
+        save(run, step)
+        run.write_state({"step": step})
+    assert not [name for name in interned if re.search(r"step-|\.tmp", name)], interned
+    assert len(checkpoints(tmp_path / "run")) == 3

@@ -21,7 +21,7 @@ from protomamba.checkpoint.encode import TreeEncoder, decode, tensor_names
 from protomamba.checkpoint.layout import CheckpointError, Header, TensorRecord
 from protomamba.checkpoint.migrations import MIGRATIONS
 from protomamba.errors import MALFORMED, UserError
-from protomamba.storage import DISK, Disk, DurabilityUnknownError, NotCommittedError, SaveError, commit
+from protomamba.storage import DISK, Disk, DurabilityUnknownError, NotCommittedError, PathText, SaveError, commit
 
 __all__ = [
     "Checkpoint",
@@ -157,21 +157,21 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 def read_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """`Checkpoint.info` alone: reads and verifies the header, not the tensors. CheckpointError as for `load`."""
-    with _open(Path(path)) as (_, header):
+    with _open(path) as (_, header):
         return dict(decode(header.info, {}))
 
 
 class _open:
     """A checkpoint opened for reading with its header verified; errors of the system become CheckpointError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: PathText) -> None:
         self.path = path
 
     def __enter__(self) -> tuple[BinaryIO, Header]:
         try:
             self.file: BinaryIO = open(self.path, "rb", buffering=0)
         except OSError as error:
-            inside = self.path / "latest.safetensors"
+            inside = Path(self.path) / "latest.safetensors"
             hint = f"; it is a run's folder, give {inside}" if inside.is_file() else ""
             raise CheckpointError(self.path, "file", f"cannot be opened: {error.strerror}{hint}") from error
         try:
@@ -193,7 +193,7 @@ class _open:
         return CheckpointError(self.path, "file", f"cannot be read: {error.strerror}")
 
 
-def _check_version(path: Path, version: int) -> None:
+def _check_version(path: PathText, version: int) -> None:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             path,

@@ -28,7 +28,15 @@ from protomamba.checkpoint import file as checkpoint
 from protomamba.checkpoint.file import Checkpoint, CheckpointError, SaveError, SaveReport
 from protomamba.checkpoint.lock import RunLock
 from protomamba.errors import UserError
-from protomamba.storage import DISK, Disk, commit_link, make_folder, remove_stale_temporaries, write_json
+from protomamba.storage import (
+    DISK,
+    Disk,
+    PathText,
+    commit_link,
+    make_folder,
+    remove_stale_temporaries,
+    write_json,
+)
 
 __all__ = ["Resumable", "RunDir", "RunLock", "find_resumable", "make_folder"]
 
@@ -67,9 +75,6 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
-
-    def numbered(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.safetensors"
 
     def refuse_if_occupied(self) -> None:
         """For a run that starts fresh: UserError if another run's checkpoints would be overwritten."""
@@ -164,36 +169,38 @@ class RunDir:
                 return
             self._latest_step = info["step"]
         if self._latest_step < before:
-            commit_link(self.latest, self.numbered(self._latest_step), self._disk)
+            commit_link(self.latest, os.path.join(self.folder, numbered_name(self._latest_step)), self._disk)
 
     def _prune(self, before: int) -> None:
-        mine = [path for path in _checkpoints(self.folder) if _number(path) is not None and self._is_mine(path)]
-        mine.sort(key=lambda path: _number(path) or 0)
-        older = [path for path in mine if (_number(path) or 0) < before]
+        numbers = {name: number for name in os.listdir(self.folder) if (number := _number(name)) is not None}
+        mine = sorted(filter(self._is_mine, numbers), key=numbers.__getitem__)
+        older = [name for name in mine if numbers[name] < before]
         kept = set(older[max(0, len(older) - self.keep_last) :])
-        for path in mine:
-            if path not in kept:
-                self._remove(path)
+        for name in mine:
+            if name not in kept:
+                self._remove(name)
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, name: str) -> None:
         try:
-            self._disk.unlink(path)
+            self._disk.unlink(os.path.join(self.folder, name))
         except OSError as error:
-            raise SaveError(f"{self.latest}: saved, but {path.name} could not be removed: {error.strerror}") from error
+            raise SaveError(f"{self.latest}: saved, but {name} could not be removed: {error.strerror}") from error
 
-    def _is_mine(self, path: Path) -> bool:
-        try:
-            return checkpoint.read_info(path).get("run_id") == self.run_id
-        except CheckpointError:
-            return False
+    def _is_mine(self, name: str) -> bool:
+        info = _info_or_none(os.path.join(self.folder, name))
+        return info is not None and info.get("run_id") == self.run_id
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix == ".safetensors" and _is_ours(path.name)]
 
 
-def _number(path: Path) -> int | None:
-    match = _NUMBERED.fullmatch(path.name)
+def numbered_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def _number(name: str) -> int | None:
+    match = _NUMBERED.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -243,14 +250,14 @@ def _candidates(folder: Path) -> list[Path]:
 
     def rank(path: Path) -> tuple[bool, int]:
         info = infos[path] or {}
-        return path.name == LATEST, info.get("step", _number(path) or 0)
+        return path.name == LATEST, info.get("step", _number(path.name) or 0)
 
     # A damaged header tells no run id: the file stays in the list, so that it is reported.
     wanted = [path for path, info in infos.items() if not (info and run_id and info.get("run_id") != run_id)]
     return sorted(wanted, key=rank, reverse=True)
 
 
-def _info_or_none(path: Path) -> dict[str, Any] | None:
+def _info_or_none(path: PathText) -> dict[str, Any] | None:
     try:
         return checkpoint.read_info(path)
     except CheckpointError:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from protomamba.checkpoint.encode import Json
 from protomamba.errors import MALFORMED, UserError
+from protomamba.storage import PathText
 
 # The bound of the stock library; a length beyond it is damage or another format, and nothing is allocated for it.
 MAX_HEADER_BYTES = 100_000_000
@@ -59,9 +60,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class CheckpointError(UserError):
     """A checkpoint cannot be used. `path` is the file, `part` what is wrong in it ("header", "length" or a part)."""
 
-    def __init__(self, path: Path, part: str, problem: str) -> None:
+    def __init__(self, path: PathText, part: str, problem: str) -> None:
         super().__init__(f"{path}: {part}: {problem}")
-        self.path, self.part = path, part
+        self.path, self.part = Path(path), part
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _digest(head: bytes) -> str:
     return hash_.hexdigest()
 
 
-def read_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
+def read_header(path: PathText, file: BinaryIO, file_bytes: int) -> Header:
     """Read and verify everything in front of the tensors, and the file's length. CheckpointError on any deviation."""
     head = _read_head(path, file, file_bytes)
     start = 8 + len(_PREFIX)
@@ -159,7 +160,7 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> Header:
     return header
 
 
-def _read_head(path: Path, file: BinaryIO, file_bytes: int) -> bytes:
+def _read_head(path: PathText, file: BinaryIO, file_bytes: int) -> bytes:
     length_bytes = file.read(8)
     length = int.from_bytes(length_bytes, "little")
     if not 0 < length <= min(MAX_HEADER_BYTES, file_bytes - 8):
@@ -215,7 +216,7 @@ def _record(name: str, entry: dict[str, Any], crc: int, parts: Iterable[str]) ->
     return TensorRecord(name, part, dtype, shape, begin, end, crc)
 
 
-def read_tensor(path: Path, file: BinaryIO, record: TensorRecord) -> tuple[Tensor, bool]:
+def read_tensor(path: PathText, file: BinaryIO, record: TensorRecord) -> tuple[Tensor, bool]:
     """The next tensor of the file in memory of its own, and whether its bytes are the ones that were written."""
     tensor = torch.empty(record.shape, dtype=record.dtype)
     data = tensor_bytes(tensor)
