@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from protomamba.storage import Disk
+from protomamba.storage import Disk, PathText
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class RecordingDisk(Disk):
             self._note("create", Path(os.readlink(f"/proc/self/fd/{fd}")).name, self._inode_of[inode])
         return self._inode_of[inode]
 
-    def open(self, path: Path) -> int:
+    def open(self, path: PathText) -> int:
         fd = super().open(path)
         self._inode_of.pop(os.fstat(fd).st_ino, None)  # the system gives a number again
         self._inode_of[os.fstat(fd).st_ino] = len(self.calls) + 1_000
-        self._note("create", path.name, self._inode_of[os.fstat(fd).st_ino])
+        self._note("create", os.path.basename(path), self._inode_of[os.fstat(fd).st_ino])
         return fd
 
     def write(self, fd: int, data: memoryview) -> int:
@@ -64,17 +64,17 @@ class RecordingDisk(Disk):
         super().fsync(fd)
         self._note("fsync", inode)
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: PathText, target: PathText) -> None:
         super().replace(source, target)
-        self._note("rename", source.name, target.name)
+        self._note("rename", os.path.basename(source), os.path.basename(target))
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: PathText, target: PathText) -> None:
         super().link(source, target)
-        self._note("link", source.name, target.name)
+        self._note("link", os.path.basename(source), os.path.basename(target))
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: PathText) -> None:
         super().unlink(path)
-        self._note("unlink", path.name)
+        self._note("unlink", os.path.basename(path))
 
     def fsync_dir(self, folder: Path) -> None:
         super().fsync_dir(folder)
