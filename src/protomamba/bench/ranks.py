@@ -29,6 +29,8 @@ from protomamba.train.trainer import Trainer
 
 Times = tuple[float, float]  # seconds by the wall and of the processor
 WORLD, LIMIT_S = 2, 3_600
+# Steps of a turn, as training takes them: one after the other.
+TURN = 3
 MEMORY_WORLDS, MEMORY_STEPS = (1, 2, 4), 3
 ALONE, THREADS, SAME, MORE = "one process", f"{WORLD} threads", f"{WORLD} ranks", f"{WORLD} ranks, as many rows each"
 # What ranks could reach if they had nothing to say to one another: the rest is shared caches and memory.
@@ -97,7 +99,7 @@ def measure(comm: Comm, shape: Shape, rounds: int) -> dict[str, Any]:
         run()
     before = comm.mesh.sent_bytes
     runs[SAME]()
-    sent = comm.mesh.sent_bytes - before
+    sent = (comm.mesh.sent_bytes - before) // TURN
     times = {name: list[Times]() for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -139,7 +141,7 @@ def trainer_of(shape: Shape, comm: Comm) -> Trainer:
 
 
 def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: bool = False) -> Callable[[], Times]:
-    """A function that takes one step, on rank 0 or on all, and returns the seconds and this process's processor time.
+    """A function that takes a turn, on rank 0 or on all: a step's seconds and processor time of this process.
 
     The latter is what counts on a busy machine, with one thread a rank and a core for each.
     """
@@ -150,8 +152,9 @@ def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: b
         started, used = time.perf_counter(), time.process_time()
         if not alone or comm.rank == 0:
             torch.set_num_threads(threads)
-            trainer.train_step(*batch)
-        return time.perf_counter() - started, time.process_time() - used
+            for _ in range(TURN):
+                trainer.train_step(*batch)
+        return (time.perf_counter() - started) / TURN, (time.process_time() - used) / TURN
 
     return run
 
