@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from protomamba.config import ModelConfig
-from protomamba.kernels import separated_prototype_loss
+from protomamba.kernels import Sample, grouped_prototype_loss, separated_prototype_loss
 from protomamba.model.heads import HyperspherePrototypes
 
 CLASSES, WIDTH, TARGETS, SHARPNESS = 50, 16, 16, 8.0
 
 
-def gradients(head: HyperspherePrototypes, z_TD: Tensor, targets_T: Tensor, *sample: Tensor) -> Tensor:
+def gradients(head: HyperspherePrototypes, z_TD: Tensor, targets_T: Tensor, samples: Sequence[Sample] = ()) -> Tensor:
     """Of the prototypes and of log s, as one vector."""
-    loss = separated_prototype_loss(z_TD, head.prototypes, head.log_scale, targets_T, *sample)
+    given = z_TD, head.prototypes, head.log_scale, targets_T
+    loss = grouped_prototype_loss(*given, samples) if samples else separated_prototype_loss(*given)
     found = torch.autograd.grad(loss, [head.prototypes, head.log_scale])
     return torch.cat([gradient.flatten().double() for gradient in found])
 
@@ -45,7 +47,7 @@ def bias(sample: int, draws: int) -> tuple[float, float, float]:
         targets_T = torch.multinomial(share_V, TARGETS, replacement=True)
         z_TD = head.prototypes.detach()[targets_T] + torch.randn(TARGETS, WIDTH) / math.sqrt(WIDTH)
         exact = gradients(head, z_TD, targets_T)
-        difference = gradients(head, z_TD, targets_T, *head.draw(key, targets_T)) - exact
+        difference = gradients(head, z_TD, targets_T, head.draw(key, targets_T)) - exact
         full, off, squares = full + exact / draws, off + difference / draws, squares + difference.square() / draws
     noise = float(((squares - off.square())[:-1].sum() / draws).sqrt())
     length = float(full[:-1].norm())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import (
+    Sample,
     grouped_prototype_loss,
     native,
     prototype_loss,
@@ -21,6 +22,7 @@ from .compare import compare
 
 # T, D, V, S: fewer classes than a sample, all of them in it, a few; more tokens than are taken at a time. S None: all.
 SHAPES = [(37, 20, 11, 11), (1, 1, 2, 1), (200, 33, 50, 16), (64, 16, 300, 31), (50, 20, 37, None), (3, 130, 257, None)]
+ONE = torch.tensor([1])
 Rest = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -56,8 +58,15 @@ def test_against_the_twin(
     compare(op, twin, inputs(T, D, V))
 
 
-def samples_of(V: int, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randperm(V)[:S].sort().values, -3 * torch.rand(S)) for S in sizes]
+def samples_of(V: int, sizes: tuple[int, ...], tokens: int) -> list[Sample]:
+    """For unlike parts of the tokens, each in one to three runs; some have none."""
+    ends = sorted(torch.randint(tokens + 1, (len(sizes) - 1,)).tolist())
+    return [one_of(V, S, end - start) for S, start, end in zip(sizes, [0, *ends], [*ends, tokens], strict=True)]
+
+
+def one_of(V: int, S: int, tokens: int) -> Sample:
+    tokens_R = (tokens // 3, tokens - tokens // 3, 0)[: 1 + S % 3] if S % 3 else (tokens,)
+    return Sample(torch.randperm(V)[:S].sort().values, -3 * torch.rand(len(tokens_R), S), tokens_R)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -66,10 +75,11 @@ def samples_of(V: int, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
 def test_groups_against_their_twin(
     level: str, T: int, sizes: tuple[int, ...], block: int, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also more samples than runs of tokens, and one alone."""
+    """Also one alone, and groups without a token."""
     monkeypatch.setattr(sys.modules[separated_prototype_loss.__module__], "BLOCK", block)
     targets_T, weight_T = torch.randint(-3, 40, (T,)), torch.rand(T) if weighted else None
-    targets_T[0], samples = 5, samples_of(40, sizes)
+    targets_T[0] = 5
+    samples = samples_of(40, sizes, int((targets_T >= 0).sum()))
     compare(
         lambda **x: (grouped_prototype_loss(*x.values(), targets_T, samples, weight_T),),
         lambda **x: (reference.grouped_prototype_loss(*x.values(), targets_T, samples, weight_T),),
@@ -80,10 +90,10 @@ def test_groups_against_their_twin(
 def test_one_group_is_the_loss_of_one_sample(level: str) -> None:
     targets_T, sample_S, log_chance_S = drawn(40, 30, 11)
     assert sample_S is not None and log_chance_S is not None
-    found = []
+    found, tokens = [], int((targets_T >= 0).sum())
     for op in (
         lambda *x: separated_prototype_loss(*x, targets_T, sample_S, log_chance_S),
-        lambda *x: grouped_prototype_loss(*x, targets_T, [(sample_S, log_chance_S)]),
+        lambda *x: grouped_prototype_loss(*x, targets_T, [Sample(sample_S, log_chance_S[None], (tokens,))]),
     ):
         torch.manual_seed(3)
         given = [x.requires_grad_() for x in inputs(40, 16, 30).values()]
@@ -94,10 +104,12 @@ def test_one_group_is_the_loss_of_one_sample(level: str) -> None:
 
 @pytest.mark.parametrize(
     ("samples", "told"),
-    [([], "at least one"), ([(torch.tensor([2, 1]), torch.zeros(2))], "in rising order"),
-     ([(torch.tensor([1]), torch.zeros(1)), (torch.tensor([1, 2]), torch.zeros(1))], "expected shape")],
+    [([], "expected at least one"), ([Sample(ONE, torch.zeros(1, 1), (8,))], "9 tokens, got for 8"),
+     ([Sample(torch.tensor([2, 1]), torch.zeros(1, 2), (9,))], "in rising order"),
+     ([Sample(ONE, torch.zeros(2, 1), (9,))], "expected 1 rows, got 2"),
+     ([Sample(ONE, torch.zeros(2, 2), (4, 5))], "expected shape")],
 )  # fmt: skip
-def test_groups_that_do_not_fit_are_refused(samples: list[tuple[Tensor, Tensor]], told: str) -> None:
+def test_groups_that_do_not_fit_are_refused(samples: list[Sample], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         grouped_prototype_loss(*inputs(9, 4, 5).values(), torch.zeros(9, dtype=torch.int64), samples)
 

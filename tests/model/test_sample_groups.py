@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,50 +35,56 @@ def head_of(kind: type[SamplingHead], row_sparse: bool = False) -> SamplingHead:
     return head
 
 
-def batch(tokens: int) -> tuple[Tensor, Tensor]:
-    targets_T = torch.randint(-60, CLASSES, (tokens,))
-    return torch.randn(tokens, WIDTH), targets_T.clamp_min(-1)
+def batch(rows: int, length: int = 1) -> tuple[Tensor, Tensor]:
+    targets_BL = torch.randint(-60, CLASSES, (rows, length))
+    return torch.randn(rows, length, WIDTH), targets_BL.clamp_min(-1)
 
 
-def by_hand(head: SamplingHead, z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None) -> Tensor:
-    """Each group's own mean, weighted by what its targets count."""
-    samples = head.next_samples(targets_T)
+def by_hand(head: SamplingHead, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None) -> Tensor:
+    """Each run's own mean, weighted by what its targets count."""
+    samples = head.next_samples(targets_BL)
+    z_TD, targets_T = z_BLD.reshape(-1, WIDTH), targets_BL.reshape(-1)
     kept_T = targets_T >= 0
     z, targets = z_TD[kept_T], targets_T[kept_T]
-    weight = torch.ones(len(targets)) if weight_T is None else weight_T[kept_T]
-    size = -(-len(targets) // len(samples))
-    total = torch.zeros(())
-    for number, (sample_S, log_chance_S) in enumerate(samples):
-        part = slice(number * size, (number + 1) * size)
-        given = targets[part], sample_S, log_chance_S, weight[part]
-        if isinstance(head, HyperspherePrototypes):
-            loss = separated_prototype_loss(z[part], head.prototypes, head.log_scale, *given)
-        else:
-            assert isinstance(head, SoftmaxHead)
-            loss = sampled_softmax_loss(z[part], head.weight, *given)
-        total = total + loss * weight[part].sum()
+    weight = torch.ones(len(targets)) if weight_T is None else weight_T.reshape(-1)[kept_T]
+    total, start = torch.zeros(()), 0
+    for sample in samples:
+        for tokens, log_chance_S in zip(sample.tokens_R, sample.log_chance_RS, strict=True):
+            part = slice(start, start + tokens)
+            start += tokens
+            given = targets[part], sample.classes_S, log_chance_S, weight[part]
+            if isinstance(head, HyperspherePrototypes):
+                loss = separated_prototype_loss(z[part], head.prototypes, head.log_scale, *given)
+            else:
+                assert isinstance(head, SoftmaxHead)
+                loss = sampled_softmax_loss(z[part], head.weight, *given)
+            total = total + loss * weight[part].sum()
+    assert start == len(targets)
     return total / weight.sum()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("row_sparse", [False, True])
-@pytest.mark.parametrize("tokens", [1, 15, 16, 19, 40, 90])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (15, 1), (16, 1), (19, 1), (40, 1), (1, 50), (5, 9), (3, 40), (30, 3)], ids=str
+)
 @pytest.mark.parametrize("kind", [HyperspherePrototypes, SoftmaxHead])
 def test_the_loss_is_the_mean_over_groups(
-    kind: type[SamplingHead], tokens: int, row_sparse: bool, weighted: bool
+    kind: type[SamplingHead], shape: tuple[int, int], row_sparse: bool, weighted: bool
 ) -> None:
     head = head_of(kind, row_sparse)
     if weighted:
         head.set_class_weights(torch.rand(CLASSES))
-    z_TD, targets_T = batch(tokens)
-    targets_T[0] = 7
-    z_TD.requires_grad_()
-    leaves = [z_TD, *head.parameters()]
+    z_BLD, targets_BL = batch(*shape)
+    targets_BL[0] = 7
+    z_BLD.requires_grad_()
+    leaves = [z_BLD, *head.parameters()]
+    head.draws.fill_(1)  # no step that looks for rivals
     state = {name: value.clone() for name, value in head.state_dict().items()}
-    found = head(z_TD, targets_T)
+    found = head(z_BLD, targets_BL)
     gradients = torch.autograd.grad(found, leaves)
     head.load_state_dict(state)
-    expected = by_hand(head, z_TD, targets_T, head.target_weights(targets_T))
+    expected = by_hand(head, z_BLD, targets_BL, head.target_weights(targets_BL.reshape(-1)))
     torch.testing.assert_close(found, expected)
     for one, other in zip(gradients, torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(one.to_dense(), other, rtol=1e-4, atol=1e-6)
@@ -85,18 +94,19 @@ def test_as_many_samples_as_groups_each_with_the_batch_s_classes_and_even_ones_o
     head = head_of(HyperspherePrototypes)
     for targets, groups in ((1, 1), (16, 1), (17, 2), (64, 4), (65, 5)):
         targets_T = torch.arange(targets) % 9
-        samples = [sample_S for sample_S, _ in head.next_samples(targets_T)]
+        samples = [sample.classes_S for sample in head.next_samples(targets_T)]
         assert len(samples) == groups and all(len(sample_S) <= SAMPLE for sample_S in samples)
         assert all(bool(torch.isin(targets_T, sample_S).all()) for sample_S in samples)
         assert len({tuple(sample_S.tolist()) for sample_S in samples}) == groups
-    assert head.next_samples(torch.full((40,), -1))[0][0].numel()  # no target at all: a step like any other
+    assert head.next_samples(torch.full((40,), -1))[0].classes_S.numel()  # no target at all: a step like any other
 
 
 def test_a_class_s_steadiness_is_its_mean_gradient_over_the_root_mean_square() -> None:
     """Over many drawings of batch and samples, a class's gradient being 1 / q in each sample that has it."""
     share_V = torch.tensor([0.3, 0.1, 0.02, 0.004, *[0.576 / 60] * 60], dtype=torch.float64)
     drawing = sampling.Drawing(targets=24, kept=1.0, even=9, classes=64, groups=3)
-    inverse_V = (-sampling.log_chances(share_V, drawing)).exp()
+    missed_V = (1 - share_V) ** 24 * (1 - 1 / 64) ** 9
+    inverse_V = 1 / (1 - missed_V)
     generator, seen = torch.Generator().manual_seed(0), torch.zeros(6_000, 64, dtype=torch.float64)
     for row in seen:
         common = torch.multinomial(share_V, 24, replacement=True, generator=generator)
@@ -107,7 +117,58 @@ def test_a_class_s_steadiness_is_its_mean_gradient_over_the_root_mean_square() -
     found = sampling.steadiness(share_V, drawing)
     torch.testing.assert_close(found, expected, rtol=0.06, atol=0.0)
     one = drawing._replace(groups=1)
-    torch.testing.assert_close(sampling.steadiness(share_V, one), sampling.log_chances(share_V, one).exp().sqrt())
+    torch.testing.assert_close(sampling.steadiness(share_V, one), (1 - missed_V).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("tokens_B", "expected"),
+    [
+        ([8, 8, 8], [[8, 8], [8]]),
+        ([], [[0]]),
+        ([0, 0], [[0]]),
+        ([0, 3, 0, 9, 0], [[3, 9]]),
+        ([16, 1], [[16], [1]]),
+        ([17], [[9], [8]]),
+        ([3, 50, 4], [[14], [14], [14], [11], [4]]),
+        ([1] * 20, [[4, 4, 4, 4], [4]]),
+    ],
+    ids=str,
+)
+def test_groups_are_runs_of_whole_rows(tokens_B: list[int], expected: list[list[int]]) -> None:
+    groups = sampling.groups_of(tokens_B, limit=16, most_runs=4)
+    assert [[run.tokens for run in group] for group in groups] == expected
+    rows = [run.rows for group in groups for run in group]
+    for run in (run for group in groups for run in group):
+        inside = sum(tokens_B[run.rows.start : run.rows.stop])
+        assert run.tokens == inside or run.tokens < 16 < inside  # a part of one long row
+    assert all(a == b or a.stop == b.start for a, b in itertools.pairwise(rows))
+
+
+@pytest.mark.parametrize("rivals", [False, True])
+@pytest.mark.parametrize(("length", "sample", "rows"), [(1, 40, 24), (6, 40, 4), (24, 40, 1), (6, 9, 4), (8, 30, 12)])
+def test_given_a_run_s_rows_the_sum_over_wrong_classes_is_estimated_without_bias(
+    length: int, sample: int, rows: int, rivals: bool
+) -> None:
+    """What decides a token's features is its own row; over all that is drawn beside it, other rows and even classes."""
+    torch.manual_seed(0)
+    head = HyperspherePrototypes(ModelConfig(vocab_size=60, d_model=WIDTH, head_options={"sample": sample}))
+    share_V = 1.0 / torch.arange(2, 62, dtype=torch.float64)
+    share_V /= share_V.sum()
+    head.set_frequencies((1e7 * share_V).long())
+    if rivals:
+        head.rivals.copy_(torch.arange(60).roll(7))
+        head.rival_counts.copy_(head.counts.roll(-7))
+    first_L = torch.randint(20, 60, (length,))
+    others, draws = (rows - 1) * length, 500
+    weights_NV = torch.zeros(draws, 60, dtype=torch.float64)
+    for key in range(draws):
+        drawn_T = torch.multinomial(share_V, others, replacement=True) if others else torch.empty(0, dtype=torch.int64)
+        targets_BL = torch.cat([first_L, drawn_T]).reshape(rows, length)
+        found = head.draw(key, targets_BL)[0]
+        weights_NV[key, found.classes_S] = (-found.log_chance_RS[0].double()).exp()
+    off_V, noise_V = (weights_NV.mean(0) - 1).abs(), weights_NV.std(0) / math.sqrt(draws)
+    # With too many classes for the sample, how many are kept depends on the batch, which the formula leaves out.
+    assert bool((off_V < 4.5 * noise_V + (0.1 if sample < 20 else 0.02)).all()), off_V
 
 
 def test_a_prototype_that_is_seldom_seen_is_kept_shorter() -> None:

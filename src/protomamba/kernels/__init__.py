@@ -15,7 +15,15 @@ from protomamba.kernels.matmul import product
 from protomamba.kernels.native import available, get_kernels, set_kernels
 from protomamba.kernels.norm import add_rms_norm, rms_norm
 from protomamba.kernels.prototype_loss import prototype_loss
-from protomamba.kernels.reference import AdamWTensors, BlockOutput, BlockState, BlockWeights, Judging, LogitProjection
+from protomamba.kernels.reference import (
+    AdamWTensors,
+    BlockOutput,
+    BlockState,
+    BlockWeights,
+    Judging,
+    LogitProjection,
+    Sample,
+)
 from protomamba.kernels.sampled_softmax_loss import sampled_softmax_loss
 from protomamba.kernels.scan import selective_scan
 from protomamba.kernels.separated_prototype_loss import grouped_prototype_loss, separated_prototype_loss
@@ -31,6 +39,7 @@ __all__ = [
     "Judging",
     "LogitProjection",
     "MambaStepper",
+    "Sample",
     "adamw",
     "add_rms_norm",
     "available",

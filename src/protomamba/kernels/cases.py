@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from protomamba.kernels.reference import BlockState, BlockWeights, Judging
+from protomamba.kernels.reference import BlockState, BlockWeights, Judging, Sample
 
 Inputs = dict[str, Tensor]
 
@@ -129,11 +129,13 @@ def _loss(classes: str) -> Callable[[Sizes, Generator | None], Inputs]:
     return make
 
 
-def _sampled(classes: str, **more: Tensor) -> Callable[[Sizes, Generator | None], Inputs]:
+def _sampled(
+    classes: str, chances: str = "log_chance_S", **more: Tensor
+) -> Callable[[Sizes, Generator | None], Inputs]:
     def make(s: Sizes, g: Generator | None) -> Inputs:
         sample_S = torch.randperm(s.V, generator=g)[: s.S].sort().values
         log_chance_S = -torch.rand(len(sample_S), generator=g)
-        return {**_loss(classes)(s, g), **more, "sample_S": sample_S, "log_chance_S": log_chance_S}
+        return {**_loss(classes)(s, g), **more, "sample_S": sample_S, chances: log_chance_S}
 
     return make
 
@@ -229,9 +231,16 @@ def _call_judge(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _call_grouped(ops: Any, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Two runs of the tokens, which share the one sample."""
+    """Two groups of the tokens, the first in two runs, which share the one sample."""
     rest = {name: x for name, x in inputs.items() if name not in ("sample_S", "log_chance_S")}
-    return (ops.grouped_prototype_loss(**rest, samples=[(inputs["sample_S"], inputs["log_chance_S"])] * 2),)
+    sample_S, log_chance_S, targets_T = inputs["sample_S"], inputs["log_chance_S"], inputs["targets_T"]
+    tokens = len(targets_T) if targets_T.is_complex() else int((targets_T >= 0).sum())
+    first, chances_2S = tokens // 2, torch.stack([log_chance_S, log_chance_S.flip(0)])
+    samples = [
+        Sample(sample_S, chances_2S, (first // 2, first - first // 2)),
+        Sample(sample_S, chances_2S[:1], (tokens - first,)),
+    ]
+    return (ops.grouped_prototype_loss(**rest, samples=samples),)
 
 
 _CARRIED = frozenset({"initial_state_BEN", "initial_state_BKE", "conv_BKE", "ssm_BEN", "reset_BL"})
@@ -268,7 +277,9 @@ CASES = {
     "mamba_block": Case(_block(False), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "compact_block": Case(_block(True), _call_block, _BLOCK, carried=_CARRIED, optional=_CARRIED),
     "mamba_step": Case(_block(False), _call_step, (), carried=_CARRIED),
-    "sampled_softmax_loss": Case(_sampled("weight_VD"), _called("sampled_softmax_loss"), ("z_TD", "weight_VD")),
+    "sampled_softmax_loss": Case(
+        _sampled("weight_VD", "log_chance"), _called("sampled_softmax_loss"), ("z_TD", "weight_VD")
+    ),
     "grouped_prototype_loss": Case(
         _sampled("prototypes_VD", log_scale=torch.tensor(1.7)), _call_grouped, ("z_TD", "prototypes_VD", "log_scale")
     ),

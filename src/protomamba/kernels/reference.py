@@ -233,13 +233,33 @@ def weighted_mean(loss_T: Tensor, weight_T: Tensor | None) -> Tensor:
     return (loss_T * weight_T.to(loss_T.dtype)).sum() / (total if total > 0 else 1.0)
 
 
+class Sample(NamedTuple):
+    """What a group of tokens is held against: some classes, and how likely each was to be among them.
+
+    classes_S: int64, in rising order. log_chance_RS: for each run of consecutive tokens the log of each class's chance
+    to be in the sample, given all that decides their z; tokens_R: how many tokens a run has.
+    """
+
+    classes_S: Tensor
+    log_chance_RS: Tensor
+    tokens_R: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.tokens_R)
+
+    def log_chance_TS(self) -> Tensor:
+        """(T, S): each token's."""
+        return self.log_chance_RS.repeat_interleave(torch.tensor(self.tokens_R), 0)
+
+
 def sampled_cross_entropy(
     z_TD: Tensor,
     prototypes_VD: Tensor,
     log_scale: Tensor,
     targets_T: Tensor,
     sample_S: Tensor | None = None,
-    log_chance_S: Tensor | None = None,
+    log_chance: Tensor | None = None,
     weight_T: Tensor | None = None,
     precision: str = "fp32",
 ) -> Tensor:
@@ -247,9 +267,10 @@ def sampled_cross_entropy(
 
         mean over t of  log(1 + sum_k exp(s cos(z_t, p_k) - s cos(z_t, p_y)) / q_k),   k in the sample without y
 
-    Targets (T,) are all >= 0. sample_S: int64 classes in rising order, all V without it; q_k, given as its log, is the
-    chance of class k to be in the sample, 1 without it: the sum estimates that over all classes without bias, its
-    logarithm does not (Bengio & Senecal 2008; Jean et al. 2015, arXiv 1412.2007). Weighted as in `prototype_loss`.
+    Targets (T,) are all >= 0. sample_S: int64 classes in rising order, all V without it; q_k, given as its log, (S,)
+    for all tokens or (T, S), is the chance of class k to be in the sample, given all that decides z_t; 1 without it.
+    The sum estimates that over all classes without bias, its logarithm does not (Bengio & Senecal 2008; Jean et al.
+    2015, arXiv 1412.2007). Weighted as in `prototype_loss`.
     precision "bf16": the cosines of the sample are a product in bfloat16, and so are its two gradients.
     """
     classes_S = torch.arange(len(prototypes_VD)) if sample_S is None else sample_S
@@ -257,7 +278,7 @@ def sampled_cross_entropy(
     s = log_scale.to(z.dtype).exp()
     own_T = s * (z * unit(prototypes_VD.index_select(0, targets_T).to(z.dtype))).sum(-1)
     others_TS = s * _product_in(precision, z, unit(prototypes_VD.index_select(0, classes_S).to(z.dtype)))
-    return weighted_mean(_against_sample(own_T, others_TS, targets_T, classes_S, log_chance_S), weight_T)
+    return weighted_mean(_against_sample(own_T, others_TS, targets_T, classes_S, log_chance), weight_T)
 
 
 def _product_in(precision: str, x_TI: Tensor, w_OI: Tensor) -> Tensor:
@@ -267,11 +288,11 @@ def _product_in(precision: str, x_TI: Tensor, w_OI: Tensor) -> Tensor:
 
 
 def _against_sample(
-    own_T: Tensor, others_TS: Tensor, targets_T: Tensor, classes_S: Tensor, log_chance_S: Tensor | None
+    own_T: Tensor, others_TS: Tensor, targets_T: Tensor, classes_S: Tensor, log_chance: Tensor | None
 ) -> Tensor:
     """(T,): log(1 + sum over the sampled classes k but the own one of exp(others_k - own) / q_k)."""
-    if log_chance_S is not None:
-        others_TS = others_TS - log_chance_S.to(others_TS.dtype)
+    if log_chance is not None:
+        others_TS = others_TS - log_chance.to(others_TS.dtype)
     others_TS = others_TS.masked_fill(classes_S == targets_T[:, None], -math.inf)
     nobody_TS = torch.full_like(others_TS[:, :1], -1e30)  # so that a sample of the own class alone has a logarithm
     return F.softplus(torch.cat([others_TS, nobody_TS], -1).logsumexp(-1) - own_T)
@@ -302,21 +323,20 @@ def grouped_prototype_loss(
     prototypes_VD: Tensor,
     log_scale: Tensor,
     targets_T: Tensor,
-    samples: Sequence[tuple[Tensor, Tensor]],
+    samples: Sequence[Sample],
     weight_T: Tensor | None = None,
     precision: str = "fp32",
 ) -> Tensor:
-    """`separated_prototype_loss` with a sample (classes, log chances) for each run of the tokens that have a target: as
-    many runs as samples, of equal length but for the last; the mean is that over all tokens."""
+    """`separated_prototype_loss` with a sample of its own for each group of the tokens that have a target, in their
+    order; the mean is that over all tokens."""
     loss = prototype_loss(z_TD, prototypes_VD, targets_T, weight_T).detach()
     kept = targets_T >= 0
     weight_T = torch.ones_like(targets_T, dtype=compute_dtype(z_TD)) if weight_T is None else weight_T
-    size = -(-int(kept.sum()) // len(samples))
-    parts = (torch.split(x[kept], size) for x in (z_TD, targets_T, weight_T))
+    parts = (torch.split(x[kept], [sample.tokens for sample in samples]) for x in (z_TD, targets_T, weight_T))
     term = loss.new_zeros(())
-    for (sample_S, log_chance_S), z, targets, weight in zip(samples, *parts, strict=False):
-        given = z, prototypes_VD, log_scale, targets, sample_S, log_chance_S, weight, precision
-        term = term + sampled_cross_entropy(*given) * (weight.sum() / weight_T[kept].sum())
+    for sample, z, targets, weight in zip(samples, *parts, strict=True):
+        given = z, prototypes_VD, log_scale, targets, sample.classes_S, sample.log_chance_TS(), weight, precision
+        term = term + sampled_cross_entropy(*given) * (weight.sum() / weight_T[kept].sum().clamp_min(1e-30))
     return loss + (term - term.detach())
 
 
@@ -342,19 +362,22 @@ def sampled_softmax_loss(
     weight_VD: Tensor,
     targets_T: Tensor,
     sample_S: Tensor,
-    log_chance_S: Tensor,
+    log_chance: Tensor,
     weight_T: Tensor | None = None,
     precision: str = "fp32",
 ) -> Tensor:
     """`softmax_loss` estimated from a sample of the wrong classes, as `sampled_cross_entropy` estimates its own:
 
     mean over targets y >= 0 of  log(1 + sum_k exp(z.w_k - z.w_y) / q_k),   k in the sample without y
+
+    log_chance: log q_k, (S,) for all tokens or (T, S).
     """
     kept = targets_T >= 0
     z, targets = z_TD[kept].to(compute_dtype(z_TD)), targets_T[kept]
+    log_chance = log_chance[kept] if log_chance.ndim == 2 else log_chance
     own_T = (z * weight_VD.index_select(0, targets).to(z.dtype)).sum(-1)
     others_TS = _product_in(precision, z, weight_VD.index_select(0, sample_S).to(z.dtype))
-    loss_T = _against_sample(own_T, others_TS, targets, sample_S, log_chance_S)
+    loss_T = _against_sample(own_T, others_TS, targets, sample_S, log_chance)
     return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 
 

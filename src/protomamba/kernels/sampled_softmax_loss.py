@@ -33,30 +33,32 @@ def sampled_softmax_loss(
     weight_VD: Tensor,
     targets_T: Tensor,
     sample_S: Tensor,
-    log_chance_S: Tensor,
+    log_chance: Tensor,
     weight_T: Tensor | None = None,
     precision: str = "fp32",
 ) -> Tensor:
     """The softmax loss from a sample of the wrong classes: see `reference.sampled_softmax_loss`, which this equals.
 
-    sample_S: int64 classes in rising order; log_chance_S: the log of each one's chance to be in it; precision: of the
-    three products with the sample, fp32 or bf16. ValueError for shapes that do not fit, for a target of V or more, for
-    a sampled class that is none and for another precision.
+    sample_S: int64 classes in rising order; log_chance: the log of each one's chance to be in it, (S,) for all tokens
+    or (T, S); precision: of the three products with the sample, fp32 or bf16. ValueError for shapes that do not fit,
+    for a target of V or more, for a sampled class that is none and for another precision.
     """
     sizes = check_shapes(
         "sampled_softmax_loss",
-        z_TD=z_TD, weight_VD=weight_VD, targets_T=targets_T, sample_S=sample_S, log_chance_S=log_chance_S,
-        weight_T=weight_T,
+        z_TD=z_TD, weight_VD=weight_VD, targets_T=targets_T, sample_S=sample_S, weight_T=weight_T,
+        log_chance_S=log_chance if log_chance.ndim < 2 else None,
+        log_chance_TS=None if log_chance.ndim < 2 else log_chance,
     )  # fmt: skip
     check_targets("sampled_softmax_loss", targets_T, sizes["V"])
     check_sample("sampled_softmax_loss", sample_S, sizes["V"])
     if native.get_kernels() == "reference" or native.in_transform():
-        return reference.sampled_softmax_loss(z_TD, weight_VD, targets_T, sample_S, log_chance_S, weight_T, precision)
+        return reference.sampled_softmax_loss(z_TD, weight_VD, targets_T, sample_S, log_chance, weight_T, precision)
     dtype = torch.promote_types(z_TD.dtype, weight_VD.dtype)
     z, targets, weight = valid_tokens(z_TD.to(dtype), targets_T, weight_T)
     keep = native.needs_backward(z_TD, weight_VD)
     matrix, sample_S = weight_VD.to(dtype).contiguous(), sample_S.long().contiguous()
-    given = keep, product_dtype(precision, z), z, matrix, targets, sample_S, log_chance_S, weight
+    log_chance = log_chance[targets_T >= 0] if log_chance.ndim == 2 else log_chance
+    given = keep, product_dtype(precision, z), z, matrix, targets, sample_S, log_chance, weight
     loss: Tensor = native.apply(_SampledSoftmax, *given)
     return loss
 
@@ -66,11 +68,11 @@ class _SampledSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, keep: bool, narrow: torch.dtype, z: Tensor, matrix: Tensor, targets: Tensor, *rest: Any
     ) -> Tensor:
-        sample_S, log_chance_S, weight = rest
+        sample_S, log_chance, weight = rest
         dtype = reference.compute_dtype(z)
         rate_T = torch.ones(len(targets), dtype=dtype) if weight is None else weight.to(dtype)
         sampled_SD = matrix.index_select(0, sample_S).to(narrow)
-        rows = _Rows(sampled_SD, log_chance_S.to(dtype), places(sample_S, targets))
+        rows = _Rows(sampled_SD, log_chance.to(dtype).broadcast_to(len(z), -1), places(sample_S, targets))
         total, dz, drows_SD, down_T = rows.pass_over(z, matrix, targets, rate_T / total_weight(targets, weight), keep)
         if keep:
             dmatrix = torch.zeros_like(matrix).index_copy_(0, sample_S, drows_SD)
@@ -93,7 +95,7 @@ class _Rows(NamedTuple):
     """The sampled rows of the matrix (S, D), the logs of their chances, and where in them each token's own class is."""
 
     rows_SD: Tensor
-    log_chance_S: Tensor
+    log_chance_TS: Tensor
     place_T: Tensor
 
     def pass_over(
@@ -110,16 +112,17 @@ class _Rows(NamedTuple):
             part = slice(start, start + BLOCK)
             own = (z[part] * matrix.index_select(0, targets[part])).sum(-1).to(rate_T.dtype)
             z_part = z[part].to(self.rows_SD.dtype)
-            dlogits, loss, down_T[part] = self._block(z_part, own, self.place_T[part], rate_T[part])
+            dlogits, loss, down_T[part] = self._block(part, z_part, own, rate_T[part])
             total += loss
             if keep:
                 dz[part] = grad_input(dlogits, self.rows_SD)
                 drows_SD += grad_weight(dlogits, z_part)
         return total, dz, drows_SD, down_T
 
-    def _block(self, z: Tensor, own_T: Tensor, place_T: Tensor, rate_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _block(self, part: slice, z: Tensor, own_T: Tensor, rate_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the logits (T, S), the loss, and the gradient of the own logits where not sampled, else 0."""
-        x = linear(z, self.rows_SD).to(own_T.dtype) - self.log_chance_S
+        place_T = self.place_T[part]
+        x = linear(z, self.rows_SD).to(own_T.dtype) - self.log_chance_TS[part]
         inside_K = (place_T >= 0).nonzero()[:, 0]
         place_K = place_T[inside_K]
         x[inside_K, place_K] = -math.inf

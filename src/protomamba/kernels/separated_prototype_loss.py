@@ -33,11 +33,28 @@ from protomamba.kernels.prototype_loss import (
 BLOCK = 1_024
 
 
-class Sample(NamedTuple):
-    """The classes a token is kept away from, in rising order, and the log of each one's chance; None: all of them."""
+class _Held(NamedTuple):
+    """A `reference.Sample`; without classes all, without chances each certain, without numbers for all tokens."""
 
     classes_S: Tensor | None
-    log_chance_S: Tensor | None
+    log_chance_RS: Tensor | None
+    tokens_R: tuple[int, ...] | None
+
+    def check(self, op: str, z_TD: Tensor, classes: int) -> None:
+        """ValueError for what does not fit."""
+        check_shapes(op, like=z_TD, sample_S=self.classes_S, log_chance_RS=self.log_chance_RS)
+        check_sample(op, self.classes_S, classes)
+        runs = 1 if self.tokens_R is None else len(self.tokens_R)
+        if self.log_chance_RS is not None and len(self.log_chance_RS) != runs:
+            raise ValueError(f"{op}: log_chance_RS: expected {runs} rows, got {len(self.log_chance_RS)}")
+
+    def ready(self, tokens: int) -> _Held:
+        """As the kernels take it, for so many tokens if nothing else was said."""
+        return _Held(
+            None if self.classes_S is None else self.classes_S.long().contiguous(),
+            None if self.log_chance_RS is None else self.log_chance_RS.float().contiguous(),
+            (tokens,) if self.tokens_R is None else self.tokens_R,
+        )
 
 
 def separated_prototype_loss(
@@ -56,8 +73,10 @@ def separated_prototype_loss(
     fp32 or bf16. Native for float32. ValueError for shapes that do not fit, for a target of V or more, for a sampled
     class that is none and for another precision.
     """
-    samples = [Sample(sample_S, log_chance_S)]
-    loss = _native("separated_prototype_loss", z_TD, prototypes_VD, log_scale, targets_T, samples, weight_T, precision)
+    check_shapes("separated_prototype_loss", like=z_TD, sample_S=sample_S, log_chance_S=log_chance_S)
+    chances_1S = None if log_chance_S is None else log_chance_S[None]
+    held = [_Held(sample_S, chances_1S, None)]
+    loss = _native("separated_prototype_loss", z_TD, prototypes_VD, log_scale, targets_T, held, weight_T, precision)
     if loss is not None:
         return loss
     return reference.separated_prototype_loss(
@@ -70,18 +89,18 @@ def grouped_prototype_loss(
     prototypes_VD: Tensor,
     log_scale: Tensor,
     targets_T: Tensor,
-    samples: Sequence[tuple[Tensor, Tensor]],
+    samples: Sequence[reference.Sample],
     weight_T: Tensor | None = None,
     precision: str = "fp32",
 ) -> Tensor:
-    """The same with several samples, each for a run of the tokens: see `reference.grouped_prototype_loss`.
+    """The same with several samples, each for a group of the tokens: see `reference.grouped_prototype_loss`.
 
-    samples: (classes, log chances) of each, at least one. One node for all of them, because a node for each would
-    write, and add up, gradients of the whole input.
+    ValueError too where the samples are not for as many tokens as have a target. One node for all of them, because a
+    node for each would write, and add up, gradients of the whole input.
     """
     if not samples:
         raise ValueError("grouped_prototype_loss: samples: expected at least one")
-    given = [Sample(*each) for each in samples]
+    given = [_Held(*each) for each in samples]
     loss = _native("grouped_prototype_loss", z_TD, prototypes_VD, log_scale, targets_T, given, weight_T, precision)
     if loss is not None:
         return loss
@@ -94,7 +113,7 @@ def _native(
     prototypes_VD: Tensor,
     log_scale: Tensor,
     targets_T: Tensor,
-    samples: Sequence[Sample],
+    samples: Sequence[_Held],
     weight_T: Tensor | None,
     precision: str,
 ) -> Tensor | None:
@@ -102,24 +121,27 @@ def _native(
     sizes = check_shapes(op, z_TD=z_TD, prototypes_VD=prototypes_VD, targets_T=targets_T, weight_T=weight_T)
     _check_scale(op, log_scale, z_TD)
     check_targets(op, targets_T, sizes["V"])
-    for sample_S, log_chance_S in samples:
-        check_shapes(op, like=z_TD, sample_S=sample_S, log_chance_S=log_chance_S)
-        check_sample(op, sample_S, sizes["V"])
+    for sample in samples:
+        sample.check(op, z_TD, sizes["V"])
+    _check_tokens(op, samples, targets_T)
     dtype = reference.matmul_dtype(precision, z_TD)
     library = native.select(op, z_TD, (torch.float32,))
     if library is None:
         return None
     z, targets, weight = valid_tokens(z_TD, targets_T, weight_T)
-    contiguous = [
-        Sample(
-            None if sample_S is None else sample_S.long().contiguous(),
-            None if log_chance_S is None else log_chance_S.float().contiguous(),
-        )
-        for sample_S, log_chance_S in samples
-    ]
+    ready = [sample.ready(len(z)) for sample in samples]
     prototypes = prototypes_VD.float().contiguous()
-    loss: Tensor = native.apply(_SeparatedLoss, library, contiguous, dtype, z, prototypes, log_scale, targets, weight)
+    loss: Tensor = native.apply(_SeparatedLoss, library, ready, dtype, z, prototypes, log_scale, targets, weight)
     return loss
+
+
+def _check_tokens(op: str, samples: Sequence[_Held], targets_T: Tensor) -> None:
+    """ValueError unless the samples are for as many tokens as have a target."""
+    if samples[0].tokens_R is None:
+        return
+    found, expected = sum(sum(sample.tokens_R or ()) for sample in samples), int((targets_T >= 0).sum())
+    if found != expected:
+        raise ValueError(f"{op}: samples: expected some for {expected} tokens, got for {found}")
 
 
 def _check_scale(op: str, log_scale: Tensor, z_TD: Tensor) -> None:
@@ -134,7 +156,7 @@ class _SeparatedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         library: Library,
-        samples: Sequence[Sample],
+        samples: Sequence[_Held],
         dtype: torch.dtype,
         z: Tensor,
         prototypes: Tensor,
@@ -170,24 +192,24 @@ def token_rates(targets: Tensor, weight: Tensor | None, dloss: Tensor) -> Tensor
 
 
 class _Pull(NamedTuple):
-    """The gradient of the sampled cross entropy. Each sample is that of a run of the tokens."""
+    """The gradient of the sampled cross entropy. Each sample is that of the next so many tokens."""
 
     library: Library
     z: Tensor
     prototypes: Tensor
     targets: Tensor
     angles: Angles
-    samples: Sequence[Sample]
+    samples: Sequence[_Held]
     dtype: torch.dtype  # of the products with the sample
 
     def gradients(self, scale: float, rate_T: Tensor) -> tuple[Tensor, Tensor, float]:
         """Of z (T, D), of the prototypes (V, D) and of log s."""
         dz, down_T = torch.empty_like(self.z), torch.empty_like(rate_T)
         dlog_scale = torch.zeros((), dtype=torch.float64)
-        size, dprototypes = math.ceil(len(self.z) / len(self.samples)), None
-        for number, sample in enumerate(self.samples):
-            tokens = range(number * size, min((number + 1) * size, len(self.z)))
-            group = _Group(self, sample, tokens, scale)
+        start, dprototypes = 0, None
+        for sample in self.samples:
+            group = _Group(self, sample, start, scale)
+            start = group.stop
             dprototypes = _added(dprototypes, group.gradients(dz, rate_T, down_T, dlog_scale), self.prototypes, sample)
         assert dprototypes is not None
         if bool(down_T.any()):
@@ -205,12 +227,16 @@ class _Pull(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A run of the tokens and its sample."""
+    """The tokens from `start` on that share a sample."""
 
     pull: _Pull
-    sample: Sample
-    tokens: range
+    sample: _Held
+    start: int
     scale: float
+
+    @property
+    def stop(self) -> int:
+        return self.start + sum(self.sample.tokens_R or ())
 
     def gradients(self, dz: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor) -> Tensor:
         """Of the sampled prototypes (S, D). Writes the tokens' part of dz and down, adds to the gradient of log s."""
@@ -221,7 +247,7 @@ class _Group(NamedTuple):
             unit = self.pull.z[part] * angles.inverse_z[part, None]
             factor = unit.to(self.pull.dtype)
             dcosine = linear(factor, factor_SD).float()
-            self._softmax(dcosine, angles.cosine[part], self._places(part), rate_T[part], down_T[part], dlog_scale)
+            self._softmax(part, dcosine, rate_T, down_T, dlog_scale)
             dproduct = dcosine.to(self.pull.dtype)
             dz[part] = grad_input(dproduct, factor_SD)
             _turn(library, unit, angles.inverse_z[part], dz[part])
@@ -230,8 +256,17 @@ class _Group(NamedTuple):
         return dunit_SD
 
     def _blocks(self) -> Iterator[slice]:
-        for start in range(self.tokens.start, self.tokens.stop, BLOCK):
-            yield slice(start, min(start + BLOCK, self.tokens.stop))
+        for start in range(self.start, self.stop, BLOCK):
+            yield slice(start, min(start + BLOCK, self.stop))
+
+    def _runs(self, part: slice) -> Iterator[tuple[slice, Tensor | None]]:
+        """The tokens of each run that lie in a block, and the log chances of that run."""
+        start = self.start
+        for run, tokens in enumerate(self.sample.tokens_R or ()):
+            begin, end = max(start, part.start), min(start + tokens, part.stop)
+            if begin < end:
+                yield slice(begin, end), None if self.sample.log_chance_RS is None else self.sample.log_chance_RS[run]
+            start += tokens
 
     def _rows(self) -> Tensor:
         classes_S = self.sample.classes_S
@@ -241,17 +276,19 @@ class _Group(NamedTuple):
         targets, classes_S = self.pull.targets[part], self.sample.classes_S
         return targets if classes_S is None else places(classes_S, targets)
 
-    def _softmax(self, cosine_TS: Tensor, *tensors: Tensor) -> None:
+    def _softmax(self, part: slice, cosine_TS: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor) -> None:
         """Turns a block's cosines into the gradient with respect to them, in place."""
-        own_T, place_T, rate_T, down_T, dlog_scale = tensors
-        self.pull.library.sphere_softmax(
-            T=cosine_TS.shape[0], S=cosine_TS.shape[1], scale=self.scale, rows=cosine_TS,
-            log_chance=self.sample.log_chance_S, place=place_T, own=own_T, rate=rate_T, down=down_T,
-            dlog_scale=dlog_scale,
-        )  # fmt: skip
+        place_T, own_T = self._places(part), self.pull.angles.cosine
+        for run, log_chance_S in self._runs(part):
+            inside = slice(run.start - part.start, run.stop - part.start)
+            self.pull.library.sphere_softmax(
+                T=run.stop - run.start, S=cosine_TS.shape[1], scale=self.scale, rows=cosine_TS[inside],
+                log_chance=log_chance_S, place=place_T[inside], own=own_T[run], rate=rate_T[run], down=down_T[run],
+                dlog_scale=dlog_scale,
+            )  # fmt: skip
 
 
-def _added(total: Tensor | None, rows_SD: Tensor, like_VD: Tensor, sample: Sample) -> Tensor:
+def _added(total: Tensor | None, rows_SD: Tensor, like_VD: Tensor, sample: _Held) -> Tensor:
     """The gradient of all prototypes so far, and that of a sample's; the first of all classes is the total itself."""
     classes_S = sample.classes_S
     if classes_S is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from protomamba.config import ModelConfig, PrototypeFields
 from protomamba.kernels import (
     LogitProjection,
+    Sample,
     grouped_prototype_loss,
     prototype_loss,
     reference,
@@ -22,7 +23,7 @@ from protomamba.kernels import (
 from protomamba.model.heads import prototypes
 from protomamba.model.heads.base import head, inner_products, valid_positions
 from protomamba.model.heads.many import MANY, class_blocks
-from protomamba.model.heads.sampling_head import Sample, SamplingHead
+from protomamba.model.heads.sampling_head import SamplingHead
 
 # Targets that the scale is fitted on at most: one number needs no more.
 FIT_TARGETS = 4_096
@@ -83,12 +84,12 @@ class HyperspherePrototypes(SamplingHead):
             self.count_classes()
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
+        targets_T = targets_BL.reshape(-1)
         weight_T = self.target_weights(targets_T)
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
             self.forget_step()
-            return prototype_loss(z_TD, self.prototypes, targets_T, weight_T)
-        return self.sampled_loss(self._separated, self.prototypes, z_TD, targets_T, weight_T)
+            return prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_T, weight_T)
+        return self.sampled_loss(self._separated, self.prototypes, z_BLD, targets_BL, weight_T)
 
     def _separated(
         self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample], weight_T: Tensor | None
@@ -102,12 +103,11 @@ class HyperspherePrototypes(SamplingHead):
     def samples_classes(self) -> bool:
         return self.contrastive and self.classes > self.sample
 
-    def cross_entropy(
-        self, z_TD: Tensor, targets_T: Tensor, sample_S: Tensor | None = None, log_chance_S: Tensor | None = None
-    ) -> Tensor:
-        """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample of `draw`,
+    def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, sample: Sample | None = None) -> Tensor:
+        """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample for them,
         all classes without one: see `kernels.reference.sampled_cross_entropy`."""
-        return reference.sampled_cross_entropy(z_TD, self.prototypes, self.log_scale, targets_T, sample_S, log_chance_S)
+        given = () if sample is None else (sample.classes_S, sample.log_chance_TS())
+        return reference.sampled_cross_entropy(z_TD, self.prototypes, self.log_scale, targets_T, *given)
 
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the cosine of z to each prototype."""
@@ -211,8 +211,9 @@ class HyperspherePrototypes(SamplingHead):
             scale = state_dict[f"{prefix}scale"]
             state_dict[f"{prefix}log_scale"] = scale.log()
             state_dict[f"{prefix}fitted"] = torch.ones_like(self.fitted)
-            for name in ("counts", "counted", "told"):
+            for name in ("counts", "counted", "told", "rival_counts"):
                 state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))
+            state_dict[f"{prefix}rivals"] = torch.arange(self.classes)
             self.notes.append(
                 f"head.log_scale starts at log {float(scale):.4g}, the fitted scale of the weights: {SINCE_0_1}"
             )

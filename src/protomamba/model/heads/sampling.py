@@ -7,10 +7,54 @@ chance to be among them enters the loss: `kernels.reference.sampled_cross_entrop
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from protomamba.kernels.prototype_loss import places
+
+
+class Run(NamedTuple):
+    """Consecutive tokens that have a target: so many, of the rows `rows` of a batch."""
+
+    rows: range
+    tokens: int
+
+
+def groups_of(tokens_B: Sequence[int], limit: int, most_runs: int) -> list[list[Run]]:
+    """The tokens of all rows in groups of at most `limit`, a group in at most `most_runs` runs of whole rows.
+
+    A row with more tokens than the limit is several groups, each of one run; without any token there is one group.
+    """
+    groups: list[list[Run]] = []
+    room = 0
+    for run in _runs(tokens_B, -(-min(limit, sum(tokens_B)) // most_runs)):
+        pieces = -(-run.tokens // limit)
+        if pieces > 1:
+            size = -(-run.tokens // pieces)
+            groups += [[Run(run.rows, min(size, run.tokens - at))] for at in range(0, run.tokens, size)]
+            room = 0
+        elif run.tokens <= room:
+            groups[-1].append(run)
+            room -= run.tokens
+        else:
+            groups.append([run])
+            room = limit - run.tokens
+    return groups or [[Run(range(0), 0)]]
+
+
+def _runs(tokens_B: Sequence[int], least: int) -> Iterator[Run]:
+    """Rows joined until they have so many tokens; the last may have fewer. Rows without tokens belong to any."""
+    start = tokens = 0
+    for row, more in enumerate(tokens_B):
+        tokens += more
+        if tokens and tokens >= least:
+            yield Run(range(start, row + 1), tokens)
+            start, tokens = row + 1, 0
+    if tokens:
+        yield Run(range(start, len(tokens_B)), tokens)
 
 
 def even_draws(limit: int, common: int) -> int:
@@ -18,20 +62,37 @@ def even_draws(limit: int, common: int) -> int:
     return max(1, limit // 8, min(limit // 2, limit - common))
 
 
-def draw(key: int, common_U: Tensor, classes: int, limit: int) -> tuple[Tensor, float]:
-    """At most `limit` of the classes, in rising order, and the share of the common ones that was kept.
+class Drawn(NamedTuple):
+    """A sample (S,), in rising order; which shares it kept of what it was to have for certain and of the batch's other
+    classes; how many even draws there were."""
 
-    common_U: the distinct classes of the batch, int64: a part of them by lot where they are too many. The rest evenly
-    from all V. A function of its arguments alone.
+    classes_S: Tensor
+    own: float
+    others: float
+    even: int
+
+
+def draw(key: int, own_U: Tensor, common_U: Tensor, classes: int, limit: int) -> Drawn:
+    """At most `limit` of the classes: those that a group is to have, the batch's others, and even ones from all V.
+
+    own_U, common_U: distinct classes, int64, in rising order; where they are too many a part by lot, first of
+    `common_U`. A function of its arguments alone.
     """
     generator = torch.Generator().manual_seed(key)
-    even = even_draws(limit, len(common_U))
+    others_U = common_U[~torch.isin(common_U, own_U, assume_unique=True)]
+    even = even_draws(limit, len(own_U) + len(others_U))
     room = max(1, limit - even)
-    kept_K = common_U
-    if len(common_U) > room:
-        kept_K = common_U[torch.randperm(len(common_U), generator=generator)[:room]]
+    own_K = _lot(own_U, room, generator)
+    others_K = _lot(others_U, room - len(own_K), generator)
     even_E = torch.randint(classes, (even,), generator=generator)
-    return torch.unique(torch.cat([kept_K, even_E])), len(kept_K) / max(1, len(common_U))
+    own, others = len(own_K) / max(1, len(own_U)), len(others_K) / max(1, len(others_U))
+    return Drawn(torch.unique(torch.cat([own_K, others_K, even_E])), own, others, even)
+
+
+def _lot(classes_U: Tensor, room: int, generator: torch.Generator) -> Tensor:
+    if len(classes_U) <= room:
+        return classes_U
+    return classes_U[torch.randperm(len(classes_U), generator=generator)[:room]]
 
 
 class Drawing(NamedTuple):
@@ -46,19 +107,50 @@ class Drawing(NamedTuple):
     groups: int = 1
 
 
-def log_chances(share_S: Tensor, drawing: Drawing) -> Tensor:
-    """(S,) float64: the log of each class's chance to be in a sample, 1 - (1 - r (1 - (1 - f)^T)) (1 - 1/V)^E.
+class Chances(NamedTuple):
+    """The chances of a group's sampled classes (S,) to be in its sample, given the rows of one of its runs.
 
-    share_S: f, how often the class comes; T targets; r, the share of the batch's classes that was kept; E even draws.
+    share_S: how often each class comes; rival_S: how often one does whose rival it is; tokens: of the group's rows. To
+    be in the sample a class is drawn evenly, or is in the group's other rows or a rival there, or else in the batch's
+    other rows, and kept.
     """
-    log_missed_S = torch.log1p(-_in_batch(share_S, drawing)) + drawing.even * math.log1p(-1 / drawing.classes)
-    return torch.log(-torch.expm1(log_missed_S))
+
+    share_S: Tensor
+    rival_S: Tensor
+    drawing: Drawing
+    drawn: Drawn
+    tokens: int
+
+    def of_runs(self, tokens_R: Sequence[int]) -> Tensor:
+        """(R, S) float64: the log chances of classes that the run's rows, with so many tokens, do not have."""
+        rows = {tokens: self._of_run(tokens) for tokens in set(tokens_R)}
+        return torch.stack([rows[tokens] for tokens in tokens_R])
+
+    def _of_run(self, tokens: int) -> Tensor:
+        beside_S = come(self.share_S + self.rival_S, self.tokens - tokens)
+        batch_S = come(self.share_S, self.drawing.targets - self.tokens)
+        return self._log_with_even(self.drawn.own * beside_S + self.drawn.others * (1 - beside_S) * batch_S)
+
+    def tell(self, log_chance_S: Tensor, classes_U: Tensor) -> None:
+        """Writes the log chances of the classes that a run was to have, which are certain but for a lot."""
+        place_U = places(self.drawn.classes_S, classes_U)
+        own = self._log_with_even(torch.tensor(self.drawn.own, dtype=torch.float64))
+        log_chance_S[place_U[place_U >= 0]] = own
+
+    def _log_with_even(self, chance: Tensor) -> Tensor:
+        """Float64: the log of the chance to be in a sample, if not by an even draw then with `chance`."""
+        log_missed = torch.log1p(-chance.clamp_max(1 - 1e-12)) + self.drawn.even * math.log1p(-1 / self.drawing.classes)
+        return torch.log(-torch.expm1(log_missed))
 
 
 def _in_batch(share_S: Tensor, drawing: Drawing) -> Tensor:
     """(S,) float64: r (1 - (1 - f)^T), the chance of a class to be in all samples of a step, below 1."""
-    come_S = -torch.expm1(drawing.targets * torch.log1p(-share_S.double().clamp_max(1 - 1e-12)))
-    return (drawing.kept * come_S).clamp_max(1 - 1e-12)
+    return (drawing.kept * come(share_S, drawing.targets)).clamp_max(1 - 1e-12)
+
+
+def come(share_S: Tensor, targets: int) -> Tensor:
+    """(S,) float64: 1 - (1 - f)^T, the chance of a class to be among so many targets."""
+    return -torch.expm1(targets * torch.log1p(-share_S.double().clamp_max(1 - 1e-12)))
 
 
 def steadiness(share_S: Tensor, drawing: Drawing) -> Tensor:

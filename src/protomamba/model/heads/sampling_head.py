@@ -9,28 +9,36 @@ import torch
 from torch import Tensor
 
 from protomamba.config import ModelConfig
+from protomamba.kernels import Sample
 from protomamba.kernels.prototype_loss import total_weight, valid_tokens
 from protomamba.kernels.rows import gather_rows
-from protomamba.model.heads import sampling
+from protomamba.model.heads import rivals, sampling
 from protomamba.model.heads.base import Head
 
 # Targets that share a sample: many, so that a product is worth its start; few, so that what a sample happens to hold
 # is not what all tokens of a step are held against.
 GROUP = 512
+# Runs of a group at most, whose rows have chances of their own.
+RUNS = 16
 
-Sample = tuple[Tensor, Tensor]  # classes (S,), in rising order, and the log of each one's chance to be among them
 SampledLoss = Callable[..., Tensor]
 
 
 class SamplingHead(Head):
     """Base of our heads that sample: they set `sample`, say in `samples_classes` whether they do, and ask for the
-    buffers (`count_draws`, `count_classes`), which are in checkpoints."""
+    buffers (`count_draws`, `count_classes`), which are in checkpoints.
+
+    A token is held against the classes of its own rows and each one's rival, against those of the batch's other rows,
+    and against even ones.
+    """
 
     sample: int
     draws: Tensor
     counts: Tensor
     counted: Tensor
     told: Tensor
+    rivals: Tensor
+    rival_counts: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -46,6 +54,9 @@ class SamplingHead(Head):
         self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.int64))
         self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
         self.register_buffer("told", torch.zeros((), dtype=torch.bool))
+        # The rival of each class, itself where none was found; how often those come whose rival a class is.
+        self.register_buffer("rivals", torch.arange(self.classes))
+        self.register_buffer("rival_counts", torch.zeros(self.classes, dtype=torch.int64))
 
     def reads_few_rows(self) -> bool:
         return self.samples_classes
@@ -74,33 +85,67 @@ class SamplingHead(Head):
         self.counted.copy_(self.counts.sum())
         self.told.fill_(True)
 
-    def next_samples(self, targets_T: Tensor) -> list[Sample]:
-        """A sample of the next forward pass for each GROUP of its targets; moves the counts on. All classes: none."""
+    def next_samples(self, targets_BL: Tensor) -> list[Sample]:
+        """A sample of the next forward pass for each GROUP of its targets; moves the counts on. All classes: none.
+
+        targets_BL: (B, L), or (T,) for rows of one.
+        """
         shared, self._shared = self._shared, None
         if not self.samples_classes:
             return []
-        key, shared_T = shared or (int(self.draws), targets_T)
+        key, shared_T = shared or (int(self.draws), targets_BL)
         self.draws.add_(1)
-        wanted_T = shared_T.reshape(-1)
-        wanted_T = wanted_T[wanted_T >= 0]
-        self._count(wanted_T)
-        own, of_all = (max(1, math.ceil(n / GROUP)) for n in (int((targets_T >= 0).sum()), len(wanted_T)))
-        # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
-        common_U = torch.unique(wanted_T)
-        keys = (sampling.key_of_group(key, group) for group in range(own))
-        return [self._draw(each, common_U, len(wanted_T), of_all) for each in keys]
+        shared_T = shared_T.reshape(-1)
+        shared_T = shared_T[shared_T >= 0]
+        self._count(shared_T)
+        return self._samples(key, targets_BL, shared_T)
 
-    def draw(self, key: int, targets_T: Tensor) -> Sample:
-        """Classes (S,), in rising order, and the log of each one's chance to be among them: a function of the key,
-        of the targets (T,), all >= 0, and of the frequencies."""
-        return self._draw(key, torch.unique(targets_T), len(targets_T))
+    def draw(self, key: int, targets_BL: Tensor) -> list[Sample]:
+        """`next_samples` of a step with these targets and no others: a function of the key and of the frequencies."""
+        return self._samples(key, targets_BL, targets_BL[targets_BL >= 0])
 
-    def _draw(self, key: int, common_U: Tensor, targets: int, groups: int = 1) -> Sample:
-        """One of `groups` samples of a step with so many targets, of the classes `common_U`."""
-        sample_S, kept = sampling.draw(key, common_U, self.classes, self.sample)
+    def _samples(self, key: int, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
+        rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), _classes_in(shared_T)
+        tokens_B = (rows_BL >= 0).sum(1).tolist()
         even = sampling.even_draws(self.sample, len(common_U))
-        self._drawn = sampling.Drawing(targets, kept, even, self.classes, groups)
-        return sample_S, sampling.log_chances(self._shares(self.counts[sample_S]), self._drawn).float()
+        # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
+        kept, groups = min(1.0, (self.sample - even) / max(1, len(common_U))), math.ceil(len(shared_T) / GROUP)
+        self._drawn = sampling.Drawing(len(shared_T), kept, even, self.classes, max(1, groups))
+        return [
+            self._sample(sampling.key_of_group(key, number), group, rows_BL, tokens_B, common_U)
+            for number, group in enumerate(sampling.groups_of(tokens_B, GROUP, RUNS))
+        ]
+
+    def _sample(
+        self, key: int, group: list[sampling.Run], targets_BL: Tensor, tokens_B: list[int], common_U: Tensor
+    ) -> Sample:
+        """That of one group of tokens. What is in a run's rows is known with its features: it was sure to be drawn."""
+        rows = slice(group[0].rows.start, group[-1].rows.stop)
+        drawn = sampling.draw(key, self._with_rivals(targets_BL[rows]), common_U, self.classes, self.sample)
+        found_S = drawn.classes_S
+        share_S, rival_S = self._shares(self.counts[found_S]), self.rival_counts[found_S] / self.counted.clamp_min(1)
+        assert self._drawn is not None
+        chances = sampling.Chances(share_S, rival_S, self._drawn, drawn, sum(tokens_B[rows]))
+        inside = [slice(run.rows.start, run.rows.stop) for run in group]
+        log_chance_RS = chances.of_runs([sum(tokens_B[each]) for each in inside])
+        for log_chance_S, each in zip(log_chance_RS, inside, strict=True):
+            chances.tell(log_chance_S, self._with_rivals(targets_BL[each]))
+        return Sample(found_S, log_chance_RS.float(), tuple(run.tokens for run in group))
+
+    def _with_rivals(self, targets_BL: Tensor) -> Tensor:
+        """(U,): the distinct classes among the targets and their rivals, in rising order."""
+        classes_U = _classes_in(targets_BL)
+        return _classes_in(torch.cat([classes_U, self.rivals[classes_U]]))
+
+    def _renew_rivals(self, table_VD: Tensor, targets_BL: Tensor) -> None:
+        """Look for rivals, if it is time: by what all ranks have in common."""
+        if not self.samples_classes or int(self.draws) % rivals.EVERY:
+            return
+        common_U = _classes_in(targets_BL if self._shared is None else self._shared[1])
+        found_P, among = rivals.probes(int(self.draws) // rivals.EVERY, common_U, *table_VD.shape)
+        self.rivals[found_P] = rivals.nearest(table_VD.detach(), found_P, among, self.rivals[found_P])
+        has_K = (self.rivals != torch.arange(self.classes)).nonzero()[:, 0]
+        self.rival_counts.zero_().index_add_(0, self.rivals[has_K], self.counts[has_K])
 
     def steadiness(self) -> Tensor | None:
         """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
@@ -122,7 +167,7 @@ class SamplingHead(Head):
             self.counted.add_(len(targets_T))
 
     def sampled_loss(
-        self, op: SampledLoss, table_VD: Tensor, z_TD: Tensor, targets_T: Tensor, weight_T: Tensor | None
+        self, op: SampledLoss, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None
     ) -> Tensor:
         """op(z, rows, targets, samples, weights), the mean over all targets, with this step's samples: see
         `kernels.reference.grouped_prototype_loss`; none for all classes.
@@ -130,28 +175,35 @@ class SamplingHead(Head):
         The op gets the whole table where that is dense and there is one sample, else the rows (R, D) that targets and
         samples need, their numbers standing for places in them.
         """
-        samples = self.next_samples(targets_T)
+        self._renew_rivals(table_VD, targets_BL)
+        samples = self.next_samples(targets_BL)
+        z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
         if len(samples) < 2 and not (samples and self.row_sparse):
             return op(z_TD, table_VD, targets_T, samples, weight_T)
-        rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample_S for sample_S, _ in samples)]))
+        rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample.classes_S for sample in samples)]))
         rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
-        numbered = [(torch.searchsorted(rows_R, sample_S), log_chance_S) for sample_S, log_chance_S in samples]
+        numbered = [sample._replace(classes_S=torch.searchsorted(rows_R, sample.classes_S)) for sample in samples]
         return op(z_TD, rows_RD, places_T, numbered, weight_T)
+
+
+def _classes_in(targets_BL: Tensor) -> Tensor:
+    """(U,): the distinct classes among the targets, in rising order."""
+    classes_U: Tensor = torch.unique(targets_BL[targets_BL >= 0])
+    return classes_U
 
 
 def mean_of_groups(
     op: Callable[..., Tensor], z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample],
     weight_T: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """op(z, rows, targets, classes, log chances, weights) of each group, the mean over all targets."""
-    if len(samples) == 1:
-        return op(z_TD, rows_RD, targets_T, *samples[0], weight_T)
+    """op(z, rows, targets, classes, log chances (T, S), weights) of each group, the mean over all targets."""
     z_TD, targets_T, weight_T = valid_tokens(z_TD, targets_T, weight_T)
-    size = math.ceil(len(targets_T) / len(samples))
-    weights = [None] * len(samples) if weight_T is None else torch.split(weight_T, size)
+    sizes = [sample.tokens for sample in samples]
+    weights = [None] * len(samples) if weight_T is None else list(torch.split(weight_T, sizes))
     loss, whole = z_TD.new_zeros(()), total_weight(targets_T, weight_T)
-    parts = torch.split(z_TD, size), torch.split(targets_T, size), weights
-    for z, targets, weight, sample in zip(*parts, samples, strict=False):
-        loss = loss + total_weight(targets, weight) / whole * op(z, rows_RD, targets, *sample, weight)
+    groups = zip(torch.split(z_TD, sizes), torch.split(targets_T, sizes), weights, samples, strict=True)
+    for z, targets, weight, sample in groups:
+        part = op(z, rows_RD, targets, sample.classes_S, sample.log_chance_TS(), weight)
+        loss = loss + total_weight(targets, weight) / whole * part
     return loss

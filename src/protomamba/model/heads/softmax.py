@@ -51,13 +51,13 @@ class SoftmaxHead(SamplingHead):
         return 0 < self.sample < self.classes
 
     def forward(self, z_BLD: Tensor, targets_BL: Tensor) -> Tensor:
-        z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
+        targets_T = targets_BL.reshape(-1)
         weight_T = self.target_weights(targets_T)
         if not (self.samples_classes and self.training and torch.is_grad_enabled()):
             self.forget_step()
-            precision = self.precision if self.training else "fp32"
+            z_TD, precision = z_BLD.reshape(-1, self.d_model), self.precision if self.training else "fp32"
             return softmax_loss(z_TD, self.weight, targets_T, weight_T, precision=precision)
-        return self.sampled_loss(self._sampled, self.weight, z_TD, targets_T, weight_T)
+        return self.sampled_loss(self._sampled, self.weight, z_BLD, targets_BL, weight_T)
 
     def _sampled(self, *given: Any) -> Tensor:
         return mean_of_groups(partial(sampled_softmax_loss, precision=self.precision), *given)
