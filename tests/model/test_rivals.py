@@ -44,7 +44,7 @@ def test_a_search_is_bounded_and_comes_round(classes: int, width: int) -> None:
     common_U, seen, places = torch.arange(0, classes, max(1, classes // 700)), set[int](), set[int]()
     for search in range(200):
         probe_P, among = rivals.probes(search, common_U, classes, width)
-        assert len(probe_P) * len(among) * width <= 2 * rivals.WORK and len(among) <= rivals.AMONG
+        assert len(probe_P) * len(among) * width <= rivals.WORK and len(among) <= rivals.AMONG
         assert bool((probe_P.diff() > 0).all()) and int(probe_P[0]) >= 0 and int(probe_P[-1]) < classes
         seen |= set(probe_P.tolist())
         places |= set(among)

@@ -57,7 +57,8 @@ def sampled_softmax_loss(
     z, targets, weight = valid_tokens(z_TD.to(dtype), targets_T, weight_T)
     keep = native.needs_backward(z_TD, weight_VD)
     matrix, sample_S = weight_VD.to(dtype).contiguous(), sample_S.long().contiguous()
-    log_chance = log_chance[targets_T >= 0] if log_chance.ndim == 2 else log_chance
+    if log_chance.ndim == 2 and len(z) < len(targets_T):
+        log_chance = log_chance[targets_T >= 0]
     given = keep, product_dtype(precision, z), z, matrix, targets, sample_S, log_chance, weight
     loss: Tensor = native.apply(_SampledSoftmax, *given)
     return loss

@@ -1,7 +1,8 @@
 """Which classes a training step compares z with where there are too many for all of them: a sampled softmax's sample.
 
-The classes of the batch themselves, which are the likely ones, and even ones to keep the rest honest. How a class's
-chance to be among them enters the loss: `kernels.reference.sampled_cross_entropy`. Nothing here is of size V.
+The classes of the batch themselves, which are the likely ones, rivals of some of them, and even ones to keep the rest
+honest. How a class's chance to be among them enters the loss: `kernels.reference.sampled_cross_entropy`. Only
+`steadiness` is of size V.
 """
 
 from __future__ import annotations
@@ -121,26 +122,32 @@ class Chances(NamedTuple):
     drawn: Drawn
     tokens: int
 
-    def of_runs(self, tokens_R: Sequence[int]) -> Tensor:
-        """(R, S) float64: the log chances of classes that the run's rows, with so many tokens, do not have."""
-        rows = {tokens: self._of_run(tokens) for tokens in set(tokens_R)}
-        return torch.stack([rows[tokens] for tokens in tokens_R])
+    def of_runs(self, tokens_R: Sequence[int], own_R: Sequence[Tensor]) -> Tensor:
+        """(R, S) float64: the logs of the chances, by how many tokens the rows of a run have and which classes were to
+        be drawn for them: these are certain, but for a lot."""
+        rows = {tokens: self._of_others(tokens) for tokens in set(tokens_R)}
+        log_chance_RS = torch.stack([rows[tokens] for tokens in tokens_R])
+        certain = self._log_with_even(torch.tensor(self.drawn.own, dtype=torch.float64))
+        for log_chance_S, own_U in zip(log_chance_RS, own_R, strict=True):
+            place_U = places(self.drawn.classes_S, own_U)
+            log_chance_S[place_U[place_U >= 0]] = certain
+        return log_chance_RS
 
-    def _of_run(self, tokens: int) -> Tensor:
+    def _of_others(self, tokens: int) -> Tensor:
+        """(S,): of classes that a run's rows, with so many tokens, do not have."""
         beside_S = come(self.share_S + self.rival_S, self.tokens - tokens)
         batch_S = come(self.share_S, self.drawing.targets - self.tokens)
         return self._log_with_even(self.drawn.own * beside_S + self.drawn.others * (1 - beside_S) * batch_S)
 
-    def tell(self, log_chance_S: Tensor, classes_U: Tensor) -> None:
-        """Writes the log chances of the classes that a run was to have, which are certain but for a lot."""
-        place_U = places(self.drawn.classes_S, classes_U)
-        own = self._log_with_even(torch.tensor(self.drawn.own, dtype=torch.float64))
-        log_chance_S[place_U[place_U >= 0]] = own
-
     def _log_with_even(self, chance: Tensor) -> Tensor:
         """Float64: the log of the chance to be in a sample, if not by an even draw then with `chance`."""
-        log_missed = torch.log1p(-chance.clamp_max(1 - 1e-12)) + self.drawn.even * math.log1p(-1 / self.drawing.classes)
-        return torch.log(-torch.expm1(log_missed))
+        missed = torch.log1p(-chance.clamp_max(1 - 1e-12)) + _log_missed_evenly(self.drawn.even, self.drawing.classes)
+        return torch.log(-torch.expm1(missed))
+
+
+def _log_missed_evenly(draws: int, classes: int) -> float:
+    """The log of the chance that none of so many even draws is a given class."""
+    return draws * math.log1p(-1 / classes)
 
 
 def _in_batch(share_S: Tensor, drawing: Drawing) -> Tensor:
@@ -156,13 +163,14 @@ def come(share_S: Tensor, targets: int) -> Tensor:
 def steadiness(share_S: Tensor, drawing: Drawing) -> Tensor:
     """(S,) float64, at most 1: a class's mean gradient over its root mean square, from being sampled alone.
 
-    It counts 1 / q in each of the G samples that have it: all with chance b, else each with chance e, so
+    As if nothing were known of a token's row, and no class had a rival: `Chances` knows both. It counts 1 / q in each
+    of the G samples that have it: all with chance b, else each with chance e, so
 
         q = b + (1 - b) e        steadiness = q / sqrt(b + (1 - b) (e^2 + e (1 - e) / G))        (G = 1: sqrt(q))
 
     Adam divides by the root mean square: the steps of a class are that much shorter than if it were always seen.
     """
-    b_S, e = _in_batch(share_S, drawing), -math.expm1(drawing.even * math.log1p(-1 / drawing.classes))
+    b_S, e = _in_batch(share_S, drawing), -math.expm1(_log_missed_evenly(drawing.even, drawing.classes))
     seldom = e * e + e * (1 - e) / drawing.groups
     return (b_S + (1 - b_S) * e) / (b_S + (1 - b_S) * seldom).sqrt()
 

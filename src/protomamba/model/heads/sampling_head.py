@@ -120,17 +120,15 @@ class SamplingHead(Head):
         self, key: int, group: list[sampling.Run], targets_BL: Tensor, tokens_B: list[int], common_U: Tensor
     ) -> Sample:
         """That of one group of tokens. What is in a run's rows is known with its features: it was sure to be drawn."""
-        rows = slice(group[0].rows.start, group[-1].rows.stop)
-        drawn = sampling.draw(key, self._with_rivals(targets_BL[rows]), common_U, self.classes, self.sample)
+        assert self._drawn is not None
+        inside = [slice(run.rows.start, run.rows.stop) for run in group]
+        own_R = [self._with_rivals(targets_BL[each]) for each in inside]
+        tokens_R = [sum(tokens_B[each]) for each in inside]
+        drawn = sampling.draw(key, _classes_in(torch.cat(own_R)), common_U, self.classes, self.sample)
         found_S = drawn.classes_S
         share_S, rival_S = self._shares(self.counts[found_S]), self.rival_counts[found_S] / self.counted.clamp_min(1)
-        assert self._drawn is not None
-        chances = sampling.Chances(share_S, rival_S, self._drawn, drawn, sum(tokens_B[rows]))
-        inside = [slice(run.rows.start, run.rows.stop) for run in group]
-        log_chance_RS = chances.of_runs([sum(tokens_B[each]) for each in inside])
-        for log_chance_S, each in zip(log_chance_RS, inside, strict=True):
-            chances.tell(log_chance_S, self._with_rivals(targets_BL[each]))
-        return Sample(found_S, log_chance_RS.float(), tuple(run.tokens for run in group))
+        chances = sampling.Chances(share_S, rival_S, self._drawn, drawn, sum(tokens_R))
+        return Sample(found_S, chances.of_runs(tokens_R, own_R).float(), tuple(run.tokens for run in group))
 
     def _with_rivals(self, targets_BL: Tensor) -> Tensor:
         """(U,): the distinct classes among the targets and their rivals, in rising order."""
