@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores, process_start
+from protomamba.machine import Limits, allowed_cpus, by_core, group_limits, memory_info, process_start
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -67,10 +67,15 @@ def test_cores_and_memory(tmp_path: Path) -> None:
         f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 2},{i % 2 + 2}\n" for i in range(4)
     }
     root = tree(tmp_path, {**siblings, "proc/meminfo": "MemTotal: 2048 kB\nMemAvailable:  1024 kB\n"})
-    assert physical_cores({0, 1, 2, 3}, root) == 2 and physical_cores({0, 2}, root) == 1
-    assert physical_cores({0, 1, 2}, tmp_path / "none") == 3
+    assert by_core({0, 1, 2, 3}, root) == [[0, 2], [1, 3]] and by_core({0, 2}, root) == [[0, 2]]
+    assert by_core({0, 1, 2}, tmp_path / "none") == [[0], [1], [2]]
     assert memory_info(root) == {"MemTotal": 2 << 20, "MemAvailable": 1 << 20} and memory_info(tmp_path / "none") == {}
     assert allowed_cpus()
+
+
+def test_cores_of_one_socket_are_in_a_row(tmp_path: Path) -> None:
+    sockets = {f"sys/devices/system/cpu/cpu{i}/topology/physical_package_id": f"{i % 2}\n" for i in range(4)}
+    assert by_core({0, 1, 2, 3}, tree(tmp_path, sockets)) == [[0], [2], [1], [3]]
 
 
 def test_when_the_process_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

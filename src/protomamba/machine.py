@@ -93,11 +93,15 @@ def allowed_cpus() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def physical_cores(cpus: set[int], root: Path = Path("/")) -> int:
-    """How many cores these processors are: two threads of one core share its arithmetic units."""
-    devices = root / "sys/devices/system/cpu"
-    siblings = {_text(devices / f"cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu) for cpu in cpus}
-    return len(siblings)
+def by_core(cpus: set[int], root: Path = Path("/")) -> list[list[int]]:
+    """These processors, those of one core together (they share its arithmetic units), those of one socket in a row."""
+    cores: dict[tuple[int, str], list[int]] = {}
+    for cpu in sorted(cpus):
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        socket = _text(topology / "physical_package_id").strip()
+        siblings = _text(topology / "thread_siblings_list").strip() or str(cpu)
+        cores.setdefault((int(socket) if socket.isdecimal() else 0, siblings), []).append(cpu)
+    return [core for _, core in sorted(cores.items(), key=lambda item: item[0][0])]
 
 
 def memory_info(root: Path = Path("/")) -> dict[str, int]:

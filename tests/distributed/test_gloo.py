@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from protomamba.machine import by_core
 from protomamba.train.comm import Local
 from protomamba.train.comm_watch import RankFailed, Watch
 from tests.distributed.launch import outcome, started
@@ -37,6 +38,17 @@ def test_sums_and_weights_over_gloo_are_those_of_one_process(tmp_path: Path) -> 
     one, *others = [weights for _, weights in saved(tmp_path, 3)]
     assert_equal(others, [one] * 2, "weights")
     assert {float(v) for name in SHAPES for v in one[name].unique()} == {1.0, 2.0, 3.0}
+
+
+def test_ranks_keep_to_cores_of_their_own(tmp_path: Path) -> None:
+    with started(2, [*WORKER, "cores", str(tmp_path)]) as processes:
+        assert [outcome(process) for process in processes] == [(0, "")] * 2
+    (before, one), (_, other) = saved(tmp_path, 2)
+    assert one == one[:1] * len(one) and other == other[:1] * len(other) and len(one) >= 5
+    if len(by_core(before)) > 1:
+        assert not one[0] & other[0] and one[0] | other[0] == before
+    else:
+        assert one[0] == other[0] == before
 
 
 @pytest.mark.parametrize(

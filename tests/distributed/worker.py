@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from protomamba.errors import UserError
+from protomamba.machine import allowed_cpus
 from protomamba.train.comm import Comm, Ranks
 from protomamba.train.comm_mesh import Gloo
 from tests.distributed.test_sums import SHAPES, parameters, summed
@@ -30,6 +32,17 @@ def weights(comm: Comm) -> dict[str, torch.Tensor]:
         piece.of(named[piece.name].detach()).fill_(1 + comm.rank)
     comm.all_gather_weights()
     return {name: named[name].detach() for name in SHAPES}
+
+
+def cores(comm: Comm, folder: Path) -> None:
+    """The processors of each of its threads, one of which is older and one younger, before and after it has a share."""
+    done = threading.Event()
+    threading.Thread(target=done.wait, daemon=True).start()
+    before = allowed_cpus()
+    comm.share_cores(1)
+    threading.Thread(target=done.wait, daemon=True).start()
+    after = [os.sched_getaffinity(int(thread.name)) for thread in Path("/proc/self/task").iterdir()]
+    torch.save((before, after), folder / f"rank-{comm.rank}.pt")
 
 
 def raises(comm: Comm, folder: Path) -> None:
@@ -57,7 +70,7 @@ def stopped(comm: Comm, folder: Path) -> None:
 
 
 TASKS: dict[str, Callable[[Comm, Path], None]] = {
-    f.__name__: f for f in (sums_and_weights, raises, without_memory, killed, stopped)
+    f.__name__: f for f in (sums_and_weights, cores, raises, without_memory, killed, stopped)
 }
 
 

@@ -23,8 +23,10 @@ from protomamba.bench.timing import Ratio, spread
 from protomamba.config import TrainConfig
 from protomamba.errors import UserError
 from protomamba.kernels import keep_freed_memory
+from protomamba.machine import allowed_cpus
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.comm import Comm, Local, Ranks
+from protomamba.train.comm_cores import keep_to
 from protomamba.train.trainer import Trainer
 
 Times = tuple[float, float]  # seconds by the wall and of the processor
@@ -148,13 +150,19 @@ def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: b
     batch = shape.batches()
 
     def run() -> Times:
+        everywhere = allowed_cpus()
+        if not alone:
+            comm.share_cores(threads)
         comm.all_gather_object(None)
         started, used = time.perf_counter(), time.process_time()
         if not alone or comm.rank == 0:
             torch.set_num_threads(threads)
             for _ in range(TURN):
                 trainer.train_step(*batch)
-        return (time.perf_counter() - started) / TURN, (time.process_time() - used) / TURN
+        took = (time.perf_counter() - started) / TURN, (time.process_time() - used) / TURN
+        comm.all_gather_object(None)
+        keep_to(everywhere)
+        return took
 
     return run
 

@@ -15,7 +15,7 @@ import torch
 from protomamba import __version__
 from protomamba.errors import ConfigError
 from protomamba.kernels import matmul, native
-from protomamba.machine import Limits, allowed_cpus, group_limits, memory_info, physical_cores
+from protomamba.machine import Limits, allowed_cpus, by_core, group_limits, memory_info
 
 # Installed by contributors, not needed to use anything.
 NOT_FOR_USERS = frozenset({"dev"})
@@ -112,7 +112,7 @@ def _matmul() -> Iterator[Finding]:
 
 
 def _threads() -> Iterator[Finding]:
-    yield threads_finding(torch.get_num_threads(), len(allowed_cpus()), physical_cores(allowed_cpus()), group_limits())
+    yield threads_finding(torch.get_num_threads(), len(allowed_cpus()), len(by_core(allowed_cpus())), group_limits())
     load = os.getloadavg()[0]
     if load > len(allowed_cpus()):
         found = f"load {load:.1f} on {len(allowed_cpus())} processors: other programs are using them"

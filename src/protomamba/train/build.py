@@ -139,6 +139,8 @@ def build_run(
 ) -> Run:
     """The run that a configuration describes, or the checkpoint it resumes. The caller holds the folder's lock."""
     use_machine(config.threads, config.kernels)
+    if comm is not None:
+        comm.share_cores(torch.get_num_threads())
     torch.manual_seed(config.seed)
     parts = build_parts(config, resumed, comm, began)
     config, trainer = parts.config, parts.trainer

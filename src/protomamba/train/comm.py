@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from protomamba import kernels
 from protomamba.errors import ConfigError, UserError
+from protomamba.train.comm_cores import Place, keep_to, may_bind, own_share, this_place
 from protomamba.train.comm_layout import Piece
 from protomamba.train.comm_mesh import Alone, Gloo, Mesh
 from protomamba.train.comm_reduce import GradientSum, Plan
@@ -200,6 +202,9 @@ class Comm:
             if found.get(name) != told[0].get(name)
         ]
 
+    def share_cores(self, threads: int) -> None:
+        """Keep this rank, with so many threads, to its share of the machine's cores, where it has ranks beside it."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -221,6 +226,12 @@ class Ranks(Comm):
 
     def __init__(self) -> None:
         super().__init__(Gloo())
+
+    def share_cores(self, threads: int) -> None:
+        places = [Place(*each) for each in self.all_gather_object(astuple(this_place(threads)))]
+        share = own_share(places, self.rank) if may_bind() else None
+        if share:
+            keep_to(share)
 
 
 def join() -> Comm:
