@@ -57,6 +57,7 @@ class Comm:
         self._owned: dict[str, nn.Parameter] = {}
         self._sum: GradientSum | None = None
         self._arriving: Arriving | None = None
+        self.cores: set[int] | None = None  # the processors it keeps to, where it does
 
     @property
     def rank(self) -> int:
@@ -232,6 +233,7 @@ class Ranks(Comm):
         share = own_share(places, self.rank) if may_bind() else None
         if share:
             keep_to(share)
+        self.cores = share
 
 
 def join() -> Comm:

@@ -100,4 +100,5 @@ def ranks_line(trainer: Trainer, rows: int) -> dict[str, str]:
         return {}
     every, workers = trainer.config.sync_every, outer_workers(trainer.config, shards)
     meeting = f" of {workers} workers, which synchronise every {every:,} steps" if workers else ""
-    return {"ranks": f"{world} for {shards} gradient shards{meeting}; {rows} rows per batch in total"}
+    cores = ", each on its own cores" if trainer.comm.cores else ""
+    return {"ranks": f"{world} for {shards} gradient shards{meeting}{cores}; {rows} rows per batch in total"}
