@@ -242,7 +242,7 @@ class _Group(NamedTuple):
         """Of the sampled prototypes (S, D). Writes the tokens' part of dz and down, adds to the gradient of log s."""
         library, angles = self.pull.library, self.pull.angles
         unit_SD, inverse_S = _units(library, self._rows())
-        dunit_SD, factor_SD = torch.zeros_like(unit_SD), unit_SD.to(self.pull.dtype)
+        dunit_SD, factor_SD = None, unit_SD.to(self.pull.dtype)
         for part in self._blocks():
             unit = self.pull.z[part] * angles.inverse_z[part, None]
             factor = unit.to(self.pull.dtype)
@@ -251,7 +251,10 @@ class _Group(NamedTuple):
             dproduct = dcosine.to(self.pull.dtype)
             dz[part] = grad_input(dproduct, factor_SD)
             _turn(library, unit, angles.inverse_z[part], dz[part])
-            dunit_SD += grad_weight(dproduct, factor)
+            more_SD = grad_weight(dproduct, factor).float()
+            dunit_SD = more_SD if dunit_SD is None else dunit_SD.add_(more_SD)
+        if dunit_SD is None:
+            return torch.zeros_like(unit_SD)
         _turn(library, unit_SD, inverse_S, dunit_SD)
         return dunit_SD
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
@@ -120,15 +120,16 @@ class Trainer:
             )
         backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
         lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
-        self.zero_grad()
-        loss, targets, signals = self._passes(batches, backpropagate).run()
+        named = dict(self.model.named_parameters())  # a walk through all modules: once a step
+        self._drop_gradients(named.values())
+        loss, targets, signals = self._passes(named, batches, backpropagate).run()
         ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
         grad_norm = None
         if backpropagate:
             self.comm.hand_over()
             squares, conflicts = self.comm.square_sums(conflicts)
             grad_norm = total_norm([*squares, *self.rows.square_sums()])
-        culprit = self._non_finite(loss, grad_norm, local)
+        culprit = self._non_finite(named, loss, grad_norm, local)
         clipped = bool(grad_norm and self.config.grad_clip_norm and grad_norm > self.config.grad_clip_norm)
         if culprit is None:
             scale = self.config.grad_clip_norm / grad_norm if grad_norm and clipped else 1.0
@@ -157,12 +158,16 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for parameter in (*self.optimizer.named.values(), *self.model.parameters()):
+        self._drop_gradients(self.model.parameters())
+
+    def _drop_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in (*self.optimizer.named.values(), *parameters):
             parameter.grad = None
 
-    def _passes(self, batches: Sequence[MicroBatch], backpropagate: bool) -> Passes:
+    def _passes(self, named: Mapping[str, nn.Parameter], batches: Sequence[MicroBatch], backpropagate: bool) -> Passes:
         return Passes(
             self.model,
+            named,
             self.comm,
             batches,
             shards=self.grad_shards,
@@ -208,7 +213,9 @@ class Trainer:
             for weight, gradient_E in local.items():
                 weight.sub_(gradient_E, alpha=self.config.ff_lr)
 
-    def _non_finite(self, loss: float, grad_norm: float | None, local: Mapping[Tensor, Tensor]) -> str | None:
+    def _non_finite(
+        self, named: Mapping[str, Tensor], loss: float, grad_norm: float | None, local: Mapping[Tensor, Tensor]
+    ) -> str | None:
         """The name of the first thing that is NaN or Inf before an update would spread it; None if all is well.
 
         A step without backpropagation touches no weight but D: its loss and local gradients tell enough. Each rank
@@ -216,7 +223,9 @@ class Trainer:
         """
         suspects = {f"the local gradient of D ({i})": gradient_E for i, gradient_E in enumerate(local.values())}
         if grad_norm is not None or not math.isfinite(loss):
-            suspects = {**self._weights(), **self.rows.suspects(), **suspects}
+            # The frozen parameters, and of the others what this rank updates.
+            frozen = {name: p for name, p in named.items() if not p.requires_grad}
+            suspects = {**frozen, **self.optimizer.named, **self.rows.suspects(), **suspects}
         if grad_norm is not None:
             for name, slots in self.optimizer.unverified().items():
                 suspects |= {f"{name} (optimizer {slot})": x for slot, x in slots.items() if x.ndim or slot != "step"}
@@ -226,11 +235,6 @@ class Trainer:
         # Finite gradients whose squares overflow would make the second moment infinite for good.
         overflow = grad_norm is not None and not math.isfinite(grad_norm)
         return found or ("the gradients' norm" if overflow else None)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The frozen parameters, and of the others what this rank updates."""
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        return {**frozen, **self.optimizer.named}
 
     def require_finite_tables(self) -> None:
         """NonFiniteError, naming the first, for a NaN or Inf in a row-sparse table, of which a step sees a few rows."""

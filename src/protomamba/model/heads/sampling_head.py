@@ -132,8 +132,8 @@ class SamplingHead(Head):
 
     def _with_rivals(self, targets_BL: Tensor) -> Tensor:
         """(U,): the distinct classes among the targets and their rivals, in rising order."""
-        classes_U = _classes_in(targets_BL)
-        return _classes_in(torch.cat([classes_U, self.rivals[classes_U]]))
+        targets_T = targets_BL[targets_BL >= 0]
+        return _classes_in(torch.cat([targets_T, self.rivals[targets_T]]))
 
     def _renew_rivals(self, table_VD: Tensor, targets_BL: Tensor) -> None:
         """Look for rivals, if it is time: by what all ranks have in common."""
