@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from protomamba.machine import Limits, allowed_cpus, by_core, group_limits, memory_info, process_start
+from protomamba.machine import Limits, allowed_cpus, by_core, group_limits, machine_name, memory_info, process_start
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -76,6 +76,11 @@ def test_cores_and_memory(tmp_path: Path) -> None:
 def test_cores_of_one_socket_are_in_a_row(tmp_path: Path) -> None:
     sockets = {f"sys/devices/system/cpu/cpu{i}/topology/physical_package_id": f"{i % 2}\n" for i in range(4)}
     assert by_core({0, 1, 2, 3}, tree(tmp_path, sockets)) == [[0], [2], [1], [3]]
+
+
+def test_a_machine_is_its_boot_not_its_hosts_name(tmp_path: Path) -> None:
+    assert machine_name(tmp_path) == os.uname().nodename
+    assert machine_name(tree(tmp_path, {"proc/sys/kernel/random/boot_id": "4f7e\n"})) == "4f7e"
 
 
 def test_when_the_process_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

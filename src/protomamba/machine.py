@@ -86,6 +86,14 @@ def _text(file: Path) -> str:
         return ""
 
 
+def machine_name(root: Path = Path("/")) -> str:
+    """What no other machine is called: the number of this boot of its system, where there is one, else the host's name.
+
+    Hosts may all be called "localhost", and the containers of one machine are not called the same.
+    """
+    return _text(root / "proc/sys/kernel/random/boot_id").strip() or os.uname().nodename
+
+
 def allowed_cpus() -> set[int]:
     """The processors that the scheduler may put this process on."""
     if hasattr(os, "sched_getaffinity"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 
-from protomamba.machine import allowed_cpus, by_core
+from protomamba.machine import allowed_cpus, by_core, machine_name
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Place:
 
 def this_place(threads: int) -> Place:
     """Where this process runs."""
-    return Place(os.uname().nodename, by_core(allowed_cpus()), threads)
+    return Place(machine_name(), by_core(allowed_cpus()), threads)
 
 
 def own_share(places: Sequence[Place], rank: int) -> set[int] | None:
