@@ -6,9 +6,10 @@
 
 uniform: targets drawn evenly, of every token or of one a row, at a constant rate; how near prototypes come to one
 another beside as many random directions, and the cross entropy beside log V, the best there is. then: the same, and
-after it a source whose next token is known four times in five, until LEVEL of what can be known is predicted; beside a
-fresh model that starts with that source. The rate being constant, the schedule is a fresh one for both. recall: random
-tokens, a marker somewhere, its follower asked for at the end, until every answer of 512 rows is right.
+after it a source whose next token is known four times in five, told by the one before or, with --lag, by one further
+back, until LEVEL of what can be known is predicted; beside a fresh model that starts with that source. The rate being
+constant, the schedule is a fresh one for both. recall: random tokens, a marker somewhere, its follower asked for at the
+end, until every answer of 512 rows is right.
 
 Each run leaves a line in OUT_DIR/plateaus.jsonl and is not repeated; `table` prints what is there, as
 docs/prototypes.md has it.
@@ -53,15 +54,15 @@ def uniform(classes: int, one_a_row: bool, generator: torch.Generator, rows: int
     return ids_BL, targets_BL
 
 
-def source(followers_V: Tensor, one_a_row: bool, generator: torch.Generator, rows: int = ROWS) -> Batch:
-    """A chain in which token v is followed by followers_V[v] with chance KNOWN, else by any; the next is the target."""
+def source(followers_V: Tensor, lag: int, one_a_row: bool, generator: torch.Generator, rows: int = ROWS) -> Batch:
+    """A chain in which token v is followed, `lag` tokens on, by followers_V[v] with chance KNOWN, else by any."""
     ids_BL = torch.randint(len(followers_V), (rows, LENGTH["uniform"] + 1), generator=generator)
     known_BL = torch.rand(rows, LENGTH["uniform"], generator=generator) < KNOWN
-    for t in range(LENGTH["uniform"]):
-        ids_BL[:, t + 1] = torch.where(known_BL[:, t], followers_V[ids_BL[:, t]], ids_BL[:, t + 1])
+    for t in range(lag - 1, LENGTH["uniform"]):
+        told_B = followers_V[ids_BL[:, t + 1 - lag]]
+        ids_BL[:, t + 1] = torch.where(known_BL[:, t], told_B, ids_BL[:, t + 1])
     inputs_BL, targets_BL = ids_BL[:, :-1].contiguous(), ids_BL[:, 1:].contiguous()
-    if one_a_row:
-        targets_BL[:, :-1] = IGNORED
+    targets_BL[:, : LENGTH["uniform"] - 1 if one_a_row else lag - 1] = IGNORED
     return inputs_BL, targets_BL
 
 
@@ -104,26 +105,27 @@ def plateau(trainer: Trainer, classes: int, one_a_row: bool, seed: int, steps: i
     }
 
 
-def run_then(head: str, classes: int, one_a_row: bool, seed: int, steps: int) -> dict[str, Any]:
+def run_then(head: str, classes: int, one_a_row: bool, seed: int, steps: int, lag: int) -> dict[str, Any]:
     fresh, after = (trainer_of(head, seed, 2e-3, vocab_size=classes, d_model=128) for _ in range(2))
     figures = plateau(after, classes, one_a_row, seed, steps)
     reached = {
-        name: steps_to_learn(each, classes, one_a_row, seed)
+        name: steps_to_learn(each, classes, lag, one_a_row, seed)
         for name, each in (("from_the_start", fresh), ("after_the_plateau", after))
     }
     return {**figures, **reached}
 
 
-def steps_to_learn(trainer: Trainer, classes: int, one_a_row: bool, seed: int) -> int | None:
+def steps_to_learn(trainer: Trainer, classes: int, lag: int, one_a_row: bool, seed: int) -> int | None:
     """Steps on a source until it predicts LEVEL of what the rule itself does; None: not within SOURCE_LIMIT."""
     generator = torch.Generator().manual_seed(seed + 2)
     followers_V = torch.randperm(classes, generator=generator)
-    ids_BL, targets_BL = source(followers_V, False, torch.Generator().manual_seed(10**6), SOURCE_JUDGED)
-    wanted = LEVEL * float((followers_V[ids_BL] == targets_BL).float().mean())
+    ids_BL, targets_BL = source(followers_V, lag, False, torch.Generator().manual_seed(10**6), SOURCE_JUDGED)
+    told_BL = followers_V[ids_BL[:, : LENGTH["uniform"] + 1 - lag]]
+    wanted = LEVEL * float((told_BL == targets_BL[:, lag - 1 :]).float().mean())
     steps = 0
     while steps < SOURCE_LIMIT:
         for _ in range(more := max(5, steps // 50)):
-            trainer.train_step(*source(followers_V, one_a_row, generator))
+            trainer.train_step(*source(followers_V, lag, one_a_row, generator))
         steps += more
         if trainer.evaluate([(ids_BL, targets_BL)]).accuracy >= wanted:
             return steps
@@ -155,7 +157,8 @@ def cases(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for classes in (int(v) for v in given.classes.split(",")):
                 for one_a_row in (False, True) if given.one_a_row is None else (bool(given.one_a_row),):
                     steps = given.steps or 20_000
-                    yield {"head": head, "classes": classes, "one_a_row": one_a_row, "seed": seed, "steps": steps}
+                    case = {"head": head, "classes": classes, "one_a_row": one_a_row, "seed": seed, "steps": steps}
+                    yield {**case, "lag": given.lag} if given.task == "then" else case
 
 
 def where_from(result: dict[str, Any]) -> str:
@@ -172,10 +175,14 @@ def table(results: list[dict[str, Any]]) -> str:
         cosines = f"{r['nearest_cosine']:.3f} | {r['random_cosine']:.3f}"
         case = f"| {r['classes']:,} | {where_from(r)} | {r['steps']:,} | {r['seed']} |"
         rows.append(f"{case} {cosines} | {r['excess_nats']:.4f} |")
-    rows += ["", "| classes | targets | plateau | head | seed | steps to learn from the start | after it | ratio |"]
-    rows += ["|---" * 8 + "|"]
+    rows += [
+        "",
+        "| classes | targets | told by | plateau | head | seed | steps to learn from the start | after it | ratio |",
+    ]
+    rows += ["|---" * 9 + "|"]
     for r in (r for r in results if r["task"] == "then"):
-        case = f"| {r['classes']:,} | {where_from(r)} | {r['steps']:,} | {r['head']} | {r['seed']} |"
+        told = f"{r['lag']} before" if r["lag"] > 1 else "the last"
+        case = f"| {r['classes']:,} | {where_from(r)} | {told} | {r['steps']:,} | {r['head']} | {r['seed']} |"
         both = r["from_the_start"], r["after_the_plateau"]
         first, second = (f"{steps:,}" if steps else f"not within {SOURCE_LIMIT:,}" for steps in both)
         rows.append(f"{case} {first} | {second} | {f'{both[1] / both[0]:.2f}' if all(both) else ''} |")
@@ -193,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--classes", default="16,257,4096")
     parser.add_argument("--one-a-row", type=int, choices=(0, 1), help="uniform, then: only this kind of target")
+    parser.add_argument("--lag", type=int, default=1, help="then: which of the tokens before tells the next")
     parser.add_argument("--steps", type=int, help="20,000 of uniform and then, 16,000 of recall")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/prototypes"))
     given = parser.parse_args()
