@@ -161,7 +161,8 @@ def timed(comm: Comm, trainer: Trainer, shape: Shape, threads: int = 1, alone: b
                 trainer.train_step(*batch)
         took = (time.perf_counter() - started) / TURN, (time.process_time() - used) / TURN
         comm.all_gather_object(None)
-        keep_to(everywhere)
+        if comm.cores:
+            keep_to(everywhere)
         return took
 
     return run
