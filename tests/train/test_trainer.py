@@ -174,6 +174,19 @@ def test_a_model_grown_behind_its_trainer_is_refused_with_what_to_do() -> None:
         trainer.train_step(*batch())
 
 
+def test_a_parameter_that_a_forward_pass_makes_is_refused_not_left_untrained() -> None:
+    trainer = make()
+
+    def gain(module: torch.nn.Module, given: object, output: Tensor) -> Tensor:
+        if not hasattr(module, "gain"):
+            module.gain = torch.nn.Parameter(torch.ones(()))
+        return output * module.gain
+
+    trainer.model.norm_f.register_forward_hook(gain)
+    with pytest.raises(UserError, match=r"norm_f\.gain is trainable, but was not when this Trainer was made"):
+        trainer.train_step(*batch())
+
+
 def test_the_library_example_of_the_readme() -> None:
     from protomamba import batch_from_tokens
 

@@ -30,7 +30,7 @@ AnyBatch = Batch | Sequence[Any]  # a Batch, or inputs, targets and perhaps rese
 
 @dataclass(frozen=True)
 class Passes:
-    """One step's passes: over which model (and its parameters by name), ranks and micro-batches, with what.
+    """One step's passes: over which model, ranks and micro-batches, with what.
 
     shards: how many groups of rows there are. seed, step: of all random numbers drawn where there are several shards.
     local: whether the layers' local losses are wanted. backpropagate: whether gradients are. tables: the parameters
@@ -38,7 +38,6 @@ class Passes:
     """
 
     model: SequenceModel
-    named: Mapping[str, nn.Parameter]
     comm: Comm
     batches: Sequence[MicroBatch]
     shards: int
@@ -100,7 +99,7 @@ class Passes:
     @contextlib.contextmanager
     def _leaving(self, shard: int) -> Iterator[None]:
         """Each gradient leaves for its owner as soon as it is there, while those of the layers before are computed."""
-        named = self.named.items() if self.comm.world > 1 and self.backpropagate else ()
+        named = self.model.named_parameters() if self.comm.world > 1 and self.backpropagate else ()
         hooks = [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(self._leave, shard, name)
@@ -120,9 +119,10 @@ class Passes:
             self.comm.start(shard, {name: gradient})
 
     def _hand_in(self, shard: int) -> None:
-        gradients = {name: p.grad for name, p in self.named.items() if p.grad is not None}
-        for name in gradients:
-            self.named[name].grad = None
+        named = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+        for parameter in named.values():
+            parameter.grad = None
         self.comm.start(shard, gradients)
 
     @contextlib.contextmanager

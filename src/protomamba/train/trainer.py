@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.config import TrainConfig, TrainFields
@@ -120,9 +120,9 @@ class Trainer:
             )
         backpropagate = (self.global_step + 1) % self.config.bp_cadence_steps == 0
         lr = learning_rate(self.global_step - self.schedule_start, self.schedule_steps, self.config)
-        named = dict(self.model.named_parameters())  # a walk through all modules: once a step
+        named = dict(self.model.named_parameters())
         self._drop_gradients(named.values())
-        loss, targets, signals = self._passes(named, batches, backpropagate).run()
+        loss, targets, signals = self._passes(batches, backpropagate).run()
         ff_loss, conflicts, local = self._local_gradients(signals, backpropagate)
         grad_norm = None
         if backpropagate:
@@ -164,10 +164,9 @@ class Trainer:
         for parameter in (*self.optimizer.named.values(), *parameters):
             parameter.grad = None
 
-    def _passes(self, named: Mapping[str, nn.Parameter], batches: Sequence[MicroBatch], backpropagate: bool) -> Passes:
+    def _passes(self, batches: Sequence[MicroBatch], backpropagate: bool) -> Passes:
         return Passes(
             self.model,
-            named,
             self.comm,
             batches,
             shards=self.grad_shards,
