@@ -119,7 +119,9 @@ class ForkServer:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            # The interpreter's cache of compiled modules, where it is not there yet, is no file that a command writes.
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+            | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
         try:
             assert self.ask({"ready": True})["threads"] == 1, "a process with threads must not fork"
