@@ -8,6 +8,7 @@ from torch import Tensor
 
 from protomamba.errors import ConfigError
 from protomamba.kernels import DecodeStepper, LogitProjection, MambaStepper, native, reference
+from protomamba.kernels.allocator import on_large_pages
 from protomamba.kernels.packed import LARGEST, WEIGHTS, PackedMatrix, pack, unpack
 from protomamba.kernels.reference import BlockWeights
 
@@ -129,3 +130,17 @@ def test_any_number_of_threads_gives_the_same_bits(library: native.Library, kind
         found.append(times(library, x_TI, packed))
     torch.set_num_threads(1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (0, 3), (5, 700_000, 3_000_001, 64)], ids=str)
+def test_copies_on_large_pages_hold_the_same_and_overlap_nowhere(sizes: tuple[int, ...]) -> None:
+    originals = [torch.randint(-127, 128, (size,)).to(torch.int8) for size in sizes] + [torch.randn(9, 3).bfloat16()]
+    copies = on_large_pages(originals)
+    assert all(torch.equal(copy, original) for copy, original in zip(copies, originals, strict=True))
+    assert all(copy.data_ptr() % 64 == 0 for copy in copies if copy.numel())
+    spans = [(copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies]
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    del originals
+    for number, copy in enumerate(copies):
+        copy.fill_(number)
+    assert all(bool((copy == number).all()) for number, copy in enumerate(copies))

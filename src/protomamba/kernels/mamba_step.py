@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import native, reference
+from protomamba.kernels.allocator import on_large_pages
 from protomamba.kernels.checks import Span, check_elements, check_shapes, overlap, span
 from protomamba.kernels.mamba_block import check_block_shapes, mamba_block
 from protomamba.kernels.native import Library
-from protomamba.kernels.packed import WEIGHTS, pack, unpack
+from protomamba.kernels.packed import WEIGHTS, PackedMatrix, pack, unpack
 from protomamba.kernels.reference import BlockState, BlockWeights, LogitProjection
 
 
@@ -146,7 +147,7 @@ class DecodeStepper:
         sizes = check_shapes("decode_step", embedding_ID=embedding_ID, norm_D=norm_D, matrix_VD=scoring.matrix_VD)
         self._library, self._batch, self._tokens, self._classes = library, steppers[0].batch, sizes["I"], sizes["V"]
         x_BD, z_BD = native.floats(2, self._batch, sizes["D"])
-        head = pack(scoring.matrix_VD, weights)
+        head = _moved(pack(scoring.matrix_VD, weights), steppers)
         blocks = torch.frombuffer(
             bytearray(b"".join(library.pack("step", x=x_BD, out=x_BD, **stepper.fields) for stepper in steppers)),
             dtype=torch.uint8,
@@ -166,3 +167,17 @@ class DecodeStepper:
         logits_BV = native.floats(self._batch, self._classes)
         self._library.stack_step(tokens=tokens, scores=logits_BV, **self._fields)
         return logits_BV
+
+
+def _moved(head: PackedMatrix, steppers: Sequence[MambaStepper]) -> PackedMatrix:
+    """The head's matrix, its packed data and that of the steppers' own matrices on large pages.
+
+    Matrices in float32 stay where they are: they are the model's own.
+    """
+    if head.weights == "fp32":
+        return head
+    places = [(stepper.fields, name) for stepper in steppers for name, _ in MATRICES.values() if name in stepper.fields]
+    *moved, head_data = on_large_pages([*(fields[name] for fields, name in places), head.data])
+    for (fields, name), data in zip(places, moved, strict=True):
+        fields[name] = data
+    return head._replace(data=head_data)

@@ -198,6 +198,11 @@ struct Dots<INT8> {
 // sums[vector * W + row] for W rows, `lanes` of which exist, and COUNT vectors.
 template <int64_t KIND, int ROWS, int COUNT>
 PM_INLINE void sum_rows(const Matrix& m, int64_t row, int lanes, const Vectors& v, int64_t t, vf* sums) {
+    if (KIND != FP32 && lanes == W) {  // where the compiler knows the number, int8 takes 0.9 of the time; float32 more
+        PM_UNROLL
+        for (int i = 0; i < W; i += ROWS) Dots<KIND>::template sums<ROWS, COUNT>(m, row + i, v, t, sums + i);
+        return;
+    }
     int i = 0, whole = KIND == FP32 ? lanes - ROWS : lanes - 1;  // of a packed matrix the whole group is there
     for (; i <= whole; i += ROWS) Dots<KIND>::template sums<ROWS, COUNT>(m, row + i, v, t, sums + i);
     for (; i < lanes; i++) Dots<KIND>::template sums<1, COUNT>(m, row + i, v, t, sums + i);
