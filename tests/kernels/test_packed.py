@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -139,7 +141,7 @@ def test_copies_on_large_pages_hold_the_same_and_overlap_nowhere(sizes: tuple[in
     assert all(torch.equal(copy, original) for copy, original in zip(copies, originals, strict=True))
     assert all(copy.data_ptr() % 64 == 0 for copy in copies if copy.numel())
     spans = [(copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in copies]
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     del originals
     for number, copy in enumerate(copies):
         copy.fill_(number)
