@@ -37,7 +37,7 @@ _LINE = 64
 
 
 def on_large_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of contiguous tensors, one behind the other in one piece of memory, on large pages where the system has them.
+    """Copies of contiguous tensors, one behind the other in one piece of memory, on large pages where there are such.
 
     What is read from one end to the other, again and again, comes faster so: 28 MB of bf16 weights in 0.9 of the time.
     """
