@@ -22,7 +22,7 @@ from protomamba.kernels.arguments import OPS, Field
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
 MODES = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-ABI = 3
+ABI = 4
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _log = logging.getLogger("protomamba")

@@ -11,16 +11,16 @@ from protomamba.errors import ConfigError
 
 # The index is MatrixKind of csrc/matrix.h.
 WEIGHTS = ("fp32", "bf16", "int8")
-# A packed matrix is padded with zeros to whole groups of rows and blocks of columns (MATRIX_GROUP and MATRIX_BLOCK).
-GROUP, BLOCK = 8, 32
+# A packed matrix is padded with zeros to whole groups of rows (MATRIX_GROUP) and pairs of columns.
+GROUP, PAIR = 64, 2
 LARGEST = 127
 
 
 class PackedMatrix(NamedTuple):
     """A matrix (rows, columns) as the decoding kernels read it.
 
-    data: the float32 matrix itself, or (groups of rows, blocks of columns, rows of the group, columns of the block) in
-    bfloat16, a block's columns i and 16 + i side by side, or int8: then a row is scale_O (float32, (rows,)) times data.
+    data: the float32 matrix itself, or (groups of rows, pairs of columns, rows of the group, columns of the pair) in
+    bfloat16 or int8: then a row is scale_O (float32, (rows,)) times data.
     """
 
     weights: str
@@ -51,26 +51,22 @@ def pack(w_OI: Tensor, weights: str) -> PackedMatrix:
     if check_weights(weights) == "fp32":
         return PackedMatrix(weights, shape, w_OI.contiguous(), None)
     if weights == "bf16":
-        tiles = _tiles(w_OI.bfloat16())
-        pairs = tiles.view(*tiles.shape[:3], 2, BLOCK // 2).mT
-        return PackedMatrix(weights, shape, pairs.reshape(tiles.shape), None)
+        return PackedMatrix(weights, shape, _grouped(w_OI.bfloat16()), None)
     scale_O = w_OI.abs().amax(1) / LARGEST
     integers_OI = torch.round(w_OI / scale_O.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
-    return PackedMatrix(weights, shape, _tiles(integers_OI.to(torch.int8)), scale_O)
+    return PackedMatrix(weights, shape, _grouped(integers_OI.to(torch.int8)), scale_O)
 
 
 def unpack(packed: PackedMatrix) -> Tensor:
     """float64 (rows, columns): the very numbers that the kernels multiply with."""
     rows, columns = packed.shape
     data = packed.data.double()
-    if packed.weights == "bf16":
-        data = data.view(*data.shape[:3], BLOCK // 2, 2).mT.reshape(data.shape)
     if packed.weights != "fp32":
         data = data.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :columns]
     return data if packed.scale_O is None else data * packed.scale_O.double()[:, None]
 
 
-def _tiles(w_OI: Tensor) -> Tensor:
-    """(groups, blocks, GROUP, BLOCK), contiguous."""
-    padded_OI = torch.nn.functional.pad(w_OI, (0, -w_OI.shape[1] % BLOCK, 0, -w_OI.shape[0] % GROUP))
-    return padded_OI.view(-1, GROUP, padded_OI.shape[1] // BLOCK, BLOCK).transpose(1, 2).contiguous()
+def _grouped(w_OI: Tensor) -> Tensor:
+    """(groups, pairs, GROUP, PAIR), contiguous."""
+    padded_OI = torch.nn.functional.pad(w_OI, (0, -w_OI.shape[1] % PAIR, 0, -w_OI.shape[0] % GROUP))
+    return padded_OI.view(-1, GROUP, padded_OI.shape[1] // PAIR, PAIR).transpose(1, 2).contiguous()

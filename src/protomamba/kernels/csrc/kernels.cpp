@@ -30,7 +30,7 @@ __asm__(".symver exp,exp@GLIBC_2.17\n.symver log,log@GLIBC_2.17\n.symver pow,pow
 
 // Raised whenever one of the functions here that take no struct changes, or what a field means that keeps its name, kind and
 // place. Of all else the descriptions tell. kernels/native.py holds the number that it expects.
-PM_EXPORT int64_t pm_abi() { return 3; }
+PM_EXPORT int64_t pm_abi() { return 4; }
 
 // The highest level this CPU (and its operating system) can run: 0 baseline, 1 avx2, 2 avx512, 3 avx512vnni.
 PM_EXPORT int64_t pm_cpu_level() { return cpu_level(); }

@@ -8,11 +8,11 @@ namespace pm {
 
 enum MatrixKind : int64_t { FP32, BF16, INT8 };
 
-// A packed matrix (kernels/packed.py) is padded with zeros to whole groups of rows and blocks of columns; group by group,
-// block by block, the group's rows of the block lie side by side, so that the memory is read from one end to the other.
-// (14 MB of int8 in rows of 512, eight at a time: 1.5 ms; so: 0.25; only read: 0.21.) In bf16 a block's columns i and 16 + i
-// share a 32-bit word, the former its low half. In int8 a row is `scale` times the numbers -127 .. 127.
-constexpr int64_t MATRIX_BLOCK = 32, MATRIX_GROUP = 8;
+// A packed matrix (kernels/packed.py) is padded with zeros to whole groups of rows and pairs of columns; group by group, pair
+// by pair, the group's rows lie side by side, a row's two columns together. So memory is read from one end to the other, and
+// lanes are rows: no sum goes across them. In bf16 a pair is a 32-bit word, its first column the low half. In int8 a row is
+// `scale` times the numbers -127 .. 127.
+constexpr int64_t MATRIX_GROUP = 64;
 
 struct Matrix {
     int64_t kind, rows, columns;
@@ -20,22 +20,20 @@ struct Matrix {
     const float* scale;  // (rows,), int8 only
 };
 
-inline int64_t padded(int64_t columns) { return ceil_div(columns, MATRIX_BLOCK) * MATRIX_BLOCK; }
+inline int64_t padded(int64_t columns) { return columns + (columns & 1); }
 
-// Where the first column of a row stands in a packed matrix; the next block is MATRIX_GROUP * MATRIX_BLOCK further.
-inline int64_t packed_at(const Matrix& m, int64_t row) {
-    return row / MATRIX_GROUP * MATRIX_GROUP * padded(m.columns) + row % MATRIX_GROUP * MATRIX_BLOCK;
-}
-
-// Rows of the matrix read at once: of one in float32, so that the memory has several streams to follow. Measured on 57 MB: 8 rows 59 GB/s, 1 row 47, 16 rows 52; prefetching less.
+// Rows of a float32 matrix read at once for one vector: of one where the memory follows a single stream better (cpu.h).
+// Measured on 57 MB: 8 rows 59 GB/s, 1 row 47, 16 rows 52; prefetching less.
 constexpr int STREAMS = W < 8 ? W : 8;
 static const bool ONE_STREAM = cpu_follows_one_stream();
-// Rows and vectors whose products are held in registers at once, where there are several vectors.
+// Rows of a float32 matrix, vectors of W rows of a packed one, and vectors whose products are held in registers at once.
+constexpr int TILE_ROWS = 4, SLICE = 4;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
+constexpr int TILE_VECTORS = 4;
 #else
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
+constexpr int TILE_VECTORS = 2;
 #endif
+static_assert(MATRIX_GROUP % (SLICE * W) == 0, "a group is whole slices");
 // A product smaller than this is not worth waking another thread for.
 constexpr int64_t SERIAL_PRODUCT = 1 << 17;
 
@@ -87,164 +85,171 @@ class Vectors {
     Buffer memory_;
 };
 
-// A block of a packed matrix some way ahead is fetched where one vector meets it once: 14 MB of int8 0.40 ms, so 0.28.
-constexpr int64_t AHEAD = 8192;
-template <class Weight>
-PM_INLINE void prefetch_block(const Weight* w) {
-    const char* ahead = reinterpret_cast<const char*>(w) + AHEAD;
+// How the products of one kind are summed up. Of a float32 matrix: W lanes for each of ROWS rows from `row` on and each of
+// COUNT vectors from t on, into sums[vector * W + row].
+template <int ROWS, int COUNT>
+PM_INLINE void dots(const Matrix& m, int64_t row, const Vectors& v, int64_t t, vf* sums) {
+    const float *w = static_cast<const float*>(m.data) + row * m.columns, *x = v.floats + t * v.stride;
+    vf total[ROWS][COUNT] = {};
+    auto step = [&](int64_t c, int n) {
+        vf xs[COUNT];
+        PM_UNROLL
+        for (int j = 0; j < COUNT; j++) xs[j] = load(x + j * v.stride + c, n);
     PM_UNROLL
-    for (size_t line = 0; line < MATRIX_GROUP * MATRIX_BLOCK * sizeof(Weight); line += 64) __builtin_prefetch(ahead + line, 0, 3);
+        for (int i = 0; i < ROWS; i++) {
+            // The first of several vectors has the next W rows fetched while products with these are made.
+            if (COUNT > 1 && t == 0) __builtin_prefetch(w + (i + W) * m.columns + c, 0, 2);
+            vf ws = load(w + i * m.columns + c, n);
+            PM_UNROLL
+            for (int j = 0; j < COUNT; j++) total[i][j] += ws * xs[j];
+        }
+    };
+    int64_t c = 0;
+    for (; c + W <= m.columns; c += W) step(c, W);
+    if (c < m.columns) step(c, int(m.columns - c));
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COUNT; j++) sums[j * W + i] = total[i][j];
 }
-
-// How the products of one kind are summed up: W lanes for each of ROWS rows of the matrix from `row` on and each of COUNT
-// vectors from t on, into sums[vector * W + row].
-template <int64_t KIND>
-struct Dots;
-
-template <>
-struct Dots<FP32> {
-    template <int ROWS, int COUNT>
-    PM_INLINE void sums(const Matrix& m, int64_t row, const Vectors& v, int64_t t, vf* sums) {
-        const float *w = static_cast<const float*>(m.data) + row * m.columns, *x = v.floats + t * v.stride;
-        vf total[ROWS][COUNT] = {};
-        auto step = [&](int64_t c, int n) {
-            vf xs[COUNT];
-            PM_UNROLL
-            for (int j = 0; j < COUNT; j++) xs[j] = load(x + j * v.stride + c, n);
-            PM_UNROLL
-            for (int i = 0; i < ROWS; i++) {
-                vf ws = load(w + i * m.columns + c, n);
-                PM_UNROLL
-                for (int j = 0; j < COUNT; j++) total[i][j] += ws * xs[j];
-            }
-        };
-        int64_t c = 0;
-        for (; c + W <= m.columns; c += W) step(c, W);
-        if (c < m.columns) step(c, int(m.columns - c));
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < COUNT; j++) sums[j * W + i] = total[i][j];
-    }
-};
-
-template <>
-struct Dots<BF16> {
-    template <int ROWS, int COUNT>
-    PM_INLINE void sums(const Matrix& m, int64_t row, const Vectors& v, int64_t t, vf* sums) {
-        const uint16_t* w = static_cast<const uint16_t*>(m.data) + packed_at(m, row);
-        const float* x = v.floats + t * v.stride;
-        vf total[ROWS][COUNT] = {};
-        for (int64_t c = 0; c < v.stride; c += MATRIX_BLOCK, w += MATRIX_GROUP * MATRIX_BLOCK) {
-            if (COUNT == 1 && !ONE_STREAM) prefetch_block(w);
-            PM_UNROLL
-            for (int half = 0; half < 16; half += W) {
-                vf low[COUNT], high[COUNT];
-                PM_UNROLL
-                for (int j = 0; j < COUNT; j++) {
-                    low[j] = load(x + j * v.stride + c + half);
-                    high[j] = load(x + j * v.stride + c + 16 + half);
-                }
-                PM_UNROLL
-                for (int i = 0; i < ROWS; i++) {
-                    vu pairs = (vu)load(reinterpret_cast<const float*>(w + i * MATRIX_BLOCK + 2 * half));
-                    vf w_low = (vf)(pairs << 16), w_high = (vf)(pairs & 0xffff0000u);
-                    PM_UNROLL
-                    for (int j = 0; j < COUNT; j++) {
-                        total[i][j] += w_low * low[j];
-                        total[i][j] += w_high * high[j];
-                    }
-                }
-            }
-        }
-        for (int i = 0; i < ROWS; i++)
-            for (int j = 0; j < COUNT; j++) sums[j * W + i] = total[i][j];
-    }
-};
-
-// So many columns are summed in 32-bit integers: at most 512 products of 127 x 32767 in a lane, at the smallest W.
-constexpr int64_t INTEGER_COLUMNS = 2048;
-
-template <>
-struct Dots<INT8> {
-    template <int ROWS, int COUNT>
-    PM_INLINE void sums(const Matrix& m, int64_t row, const Vectors& v, int64_t t, vf* sums) {
-        const int8_t* w = static_cast<const int8_t*>(m.data) + packed_at(m, row);
-        const int16_t* x = v.integers + t * v.stride;
-        for (int k = 0; k < COUNT * W; k += W)
-            for (int i = 0; i < ROWS; i++) sums[k + i] = vf{};
-        for (int64_t start = 0; start < v.stride; start += INTEGER_COLUMNS) {
-            vi total[ROWS][COUNT] = {};
-            int64_t end = std::min(v.stride, start + INTEGER_COLUMNS);
-            for (int64_t c = start; c < end; c += MATRIX_BLOCK, w += MATRIX_GROUP * MATRIX_BLOCK) {
-                if (COUNT == 1 && !ONE_STREAM) prefetch_block(w);
-                PM_UNROLL
-                for (int some = 0; some < MATRIX_BLOCK; some += 2 * W) {
-                    vs xs[COUNT];
-                    PM_UNROLL
-                    for (int j = 0; j < COUNT; j++) xs[j] = load(x + j * v.stride + c + some);
-                    PM_UNROLL
-                    for (int i = 0; i < ROWS; i++) {
-                        vs ws = load(w + i * MATRIX_BLOCK + some);
-                        PM_UNROLL
-                        for (int j = 0; j < COUNT; j++) total[i][j] = add_products(total[i][j], ws, xs[j]);
-                    }
-                }
-            }
-            for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < COUNT; j++) sums[j * W + i] += __builtin_convertvector(total[i][j], vf);
-        }
-    }
-};
 
 // sums[vector * W + row] for W rows, `lanes` of which exist, and COUNT vectors.
-template <int64_t KIND, int ROWS, int COUNT>
-PM_INLINE void sum_rows(const Matrix& m, int64_t row, int lanes, const Vectors& v, int64_t t, vf* sums) {
-    if (KIND != FP32 && lanes == W) {  // where the compiler knows the number, int8 takes 0.9 of the time; float32 more
-        PM_UNROLL
-        for (int i = 0; i < W; i += ROWS) Dots<KIND>::template sums<ROWS, COUNT>(m, row + i, v, t, sums + i);
-        return;
-    }
-    int i = 0, whole = KIND == FP32 ? lanes - ROWS : lanes - 1;  // of a packed matrix the whole group is there
-    for (; i <= whole; i += ROWS) Dots<KIND>::template sums<ROWS, COUNT>(m, row + i, v, t, sums + i);
-    for (; i < lanes; i++) Dots<KIND>::template sums<1, COUNT>(m, row + i, v, t, sums + i);
+template <int ROWS, int COUNT>
+PM_INLINE void dots_of_rows(const Matrix& m, int64_t row, int lanes, const Vectors& v, int64_t t, vf* sums) {
+    int i = 0;
+    for (; i <= lanes - ROWS; i += ROWS) dots<ROWS, COUNT>(m, row + i, v, t, sums + i);
+    for (; i < lanes; i++) dots<1, COUNT>(m, row + i, v, t, sums + i);
 }
 
-template <int64_t KIND, int ROWS, int COUNT, class Finish>
+template <int ROWS, int COUNT, class Finish>
 PM_INLINE void finish_rows(const Matrix& m, int64_t row, const Vectors& v, int64_t t, const Finish& finish) {
     int lanes = int(std::min<int64_t>(W, m.rows - row));
     vf sums[COUNT * W] = {};
-    sum_rows<KIND, ROWS, COUNT>(m, row, lanes, v, t, sums);
-    for (int j = 0; j < COUNT; j++) {
-        vf dots = sum_each([&](int lane) { return sums[j * W + lane]; });
-        finish(t + j, row, lanes, KIND == INT8 ? dots * (load(m.scale + row, lanes) * v.scale[t + j]) : dots);
+    dots_of_rows<ROWS, COUNT>(m, row, lanes, v, t, sums);
+    for (int j = 0; j < COUNT; j++) finish(t + j, row, lanes, sum_each([&](int lane) { return sums[j * W + lane]; }));
+}
+
+template <class Finish>
+void times_vectors_fp32(const Matrix& m, const Vectors& v, Range groups, const Finish& finish) {
+    for (int64_t row = groups.begin * MATRIX_GROUP; row < std::min(m.rows, groups.end * MATRIX_GROUP); row += W) {
+        int64_t t = 0;
+        for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_rows<TILE_ROWS, TILE_VECTORS>(m, row, v, t, finish);
+        if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_rows<TILE_ROWS, 2>(m, row, v, t, finish), t += 2;
+        if (t == v.count) continue;
+        ONE_STREAM ? finish_rows<1, 1>(m, row, v, t, finish) : finish_rows<STREAMS, 1>(m, row, v, t, finish);
     }
+}
+
+// What of a packed matrix is this far ahead is fetched: 14 MB of int8 0.40 ms, so 0.28.
+constexpr int64_t AHEAD = 4096;
+template <class Weight>
+PM_INLINE void fetch_ahead(const Weight* w) {
+    PM_UNROLL
+    for (size_t at = 0; at < 2 * SLICE * W * sizeof(Weight); at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD * sizeof(Weight) + at, 0, 3);
+}
+
+// Of a packed matrix: the products of SLICE x W rows, the first column pair of which is at w, with COUNT vectors from t on.
+// (A pair of the same rows is 2 MATRIX_GROUP weights further.)
+template <int64_t KIND>
+struct Slices;
+
+template <>
+struct Slices<BF16> {
+    using Weight = uint16_t;
+
+    template <int COUNT>
+    PM_INLINE void sums(const Weight* w, const Vectors& v, int64_t t, vf (*total)[SLICE]) {
+        const float* x = v.floats + t * v.stride;
+        vf sum[COUNT][SLICE] = {};
+        for (int64_t c = 0; c < v.stride; c += 2, w += 2 * MATRIX_GROUP) {
+            fetch_ahead(w);
+            PM_UNROLL
+            for (int k = 0; k < SLICE; k++) {
+                vu pairs = (vu)load(reinterpret_cast<const float*>(w + 2 * W * k));
+                vf first = (vf)(pairs << 16), second = (vf)(pairs & 0xffff0000u);
+                PM_UNROLL
+                for (int j = 0; j < COUNT; j++) {
+                    sum[j][k] += first * x[j * v.stride + c];
+                    sum[j][k] += second * x[j * v.stride + c + 1];
+                }
+            }
+        }
+        for (int j = 0; j < COUNT; j++)
+            for (int k = 0; k < SLICE; k++) total[j][k] = sum[j][k];
+    }
+};
+
+// So many columns are summed in 32-bit integers: 512 products of 127 x 32767.
+constexpr int64_t INTEGER_COLUMNS = 512;
+
+template <>
+struct Slices<INT8> {
+    using Weight = int8_t;
+
+    template <int COUNT>
+    PM_INLINE void sums(const Weight* w, const Vectors& v, int64_t t, vf (*total)[SLICE]) {
+        const int16_t* x = v.integers + t * v.stride;
+        for (int j = 0; j < COUNT; j++)
+            for (int k = 0; k < SLICE; k++) total[j][k] = vf{};
+        for (int64_t start = 0; start < v.stride; start += INTEGER_COLUMNS) {
+            vi sum[COUNT][SLICE] = {};
+            int64_t end = std::min(v.stride, start + INTEGER_COLUMNS);
+            for (int64_t c = start; c < end; c += 2, w += 2 * MATRIX_GROUP) {
+                fetch_ahead(w);
+                vs pairs[SLICE];
+                PM_UNROLL
+                for (int k = 0; k < SLICE; k++) pairs[k] = load(w + 2 * W * k);
+                PM_UNROLL
+                for (int j = 0; j < COUNT; j++) {
+                    int32_t pair;
+                    std::memcpy(&pair, x + j * v.stride + c, sizeof pair);
+                    vs same = (vs)(pair - vi{});
+                    PM_UNROLL
+                    for (int k = 0; k < SLICE; k++) sum[j][k] = add_products(sum[j][k], pairs[k], same);
+                }
+            }
+            for (int j = 0; j < COUNT; j++)
+                for (int k = 0; k < SLICE; k++) total[j][k] += __builtin_convertvector(sum[j][k], vf);
+        }
+    }
+};
+
+template <int64_t KIND, int COUNT, class Finish>
+PM_INLINE void finish_slice(const Matrix& m, int64_t row, const Vectors& v, int64_t t, const Finish& finish) {
+    using Weight = typename Slices<KIND>::Weight;
+    int64_t group = row / MATRIX_GROUP * MATRIX_GROUP, inside = row % MATRIX_GROUP;
+    vf sums[COUNT][SLICE];
+    Slices<KIND>::template sums<COUNT>(static_cast<const Weight*>(m.data) + group * padded(m.columns) + 2 * inside, v, t, sums);
+    for (int j = 0; j < COUNT; j++)
+        for (int64_t k = 0, r = row; k < SLICE && r < m.rows; k++, r += W) {
+            int lanes = int(std::min<int64_t>(W, m.rows - r));
+            vf dots = sums[j][k];
+            finish(t + j, r, lanes, KIND == INT8 ? dots * (load(m.scale + r, lanes) * v.scale[t + j]) : dots);
+        }
 }
 
 template <int64_t KIND, class Finish>
-void times_vectors_of(const Matrix& m, const Vectors& v, Range blocks, const Finish& finish) {
-    for (int64_t row = blocks.begin * W; row < std::min(m.rows, blocks.end * W); row += W) {
+void times_vectors_packed(const Matrix& m, const Vectors& v, Range groups, const Finish& finish) {
+    for (int64_t row = groups.begin * MATRIX_GROUP; row < std::min(m.rows, groups.end * MATRIX_GROUP); row += SLICE * W) {
         int64_t t = 0;
-        for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_rows<KIND, TILE_ROWS, TILE_VECTORS>(m, row, v, t, finish);
-        if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_rows<KIND, TILE_ROWS, 2>(m, row, v, t, finish), t += 2;
-        if (t == v.count) continue;
-        if (KIND == FP32 && ONE_STREAM)
-            finish_rows<KIND, 1, 1>(m, row, v, t, finish);
-        else
-            finish_rows<KIND, STREAMS, 1>(m, row, v, t, finish);
+        for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_slice<KIND, TILE_VECTORS>(m, row, v, t, finish);
+        if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_slice<KIND, 2>(m, row, v, t, finish), t += 2;
+        if (t < v.count) finish_slice<KIND, 1>(m, row, v, t, finish);
     }
 }
 
-// Calls finish(t, row, lanes, dot products of W rows of m with vector t) over all t and all rows in `blocks` of W.
+// Calls finish(t, row, lanes, dot products of W rows of m with vector t) over all t and all rows in those groups of rows.
 template <class Finish>
-PM_INLINE void times_vectors(const Matrix& m, const Vectors& v, Range blocks, const Finish& finish) {
-    if (m.kind == FP32) return times_vectors_of<FP32>(m, v, blocks, finish);
-    m.kind == BF16 ? times_vectors_of<BF16>(m, v, blocks, finish) : times_vectors_of<INT8>(m, v, blocks, finish);
+PM_INLINE void times_vectors(const Matrix& m, const Vectors& v, Range groups, const Finish& finish) {
+    if (m.kind == FP32) return times_vectors_fp32(m, v, groups, finish);
+    m.kind == BF16 ? times_vectors_packed<BF16>(m, v, groups, finish) : times_vectors_packed<INT8>(m, v, groups, finish);
 }
 
-// Runs work(blocks of W rows) over all rows of a matrix of that size, on one thread if it is small.
+// Runs work(groups of MATRIX_GROUP rows) over all rows of a matrix of that size, on one thread if it is small.
 template <class Work>
-void for_row_blocks(const Pool& pool, int64_t rows, int64_t columns, const Work& work) {
-    int64_t blocks = ceil_div(rows, W), parts = rows * columns < SERIAL_PRODUCT ? 1 : std::min(blocks, Grid::WANTED);
-    run(pool, parts, [&](int64_t i) { work(part(blocks, parts, i)); });
+void for_row_groups(const Pool& pool, int64_t rows, int64_t columns, const Work& work) {
+    int64_t groups = ceil_div(rows, MATRIX_GROUP);
+    int64_t parts = rows * columns < SERIAL_PRODUCT ? 1 : std::min(groups, Grid::WANTED);
+    run(pool, parts, [&](int64_t i) { work(part(groups, parts, i)); });
 }
 
 }  // namespace pm

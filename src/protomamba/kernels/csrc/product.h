@@ -19,8 +19,8 @@ inline void product(const ProductArgs& a) {
     Matrix m{a.kind, a.rows, a.columns, a.w, a.scale};
     Vectors v(m, a.x, a.x_stride, a.T);
     if (!v) return;
-    for_row_blocks(a.pool, a.rows, a.columns, [&](Range blocks) {
-        times_vectors(m, v, blocks,
+    for_row_groups(a.pool, a.rows, a.columns, [&](Range groups) {
+        times_vectors(m, v, groups,
                       [&](int64_t t, int64_t r, int lanes, vf sums) { store(a.y + t * a.rows + r, sums, lanes); });
     });
 }

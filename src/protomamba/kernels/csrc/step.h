@@ -81,8 +81,8 @@ inline void step_input(const StepArgs& a, const float* normed, float* uz) {
     Matrix m{a.kind, a.width(), a.D, a.in_proj, a.in_scale};
     Vectors v(m, normed, a.D, a.B);
     if (!v) return;
-    for_row_blocks(a.pool, a.width(), a.D, [&](Range blocks) {
-        times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf sums) {
+    for_row_groups(a.pool, a.width(), a.D, [&](Range groups) {
+        times_vectors(m, v, groups, [&](int64_t b, int64_t e, int lanes, vf sums) {
             store(uz + b * a.width() + e, sums, lanes);
             if (e < a.E) conv(b, e, int(std::min<int64_t>(lanes, a.E - e)));
         });
@@ -95,8 +95,8 @@ inline void step_core(const StepArgs& a, const float* uz, const float* p, float*
     Vectors v(m, p, a.projected(), a.B);
     if (!v) return;
     // A state of the scan costs about as much as 8 weights of a product.
-    for_row_blocks(a.pool, a.E, a.R + 8 * a.N, [&](Range blocks) {
-        times_vectors(m, v, blocks, [&](int64_t b, int64_t e, int lanes, vf dt) {
+    for_row_groups(a.pool, a.E, a.R + 8 * a.N, [&](Range groups) {
+        times_vectors(m, v, groups, [&](int64_t b, int64_t e, int lanes, vf dt) {
             const float *u = uz + b * a.width(), *Bn = p + b * a.projected() + a.R, *z = a.in_proj ? u + a.E : nullptr;
             vf out = step_scan(a, a.ssm_state + b * a.E * a.N, u, Bn, Bn + a.N, z, e, lanes, dt);
             store(y + b * a.E + e, out, lanes);
@@ -109,8 +109,8 @@ inline void step_output(const StepArgs& a, const float* y) {
     Matrix m{a.kind, a.D, a.E, a.out_proj, a.out_scale};
     Vectors v(m, y, a.E, a.B);
     if (!v) return;
-    for_row_blocks(a.pool, a.D, a.E, [&](Range blocks) {
-        times_vectors(m, v, blocks, [&](int64_t b, int64_t r, int lanes, vf sums) {
+    for_row_groups(a.pool, a.D, a.E, [&](Range groups) {
+        times_vectors(m, v, groups, [&](int64_t b, int64_t r, int lanes, vf sums) {
             store(a.out + b * a.D + r, sums + load(a.x + b * a.D + r, lanes), lanes);
         });
     });
