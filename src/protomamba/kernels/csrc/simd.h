@@ -215,7 +215,7 @@ PM_INLINE void store_rounded(int16_t* p, vf v, int count) {
     std::memcpy(p, &rounded, sizeof(int16_t) * std::min(count, W));
 }
 
-// sum + a * b, each lane of the sum taking two of the products; which two depends on the level.
+// sum + a * b, lane i of the sum taking the products 2 i and 2 i + 1.
 PM_INLINE vi add_products(vi sum, vs a, vs b) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -226,8 +226,8 @@ PM_INLINE vi add_products(vi sum, vs a, vs b) {
 #elif defined(__SSE2__)
     return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #elif defined(__aarch64__)
-    int32x4_t low = vmlal_s16((int32x4_t)sum, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
-    return (vi)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
+    int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return sum + (vi)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
 #else
     for (int i = 0; i < W; i++) sum[i] += int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
     return sum;
