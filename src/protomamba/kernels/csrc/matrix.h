@@ -95,7 +95,7 @@ PM_INLINE void dots(const Matrix& m, int64_t row, const Vectors& v, int64_t t, v
         vf xs[COUNT];
         PM_UNROLL
         for (int j = 0; j < COUNT; j++) xs[j] = load(x + j * v.stride + c, n);
-    PM_UNROLL
+        PM_UNROLL
         for (int i = 0; i < ROWS; i++) {
             // The first of several vectors has the next W rows fetched while products with these are made.
             if (COUNT > 1 && t == 0) __builtin_prefetch(w + (i + W) * m.columns + c, 0, 2);
@@ -138,7 +138,7 @@ void times_vectors_fp32(const Matrix& m, const Vectors& v, Range groups, const F
     }
 }
 
-// What of a packed matrix is this far ahead is fetched: 14 MB of int8 0.40 ms, so 0.28.
+// Weights of a packed matrix this far ahead are fetched.
 constexpr int64_t AHEAD = 4096;
 template <class Weight>
 PM_INLINE void fetch_ahead(const Weight* w) {
