@@ -85,6 +85,15 @@ class Vectors {
     Buffer memory_;
 };
 
+// Calls work(how many vectors, as a constant, the first of them) for tiles of TILE_VECTORS, 2 and 1 that are `count` together.
+template <class Work>
+PM_INLINE void for_tiles(int64_t count, const Work& work) {
+    int64_t t = 0;
+    for (; t + TILE_VECTORS <= count; t += TILE_VECTORS) work(std::integral_constant<int, TILE_VECTORS>(), t);
+    if (TILE_VECTORS > 2 && t + 2 <= count) work(std::integral_constant<int, 2>(), t), t += 2;
+    if (t < count) work(std::integral_constant<int, 1>(), t);
+}
+
 // How the products of one kind are summed up. Of a float32 matrix: W lanes for each of ROWS rows from `row` on and each of
 // COUNT vectors from t on, into sums[vector * W + row].
 template <int ROWS, int COUNT>
@@ -98,7 +107,7 @@ PM_INLINE void dots(const Matrix& m, int64_t row, const Vectors& v, int64_t t, v
         PM_UNROLL
         for (int i = 0; i < ROWS; i++) {
             // The first of several vectors has the next W rows fetched while products with these are made.
-            if (COUNT > 1 && t == 0) __builtin_prefetch(w + (i + W) * m.columns + c, 0, 2);
+            if (COUNT > 1 && t == 0) PM_PREFETCH_READ(w + (i + W) * m.columns + c);
             vf ws = load(w + i * m.columns + c, n);
             PM_UNROLL
             for (int j = 0; j < COUNT; j++) total[i][j] += ws * xs[j];
@@ -130,11 +139,12 @@ PM_INLINE void finish_rows(const Matrix& m, int64_t row, const Vectors& v, int64
 template <class Finish>
 void times_vectors_fp32(const Matrix& m, const Vectors& v, Range groups, const Finish& finish) {
     for (int64_t row = groups.begin * MATRIX_GROUP; row < std::min(m.rows, groups.end * MATRIX_GROUP); row += W) {
-        int64_t t = 0;
-        for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_rows<TILE_ROWS, TILE_VECTORS>(m, row, v, t, finish);
-        if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_rows<TILE_ROWS, 2>(m, row, v, t, finish), t += 2;
-        if (t == v.count) continue;
-        ONE_STREAM ? finish_rows<1, 1>(m, row, v, t, finish) : finish_rows<STREAMS, 1>(m, row, v, t, finish);
+        for_tiles(v.count, [&](auto tile, int64_t t) __attribute__((always_inline)) {
+            if constexpr (tile > 1)
+                finish_rows<TILE_ROWS, tile>(m, row, v, t, finish);
+            else
+                ONE_STREAM ? finish_rows<1, 1>(m, row, v, t, finish) : finish_rows<STREAMS, 1>(m, row, v, t, finish);
+        });
     }
 }
 
@@ -230,10 +240,9 @@ PM_INLINE void finish_slice(const Matrix& m, int64_t row, const Vectors& v, int6
 template <int64_t KIND, class Finish>
 void times_vectors_packed(const Matrix& m, const Vectors& v, Range groups, const Finish& finish) {
     for (int64_t row = groups.begin * MATRIX_GROUP; row < std::min(m.rows, groups.end * MATRIX_GROUP); row += SLICE * W) {
-        int64_t t = 0;
-        for (; t + TILE_VECTORS <= v.count; t += TILE_VECTORS) finish_slice<KIND, TILE_VECTORS>(m, row, v, t, finish);
-        if (TILE_VECTORS > 2 && t + 2 <= v.count) finish_slice<KIND, 2>(m, row, v, t, finish), t += 2;
-        if (t < v.count) finish_slice<KIND, 1>(m, row, v, t, finish);
+        for_tiles(v.count, [&](auto tile, int64_t t) __attribute__((always_inline)) {
+            finish_slice<KIND, tile>(m, row, v, t, finish);
+        });
     }
 }
 
