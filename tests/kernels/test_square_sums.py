@@ -51,3 +51,12 @@ def test_other_tensors_take_the_reference_path(level: str) -> None:
     found = kernels.square_sums([torch.ones(3), strided, wide])
     assert found == pytest.approx([3.0, float(strided.square().sum()), float(wide.square().sum())])
     assert kernels.square_sums([]) == []
+
+
+def test_parts_are_summed_as_tensors_of_their_own(level: str) -> None:
+    tensors, parts = [torch.randn(5_000), torch.randn(300, 7), torch.randn(0)], [[1, 4_095, 904], [2_100], []]
+    cut = [*tensors[0].split(parts[0]), tensors[1]]
+    assert kernels.square_sums(tensors, parts) == kernels.square_sums(cut)
+    assert reference.square_sums(tensors, parts) == reference.square_sums(cut)
+    with pytest.raises(ValueError, match="parts"):
+        kernels.square_sums(tensors, [[4_999], [2_100], []])

@@ -122,10 +122,10 @@ OPS = {
     "prototype_loss_forward": _PROTOTYPE_LOSS,
     "prototype_loss_backward": _PROTOTYPE_LOSS,
     "sphere_softmax": Arguments(
-        "T S: int", "scale: float", "rows log_chance place own rate down dlog_scale: pointer"
+        "T S: int", "scale: float", "rows log_chance classes targets own rate down dlog_scale: pointer"
     ),
-    "sphere_turn": Arguments("T D: int", "unit inverse gradient: pointer"),
-    "sphere_unit": Arguments("T D: int", "x unit inverse: pointer"),
+    "sphere_turn": Arguments("T D: int", "unit inverse gradient index total: pointer"),
+    "sphere_unit": Arguments("T D: int", "x index unit inverse: pointer"),
     "judge_block": Arguments(
         "T C K R start row: int", "factor: float",
         "scores values classes log_sum own targets reserved rank: pointer",

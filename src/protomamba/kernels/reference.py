@@ -381,9 +381,13 @@ def sampled_softmax_loss(
     return weighted_mean(loss_T, None if weight_T is None else weight_T[kept])
 
 
-def square_sums(tensors: Sequence[Tensor]) -> list[float]:
-    """The sum of the squares of each tensor's elements, in float64: not finite exactly where one of them is not."""
-    return [float(x.detach().double().square().sum()) for x in tensors]
+def square_sums(tensors: Sequence[Tensor], parts: Sequence[Sequence[int]] | None = None) -> list[float]:
+    """The sum of the squares of each tensor's elements, or of each of its parts of so many elements, in float64: not
+    finite exactly where one of them is not."""
+    flat = [x.detach().reshape(-1) for x in tensors]
+    if parts is not None:
+        flat = [piece for x, sizes in zip(flat, parts, strict=True) for piece in torch.split(x, list(sizes))]
+    return [float(x.double().square().sum()) for x in flat]
 
 
 class AdamWTensors(NamedTuple):

@@ -22,7 +22,6 @@ from protomamba.kernels.prototype_loss import (
     Angles,
     check_sample,
     check_targets,
-    places,
     prototype_loss_backward,
     prototype_loss_forward,
     total_weight,
@@ -204,14 +203,13 @@ class _Pull(NamedTuple):
 
     def gradients(self, scale: float, rate_T: Tensor) -> tuple[Tensor, Tensor, float]:
         """Of z (T, D), of the prototypes (V, D) and of log s."""
-        dz, down_T = torch.empty_like(self.z), torch.empty_like(rate_T)
-        dlog_scale = torch.zeros((), dtype=torch.float64)
-        start, dprototypes = 0, None
+        dz, dprototypes = torch.empty_like(self.z), torch.zeros_like(self.prototypes)
+        down_T, dlog_scale = torch.empty_like(rate_T), torch.zeros((), dtype=torch.float64)
+        start = 0
         for sample in self.samples:
             group = _Group(self, sample, start, scale)
+            group.add_gradients(dz, dprototypes, rate_T, down_T, dlog_scale)
             start = group.stop
-            dprototypes = _added(dprototypes, group.gradients(dz, rate_T, down_T, dlog_scale), self.prototypes, sample)
-        assert dprototypes is not None
         if bool(down_T.any()):
             self._add_the_unsampled(dz, dprototypes, down_T)
         return dz, dprototypes, float(dlog_scale)
@@ -238,10 +236,12 @@ class _Group(NamedTuple):
     def stop(self) -> int:
         return self.start + sum(self.sample.tokens_R or ())
 
-    def gradients(self, dz: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor) -> Tensor:
-        """Of the sampled prototypes (S, D). Writes the tokens' part of dz and down, adds to the gradient of log s."""
+    def add_gradients(
+        self, dz: Tensor, dprototypes: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor
+    ) -> None:
+        """Writes the tokens' part of dz and down, adds to the gradients of the prototypes and of log s."""
         library, angles = self.pull.library, self.pull.angles
-        unit_SD, inverse_S = _units(library, self._rows())
+        unit_SD, inverse_S = _units(library, self.pull.prototypes, self.sample.classes_S)
         dunit_SD, factor_SD = None, unit_SD.to(self.pull.dtype)
         for part in self._blocks():
             unit = self.pull.z[part] * angles.inverse_z[part, None]
@@ -253,10 +253,8 @@ class _Group(NamedTuple):
             _turn(library, unit, angles.inverse_z[part], dz[part])
             more_SD = grad_weight(dproduct, factor).float()
             dunit_SD = more_SD if dunit_SD is None else dunit_SD.add_(more_SD)
-        if dunit_SD is None:
-            return torch.zeros_like(unit_SD)
-        _turn(library, unit_SD, inverse_S, dunit_SD)
-        return dunit_SD
+        if dunit_SD is not None:
+            _turn(library, unit_SD, inverse_S, dunit_SD, self.sample.classes_S, dprototypes)
 
     def _blocks(self) -> Iterator[slice]:
         for start in range(self.start, self.stop, BLOCK):
@@ -271,44 +269,32 @@ class _Group(NamedTuple):
                 yield slice(begin, end), None if self.sample.log_chance_RS is None else self.sample.log_chance_RS[run]
             start += tokens
 
-    def _rows(self) -> Tensor:
-        classes_S = self.sample.classes_S
-        return self.pull.prototypes if classes_S is None else self.pull.prototypes.index_select(0, classes_S)
-
-    def _places(self, part: slice) -> Tensor:
-        targets, classes_S = self.pull.targets[part], self.sample.classes_S
-        return targets if classes_S is None else places(classes_S, targets)
-
     def _softmax(self, part: slice, cosine_TS: Tensor, rate_T: Tensor, down_T: Tensor, dlog_scale: Tensor) -> None:
         """Turns a block's cosines into the gradient with respect to them, in place."""
-        place_T, own_T = self._places(part), self.pull.angles.cosine
+        targets_T, own_T = self.pull.targets, self.pull.angles.cosine
         for run, log_chance_S in self._runs(part):
             inside = slice(run.start - part.start, run.stop - part.start)
             self.pull.library.sphere_softmax(
                 T=run.stop - run.start, S=cosine_TS.shape[1], scale=self.scale, rows=cosine_TS[inside],
-                log_chance=log_chance_S, place=place_T[inside], own=own_T[run], rate=rate_T[run], down=down_T[run],
-                dlog_scale=dlog_scale,
+                log_chance=log_chance_S, classes=self.sample.classes_S, targets=targets_T[run], own=own_T[run],
+                rate=rate_T[run], down=down_T[run], dlog_scale=dlog_scale,
             )  # fmt: skip
 
 
-def _added(total: Tensor | None, rows_SD: Tensor, like_VD: Tensor, sample: _Held) -> Tensor:
-    """The gradient of all prototypes so far, and that of a sample's; the first of all classes is the total itself."""
-    classes_S = sample.classes_S
-    if classes_S is None:
-        return rows_SD if total is None else total.add_(rows_SD)
-    if total is None:
-        return torch.zeros_like(like_VD).index_copy_(0, classes_S, rows_SD)
-    # Torch's index_add_ takes one row after the other.
-    return total.index_copy_(0, classes_S, total.index_select(0, classes_S).add_(rows_SD))
-
-
-def _units(library: Library, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / |x| of each row, and 1 / |x|."""
-    unit, inverse = torch.empty_like(x), native.floats(len(x))
-    library.sphere_unit(T=x.shape[0], D=x.shape[1], x=x, unit=unit, inverse=inverse)
+def _units(library: Library, x_VD: Tensor, rows_S: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x / |x| of each row, or of these rows, and 1 / |x|."""
+    count, width = len(x_VD) if rows_S is None else len(rows_S), x_VD.shape[1]
+    unit, inverse = native.floats(count, width), native.floats(count)
+    library.sphere_unit(T=count, D=width, x=x_VD, index=rows_S, unit=unit, inverse=inverse)
     return unit, inverse
 
 
-def _turn(library: Library, unit: Tensor, inverse: Tensor, gradient: Tensor) -> None:
-    """Makes a gradient of unit vectors that of the vectors they came from, in place."""
-    library.sphere_turn(T=unit.shape[0], D=unit.shape[1], unit=unit, inverse=inverse, gradient=gradient)
+def _turn(
+    library: Library, unit: Tensor, inverse: Tensor, gradient: Tensor, rows_S: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Makes a gradient of unit vectors that of the vectors they came from, in place; or adds that to the total, or to
+    these rows of it."""
+    library.sphere_turn(
+        T=unit.shape[0], D=unit.shape[1], unit=unit, inverse=inverse, gradient=gradient, index=rows_S, total=total
+    )

@@ -127,10 +127,10 @@ class Comm:
 
         The blocks are the same ones on any number of ranks, and so is the norm that is made from them.
         """
-        named = self._plan.named
-        owned = self._plan.layout.owned_blocks(self.rank)
-        blocks = [block for block in owned if named[block.name].grad is not None]
-        own = kernels.square_sums([block.of(_gradient(named[block.name])) for block in blocks])
+        layout, named = self._plan.layout, self._plan.named
+        owned = zip(layout.pieces[self.rank], layout.sizes[self.rank], strict=True)
+        blocks = [(piece.of(grad), sizes) for piece, sizes in owned if (grad := named[piece.name].grad) is not None]
+        own = kernels.square_sums([x for x, _ in blocks], [sizes for _, sizes in blocks])
         parts = [part.tolist() for part in self.mesh.all_gather(torch.tensor([count, *own], dtype=torch.float64))]
         return [value for part in parts for value in part[1:]], int(sum(part[0] for part in parts))
 
@@ -239,8 +239,3 @@ class Ranks(Comm):
 def join() -> Comm:
     """The ranks of torch's launcher where it started this process; else this process alone, and no socket."""
     return Ranks() if launched() else Local()
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

@@ -72,12 +72,18 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 class Layout:
-    """The blocks of a set of parameters and, for each of `world` ranks, the pieces it owns."""
+    """The blocks of a set of parameters and, for each of `world` ranks, the pieces it owns and the blocks in them."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], world: int, whole: bool = False) -> None:
         self.blocks = blocks(shapes, whole)
         self.owner = owners(self.blocks, world)
-        self.pieces = [joined(self.owned_blocks(rank)) for rank in range(world)]
-
-    def owned_blocks(self, rank: int) -> list[Piece]:
-        return [block for block, owner in zip(self.blocks, self.owner, strict=True) if owner == rank]
+        owned = [
+            [block for block, owner in zip(self.blocks, self.owner, strict=True) if owner == rank]
+            for rank in range(world)
+        ]
+        self.pieces = [joined(mine) for mine in owned]
+        # Of each rank: the elements of the blocks of each of its pieces.
+        self.sizes = [
+            [[block.numel for block in mine if block.name == piece.name] for piece in pieces]
+            for mine, pieces in zip(owned, self.pieces, strict=True)
+        ]

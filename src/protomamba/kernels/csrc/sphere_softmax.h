@@ -12,18 +12,25 @@ struct SphereSoftmaxArgs {
     double scale;             // s
     float* rows;              // (T, S): cosines to the sampled classes; becomes the gradient with respect to them
     const float* log_chance;  // (S,) or null
-    const int64_t* place;     // (T,): where a token's own class stands among the sampled ones, -1: nowhere
+    const int64_t *classes, *targets;  // (S,) the sampled classes in rising order, null: all S; (T,) each token's own
     const float *own, *rate;  // (T,): the cosine to the own class; what the token's loss counts in the gradient
     float* down;              // (T,): the gradient of `own` where the own class is not among the sampled ones, else 0
     double* dlog_scale;       // one number, added to
 };
-PM_FIELDS(SphereSoftmaxArgs, T, S, scale, rows, log_chance, place, own, rate, down, dlog_scale)
+PM_FIELDS(SphereSoftmaxArgs, T, S, scale, rows, log_chance, classes, targets, own, rate, down, dlog_scale)
+
+// Where a class stands among the sampled ones; -1: nowhere.
+inline int64_t place_of(const SphereSoftmaxArgs& a, int64_t wanted) {
+    if (!a.classes) return wanted;
+    const int64_t* found = std::lower_bound(a.classes, a.classes + a.S, wanted);
+    return found < a.classes + a.S && *found == wanted ? found - a.classes : -1;
+}
 
 // One token; returns its part of the gradient of log s. Scores stand relative to that of the own class, which counts once
 // and without correction: its exponent is exactly 0.
 inline double sphere_softmax_row(const SphereSoftmaxArgs& a, int64_t t) {
     float *row = a.rows + t * a.S, s = float(a.scale), own = s * a.own[t];
-    int64_t place = a.place[t];
+    int64_t place = place_of(a, a.targets[t]);
     auto correction = [&](int64_t k, int n) { return a.log_chance ? load(a.log_chance + k, n) : vf{}; };
     vf top{}, sums{}, moments{};
     for_row(a.S, [&](int64_t k, int n) {
@@ -64,8 +71,10 @@ struct SphereTurnArgs {
     int64_t T, D;
     const float *unit, *inverse;  // (T, D) unit vectors u = x / |x|; (T,) 1 / |x|
     float* gradient;              // (T, D): of u, becomes that of x
+    const int64_t* index;         // (T,) different rows, or null
+    float* total;                 // (rows, D): to row index[t] of it that of x is added, and `gradient` is scratch; or null
 };
-PM_FIELDS(SphereTurnArgs, T, D, unit, inverse, gradient)
+PM_FIELDS(SphereTurnArgs, T, D, unit, inverse, gradient, index, total)
 
 inline void sphere_turn(const SphereTurnArgs& a) {
     int64_t parts = std::min(a.T, NORM_PARTS);
@@ -75,7 +84,12 @@ inline void sphere_turn(const SphereTurnArgs& a) {
             const float* u = a.unit + t * a.D;
             float *g = a.gradient + t * a.D, inverse = a.inverse[t];
             float along = sum_row(a.D, [&](int64_t d, int n) { return load(u + d, n) * load(g + d, n); });
-            for_row(a.D, [&](int64_t d, int n) { store(g + d, (load(g + d, n) - load(u + d, n) * along) * inverse, n); });
+            float* total = a.total ? a.total + (a.index ? a.index[t] : t) * a.D : nullptr;
+            for_row(a.D, [&](int64_t d, int n) {
+                vf turned = (load(g + d, n) - load(u + d, n) * along) * inverse;
+                if (total) store(total + d, load(total + d, n) + turned, n);
+                else store(g + d, turned, n);
+            });
         }
     });
 }
@@ -83,17 +97,18 @@ inline void sphere_turn(const SphereTurnArgs& a) {
 struct SphereUnitArgs {
     Pool pool;
     int64_t T, D;
-    const float* x;         // (T, D)
+    const float* x;         // (rows, D)
+    const int64_t* index;   // (T,): which of the rows; null: the first T
     float *unit, *inverse;  // (T, D) x / |x|, zeros for a vector without a direction; (T,) 1 / |x|, 0 for it
 };
-PM_FIELDS(SphereUnitArgs, T, D, x, unit, inverse)
+PM_FIELDS(SphereUnitArgs, T, D, x, index, unit, inverse)
 
 inline void sphere_unit(const SphereUnitArgs& a) {
     int64_t parts = std::min(a.T, NORM_PARTS);
     run(a.pool, parts, [&](int64_t i) {
         Range rows = part(a.T, parts, i);
         for (int64_t t = rows.begin; t < rows.end; t++) {
-            const float* x = a.x + t * a.D;
+            const float* x = a.x + (a.index ? a.index[t] : t) * a.D;
             float inverse = a.inverse[t] = inverse_norm(x, a.D);
             for_row(a.D, [&](int64_t d, int n) { store(a.unit + t * a.D + d, load(x + d, n) * inverse, n); });
         }

@@ -59,6 +59,7 @@ class HyperspherePrototypes(SamplingHead):
 
     options: Config
     row_table = "prototypes"
+    whole_table = True
     prototypes: Tensor
     log_scale: Tensor
     scale: Tensor

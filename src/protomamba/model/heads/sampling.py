@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,12 @@ def even_draws(limit: int, common: int) -> int:
     return max(1, limit // 8, min(limit // 2, limit - common))
 
 
+def distinct(classes_T: Tensor) -> Tensor:
+    """(U,): the distinct classes, in rising order: torch.unique, whose sort takes 3 times as long as numpy's."""
+    sorted_T = np.sort(classes_T.numpy(force=True), axis=None)
+    return torch.from_numpy(sorted_T[np.append(True, sorted_T[1:] != sorted_T[:-1])[: len(sorted_T)]])
+
+
 class Drawn(NamedTuple):
     """A sample (S,), in rising order; which shares it kept of what it was to have for certain and of the batch's other
     classes; how many even draws there were."""
@@ -80,14 +87,14 @@ def draw(key: int, own_U: Tensor, common_U: Tensor, classes: int, limit: int) ->
     `common_U`. A function of its arguments alone.
     """
     generator = torch.Generator().manual_seed(key)
-    others_U = common_U[~torch.isin(common_U, own_U, assume_unique=True)]
+    others_U = common_U[places(own_U, common_U) < 0] if len(own_U) else common_U
     even = even_draws(limit, len(own_U) + len(others_U))
     room = max(1, limit - even)
     own_K = _lot(own_U, room, generator)
     others_K = _lot(others_U, room - len(own_K), generator)
     even_E = torch.randint(classes, (even,), generator=generator)
     own, others = len(own_K) / max(1, len(own_U)), len(others_K) / max(1, len(others_U))
-    return Drawn(torch.unique(torch.cat([own_K, others_K, even_E])), own, others, even)
+    return Drawn(distinct(torch.cat([own_K, others_K, even_E])), own, others, even)
 
 
 def _lot(classes_U: Tensor, room: int, generator: torch.Generator) -> Tensor:

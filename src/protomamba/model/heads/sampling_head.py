@@ -32,6 +32,8 @@ class SamplingHead(Head):
     and against even ones.
     """
 
+    # Whether the loss adds up the gradient of a dense table over all groups itself: it is given the table, not rows.
+    whole_table = False
     sample: int
     draws: Tensor
     counts: Tensor
@@ -170,15 +172,15 @@ class SamplingHead(Head):
         """op(z, rows, targets, samples, weights), the mean over all targets, with this step's samples: see
         `kernels.reference.grouped_prototype_loss`; none for all classes.
 
-        The op gets the whole table where that is dense and there is one sample, else the rows (R, D) that targets and
-        samples need, their numbers standing for places in them.
+        The op gets the whole table where that is dense and there is one sample or it wants that, else the rows (R, D)
+        that targets and samples need, their numbers standing for places in them.
         """
         self._renew_rivals(table_VD, targets_BL)
         samples = self.next_samples(targets_BL)
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
-        if len(samples) < 2 and not (samples and self.row_sparse):
+        if not samples or (not self.row_sparse and (len(samples) < 2 or self.whole_table)):
             return op(z_TD, table_VD, targets_T, samples, weight_T)
-        rows_R = torch.unique(torch.cat([targets_T[targets_T >= 0], *(sample.classes_S for sample in samples)]))
+        rows_R = sampling.distinct(torch.cat([targets_T[targets_T >= 0], *(sample.classes_S for sample in samples)]))
         rows_RD = gather_rows(table_VD, rows_R) if self.row_sparse else table_VD.index_select(0, rows_R)
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
         numbered = [sample._replace(classes_S=torch.searchsorted(rows_R, sample.classes_S)) for sample in samples]
@@ -187,8 +189,7 @@ class SamplingHead(Head):
 
 def _classes_in(targets_BL: Tensor) -> Tensor:
     """(U,): the distinct classes among the targets, in rising order."""
-    classes_U: Tensor = torch.unique(targets_BL[targets_BL >= 0])
-    return classes_U
+    return sampling.distinct(targets_BL[targets_BL >= 0])
 
 
 def mean_of_groups(
