@@ -19,8 +19,8 @@ JOBS = Path(__file__).resolve().parents[1] / "examples" / "jobs"
     [
         ("text", "bits_per_byte"),
         ("events", "popularity"),
-        ("dna", "TATAAAGG"),
-        ("labels", "precision"),
+        pytest.param("dna", "TATAAAGG", marks=pytest.mark.slow),
+        pytest.param("labels", "precision", marks=pytest.mark.slow),
     ],
 )
 def test_a_job_goes_from_files_to_an_answer(tmp_path: Path, job: str, says: str) -> None:

@@ -133,7 +133,7 @@ class Terminal:
         return seen
 
 
-@pytest.mark.parametrize("progress", [0, 1])
+@pytest.mark.parametrize("progress", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("ignored", [True, False], ids=["nohup", "hangup"])
 def test_a_terminal_that_goes_away(
     ignored: bool, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
@@ -155,7 +155,7 @@ def test_a_terminal_that_goes_away(
     counted.finish()
 
 
-@pytest.mark.parametrize("columns", [0, 1, 2, 10, 65_535])
+@pytest.mark.parametrize("columns", [0, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 65_535))])
 def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     terminal = Terminal(flags(folder, token_file(tmp_path), *SHORT, "--progress", 1), True)
@@ -169,8 +169,10 @@ def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: 
     counted.finish()
 
 
-@pytest.mark.parametrize("progress", [0, 1])
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+@pytest.mark.parametrize("progress", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", "utf-16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))]
+)
 def test_an_encoding_that_lacks_characters(
     encoding: str, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -182,7 +184,10 @@ def test_an_encoding_that_lacks_characters(
     counted.finish()
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    ["1>&-", "0<&- 1>&- 2>&-", *(pytest.param(name, marks=pytest.mark.slow) for name in ("0<&-", "2>&-", "1>&- 2>&-"))],
+)
 def test_closed_descriptors_are_no_files_of_the_run(
     closed: str, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

@@ -129,7 +129,7 @@ def test_data_that_changed_is_refused_by_name(tmp_path: Path, tokens: Path, caps
     assert main(["train", "--resume", str(out / "latest.safetensors"), "--steps", "3"]) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on_to_the_bit(
     tmp_path: Path, tokens: Path, number: signal.Signals
 ) -> None:

@@ -60,8 +60,6 @@ def check_sample(op: str, sample_S: Tensor | None, classes: int) -> None:
     """ValueError for a class that there is not, where a kernel would read beside the rows, or that comes twice."""
     if sample_S is None:
         return
-    if not len(sample_S):
-        raise ValueError(f"{op}: sample_S: expected at least one class")
     if bool((sample_S[1:] <= sample_S[:-1]).any()):
         raise ValueError(f"{op}: sample_S: expected different classes in rising order")
     low, high = int(sample_S[0]), int(sample_S[-1])
