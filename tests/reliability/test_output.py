@@ -49,7 +49,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(
+    "kind", ["both full", *(pytest.param(k, marks=pytest.mark.slow) for k in BROKEN if k != "both full")]
+)
 def test_a_full_disk_under_standard_output(kind: str, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     redirection, reason = BROKEN[kind]
