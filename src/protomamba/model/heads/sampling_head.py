@@ -107,7 +107,7 @@ class SamplingHead(Head):
         return self._samples(key, targets_BL, targets_BL[targets_BL >= 0])
 
     def _samples(self, key: int, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
-        rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), _classes_in(shared_T)
+        rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), sampling.distinct(shared_T)
         tokens_B = (rows_BL >= 0).sum(1).tolist()
         even = sampling.even_draws(self.sample, len(common_U))
         # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
@@ -126,7 +126,7 @@ class SamplingHead(Head):
         inside = [slice(run.rows.start, run.rows.stop) for run in group]
         own_R = [self._with_rivals(targets_BL[each]) for each in inside]
         tokens_R = [sum(tokens_B[each]) for each in inside]
-        drawn = sampling.draw(key, _classes_in(torch.cat(own_R)), common_U, self.classes, self.sample)
+        drawn = sampling.draw(key, sampling.distinct(torch.cat(own_R)), common_U, self.classes, self.sample)
         found_S = drawn.classes_S
         share_S, rival_S = self._shares(self.counts[found_S]), self.rival_counts[found_S] / self.counted.clamp_min(1)
         chances = sampling.Chances(share_S, rival_S, self._drawn, drawn, sum(tokens_R))
@@ -135,13 +135,14 @@ class SamplingHead(Head):
     def _with_rivals(self, targets_BL: Tensor) -> Tensor:
         """(U,): the distinct classes among the targets and their rivals, in rising order."""
         targets_T = targets_BL[targets_BL >= 0]
-        return _classes_in(torch.cat([targets_T, self.rivals[targets_T]]))
+        return sampling.distinct(torch.cat([targets_T, self.rivals[targets_T]]))
 
     def _renew_rivals(self, table_VD: Tensor, targets_BL: Tensor) -> None:
         """Look for rivals, if it is time: by what all ranks have in common."""
         if not self.samples_classes or int(self.draws) % rivals.EVERY:
             return
-        common_U = _classes_in(targets_BL if self._shared is None else self._shared[1])
+        shared_T = targets_BL if self._shared is None else self._shared[1]
+        common_U = sampling.distinct(shared_T[shared_T >= 0])
         found_P, among = rivals.probes(int(self.draws) // rivals.EVERY, common_U, *table_VD.shape)
         self.rivals[found_P] = rivals.nearest(table_VD.detach(), found_P, among, self.rivals[found_P])
         has_K = (self.rivals != torch.arange(self.classes)).nonzero()[:, 0]
@@ -185,11 +186,6 @@ class SamplingHead(Head):
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
         numbered = [sample._replace(classes_S=torch.searchsorted(rows_R, sample.classes_S)) for sample in samples]
         return op(z_TD, rows_RD, places_T, numbered, weight_T)
-
-
-def _classes_in(targets_BL: Tensor) -> Tensor:
-    """(U,): the distinct classes among the targets, in rising order."""
-    return sampling.distinct(targets_BL[targets_BL >= 0])
 
 
 def mean_of_groups(
