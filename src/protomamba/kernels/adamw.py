@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import native, reference
-from protomamba.kernels.native import Library
 from protomamba.kernels.reference import AdamWTensors
 
 
@@ -28,52 +27,15 @@ def adamw(
         if not u.parameter.shape == u.gradient.shape == u.exp_avg.shape == u.exp_avg_sq.shape or u.step.numel() != 1:
             shapes = [tuple(x.shape) for x in _tensors(u)]
             raise ValueError(f"adamw: expected parameter, gradient and moments of one shape, and a step, got {shapes}")
-    simple = all(_simple(x) for u in updates for x in _tensors(u))
-    if simple and updates:
-        _check_places(updates)
-    library = native.select("adamw", updates[0].parameter, (torch.float32,)) if updates and simple else None
+    if not updates or not all(_simple(x) for u in updates for x in _tensors(u)):
+        return reference.adamw(updates, lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps)
+    sizes = [u.parameter.numel() for u in updates]
+    places = [[x.data_ptr() for x in each] for each in zip(*map(_tensors, updates), strict=True)]
+    _check_places(sizes, *places)
+    library = native.select("adamw", updates[0].parameter, (torch.float32,))
     if library is None:
         return reference.adamw(updates, lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps)
-    return _native(library, updates, lr, scale, beta1, beta2, eps)
-
-
-def _tensors(u: AdamWTensors) -> tuple[Tensor, ...]:
-    return u.parameter, u.gradient, u.exp_avg, u.exp_avg_sq, u.step
-
-
-def _simple(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
-
-
-def _check_places(updates: Sequence[AdamWTensors]) -> None:
-    """ValueError where what is written lies in one memory with another tensor: the result would depend on chance."""
-    sizes = [u.parameter.numel() for u in updates]
-    parameters, gradients, *moments, steps = (
-        [x.data_ptr() for x in each] for each in zip(*map(_tensors, updates), strict=True)
-    )
-    pairs = [(row, size) for rows in (parameters, *moments) for row, size in zip(rows, sizes, strict=True)]
-    written = sorted((start, start + 4 * size) for start, size in [*pairs, *((step, 1) for step in steps)])
-    apart = all(before[1] <= after[0] for before, after in pairwise(written))
-    starts = [start for start, _ in written]
-    for start, size in zip(gradients, sizes, strict=True):
-        at = bisect_left(starts, start + 4 * size)
-        apart = apart and (at == 0 or written[at - 1][1] <= start)
-    if not apart:
-        raise ValueError("adamw: expected parameters, moments and steps that share no memory, with a gradient neither")
-
-
-def _native(
-    library: Library,
-    updates: Sequence[AdamWTensors],
-    lr: float,
-    scale: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> list[bool]:
-    sizes = [u.parameter.numel() for u in updates]
-    addresses = zip(*([x.data_ptr() for x in _tensors(u)] for u in updates), strict=True)
-    table = torch.tensor([sizes, *addresses])
+    table = torch.tensor([sizes, *places])
     decay = torch.tensor([u.decay for u in updates], dtype=torch.float64)
     spoilt = torch.empty(len(updates), dtype=torch.int64)
     library.adamw(
@@ -84,3 +46,32 @@ def _native(
     # Written behind torch's back: a graph that still needs the old values is to fail, not to go wrong.
     torch.autograd.graph.increment_version([u.parameter for u in updates])
     return [bool(x) for x in spoilt.tolist()]
+
+
+def _tensors(u: AdamWTensors) -> tuple[Tensor, ...]:
+    return u.parameter, u.gradient, u.exp_avg, u.exp_avg_sq, u.step
+
+
+def _simple(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+
+
+def _check_places(
+    sizes: Sequence[int],
+    parameters: Sequence[int],
+    gradients: Sequence[int],
+    first: Sequence[int],
+    second: Sequence[int],
+    steps: Sequence[int],
+) -> None:
+    """ValueError where what is written, by its addresses, lies in one memory with another tensor: the result would
+    depend on chance."""
+    pairs = [pair for rows in (parameters, first, second) for pair in zip(rows, sizes, strict=True)]
+    written = sorted((start, start + 4 * size) for start, size in [*pairs, *((step, 1) for step in steps)])
+    apart = all(before[1] <= after[0] for before, after in pairwise(written))
+    starts = [start for start, _ in written]
+    for start, size in zip(gradients, sizes, strict=True):
+        at = bisect_left(starts, start + 4 * size)
+        apart = apart and (at == 0 or written[at - 1][1] <= start)
+    if not apart:
+        raise ValueError("adamw: expected parameters, moments and steps that share no memory, with a gradient neither")
