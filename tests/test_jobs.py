@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
+
 JOBS = Path(__file__).resolve().parents[1] / "examples" / "jobs"
 
 
@@ -19,8 +21,8 @@ JOBS = Path(__file__).resolve().parents[1] / "examples" / "jobs"
     [
         ("text", "bits_per_byte"),
         ("events", "popularity"),
-        pytest.param("dna", "TATAAAGG", marks=pytest.mark.slow),
-        pytest.param("labels", "precision", marks=pytest.mark.slow),
+        slow("dna", "TATAAAGG"),
+        slow("labels", "precision"),
     ],
 )
 def test_a_job_goes_from_files_to_an_answer(tmp_path: Path, job: str, says: str) -> None:

@@ -14,12 +14,8 @@ from protomamba.train.comm import Local
 from protomamba.train.comm_watch import RankFailed, Watch
 from tests.distributed.launch import outcome, started
 from tests.distributed.test_sums import SHAPES, summed, whole
+from tests.marks import slow
 from tests.runs import assert_equal
-
-
-def slow(*values: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
 
 WORKER = ["-m", "tests.distributed.worker"]
 

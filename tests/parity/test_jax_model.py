@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tests.marks import slow
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -80,7 +81,7 @@ def test_scan_by_brute_force(shape):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("head", ["hpn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("softmax", "tied"))])
+@pytest.mark.parametrize("head", ["hpn", slow("softmax"), slow("tied")])
 @pytest.mark.parametrize("layer", ["mamba", "compact"])
 def test_every_gradient_by_finite_differences(layer, head):
     params, (ids, targets) = parameters(layer, head), batch()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
+from tests.marks import slow
 from tests.reliability.promises import Trials
 from tests.runs import flags, metrics, token_file
 
@@ -49,9 +50,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["both full", *(pytest.param(k, marks=pytest.mark.slow) for k in BROKEN if k != "both full")]
-)
+@pytest.mark.parametrize("kind", ["both full", slow("full"), slow("file limit")])
 def test_a_full_disk_under_standard_output(kind: str, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     redirection, reason = BROKEN[kind]
@@ -135,7 +134,7 @@ class Terminal:
         return seen
 
 
-@pytest.mark.parametrize("progress", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("progress", [slow(0), 1])
 @pytest.mark.parametrize("ignored", [True, False], ids=["nohup", "hangup"])
 def test_a_terminal_that_goes_away(
     ignored: bool, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
@@ -157,7 +156,7 @@ def test_a_terminal_that_goes_away(
     counted.finish()
 
 
-@pytest.mark.parametrize("columns", [0, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 65_535))])
+@pytest.mark.parametrize("columns", [0, slow(1), slow(2), 10, slow(65_535)])
 def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     terminal = Terminal(flags(folder, token_file(tmp_path), *SHORT, "--progress", 1), True)
@@ -171,10 +170,8 @@ def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: 
     counted.finish()
 
 
-@pytest.mark.parametrize("progress", [pytest.param(0, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize(
-    "encoding", ["ascii", "utf-16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))]
-)
+@pytest.mark.parametrize("progress", [slow(0), 1])
+@pytest.mark.parametrize("encoding", ["ascii", slow("latin-1"), slow("cp1252"), "utf-16"])
 def test_an_encoding_that_lacks_characters(
     encoding: str, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -188,7 +185,7 @@ def test_an_encoding_that_lacks_characters(
 
 @pytest.mark.parametrize(
     "closed",
-    ["1>&-", "0<&- 1>&- 2>&-", *(pytest.param(name, marks=pytest.mark.slow) for name in ("0<&-", "2>&-", "1>&- 2>&-"))],
+    [slow("0<&-"), "1>&-", slow("2>&-"), slow("1>&- 2>&-"), "0<&- 1>&- 2>&-"],
 )
 def test_closed_descriptors_are_no_files_of_the_run(
     closed: str, tmp_path: Path, trials: Callable[[int], Trials]

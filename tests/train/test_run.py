@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.marks import slow
 from tests.runs import assert_equal, flags, losses, metrics, same_state, start, token_file, train
 
 from protomamba import Trainer, Validation
@@ -129,7 +130,7 @@ def test_data_that_changed_is_refused_by_name(tmp_path: Path, tokens: Path, caps
     assert main(["train", "--resume", str(out / "latest.safetensors"), "--steps", "3"]) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on_to_the_bit(
     tmp_path: Path, tokens: Path, number: signal.Signals
 ) -> None:
