@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from protomamba.kernels import native, reference
+from protomamba.kernels.native import Library
 from protomamba.kernels.reference import AdamWTensors
 
 
@@ -27,25 +28,14 @@ def adamw(
         if not u.parameter.shape == u.gradient.shape == u.exp_avg.shape == u.exp_avg_sq.shape or u.step.numel() != 1:
             shapes = [tuple(x.shape) for x in _tensors(u)]
             raise ValueError(f"adamw: expected parameter, gradient and moments of one shape, and a step, got {shapes}")
-    if not updates or not all(_simple(x) for u in updates for x in _tensors(u)):
-        return reference.adamw(updates, lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps)
-    sizes = [u.parameter.numel() for u in updates]
-    places = [[x.data_ptr() for x in each] for each in zip(*map(_tensors, updates), strict=True)]
-    _check_places(sizes, *places)
-    library = native.select("adamw", updates[0].parameter, (torch.float32,))
+    simple = bool(updates) and all(_simple(x) for u in updates for x in _tensors(u))
+    places = _places(updates) if simple else []
+    if simple:
+        _check_places(places)
+    library = native.select("adamw", updates[0].parameter, (torch.float32,)) if simple else None
     if library is None:
         return reference.adamw(updates, lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps)
-    table = torch.tensor([sizes, *places])
-    decay = torch.tensor([u.decay for u in updates], dtype=torch.float64)
-    spoilt = torch.empty(len(updates), dtype=torch.int64)
-    library.adamw(
-        count=len(updates), lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps,
-        sizes=table[0], parameters=table[1], gradients=table[2], exp_avg=table[3], exp_avg_sq=table[4],
-        steps=table[5], decay=decay, spoilt=spoilt,
-    )  # fmt: skip
-    # Written behind torch's back: a graph that still needs the old values is to fail, not to go wrong.
-    torch.autograd.graph.increment_version([u.parameter for u in updates])
-    return [bool(x) for x in spoilt.tolist()]
+    return _native(library, updates, places, lr, scale, beta1, beta2, eps)
 
 
 def _tensors(u: AdamWTensors) -> tuple[Tensor, ...]:
@@ -56,17 +46,16 @@ def _simple(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
 
 
-def _check_places(
-    sizes: Sequence[int],
-    parameters: Sequence[int],
-    gradients: Sequence[int],
-    first: Sequence[int],
-    second: Sequence[int],
-    steps: Sequence[int],
-) -> None:
-    """ValueError where what is written, by its addresses, lies in one memory with another tensor: the result would
-    depend on chance."""
-    pairs = [pair for rows in (parameters, first, second) for pair in zip(rows, sizes, strict=True)]
+def _places(updates: Sequence[AdamWTensors]) -> list[list[int]]:
+    """How many elements each has, and the addresses of parameters, gradients, both moments and steps, a list each."""
+    sizes = [u.parameter.numel() for u in updates]
+    return [sizes, *([x.data_ptr() for x in each] for each in zip(*map(_tensors, updates), strict=True))]
+
+
+def _check_places(places: Sequence[Sequence[int]]) -> None:
+    """ValueError where what is written lies in one memory with another tensor: the result would depend on chance."""
+    sizes, parameters, gradients, *moments, steps = places
+    pairs = [pair for rows in (parameters, *moments) for pair in zip(rows, sizes, strict=True)]
     written = sorted((start, start + 4 * size) for start, size in [*pairs, *((step, 1) for step in steps)])
     apart = all(before[1] <= after[0] for before, after in pairwise(written))
     starts = [start for start, _ in written]
@@ -75,3 +64,26 @@ def _check_places(
         apart = apart and (at == 0 or written[at - 1][1] <= start)
     if not apart:
         raise ValueError("adamw: expected parameters, moments and steps that share no memory, with a gradient neither")
+
+
+def _native(
+    library: Library,
+    updates: Sequence[AdamWTensors],
+    places: Sequence[Sequence[int]],
+    lr: float,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[bool]:
+    table = torch.tensor(places)
+    decay = torch.tensor([u.decay for u in updates], dtype=torch.float64)
+    spoilt = torch.empty(len(updates), dtype=torch.int64)
+    library.adamw(
+        count=len(updates), lr=lr, scale=scale, beta1=beta1, beta2=beta2, eps=eps,
+        sizes=table[0], parameters=table[1], gradients=table[2], exp_avg=table[3], exp_avg_sq=table[4],
+        steps=table[5], decay=decay, spoilt=spoilt,
+    )  # fmt: skip
+    # Written behind torch's back: a graph that still needs the old values is to fail, not to go wrong.
+    torch.autograd.graph.increment_version([u.parameter for u in updates])
+    return [bool(x) for x in spoilt.tolist()]

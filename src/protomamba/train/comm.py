@@ -129,8 +129,8 @@ class Comm:
         """
         layout, named = self._plan.layout, self._plan.named
         owned = zip(layout.pieces[self.rank], layout.sizes[self.rank], strict=True)
-        blocks = [(piece.of(grad), sizes) for piece, sizes in owned if (grad := named[piece.name].grad) is not None]
-        own = kernels.square_sums([x for x, _ in blocks], [sizes for _, sizes in blocks])
+        found = [(piece.of(grad), sizes) for piece, sizes in owned if (grad := named[piece.name].grad) is not None]
+        own = kernels.square_sums([gradient for gradient, _ in found], [sizes for _, sizes in found])
         parts = [part.tolist() for part in self.mesh.all_gather(torch.tensor([count, *own], dtype=torch.float64))]
         return [value for part in parts for value in part[1:]], int(sum(part[0] for part in parts))
 

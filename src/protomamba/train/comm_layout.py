@@ -64,11 +64,15 @@ def owners(pieces: Iterable[Piece], world: int) -> list[int]:
 
 def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Blocks in order, with those of one parameter put together."""
-    found = []
-    for name, run in groupby(pieces, key=lambda piece: piece.name):
-        parts = list(run)
-        found.append(Piece(name, parts[0].start, parts[-1].stop, sum(p.numel for p in parts)))
-    return found
+    return [
+        Piece(parts[0].name, parts[0].start, parts[-1].stop, sum(p.numel for p in parts))
+        for parts in by_parameter(pieces)
+    ]
+
+
+def by_parameter(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """Blocks in order, those of one parameter in a list."""
+    return [list(run) for _, run in groupby(pieces, key=lambda piece: piece.name)]
 
 
 class Layout:
@@ -83,7 +87,4 @@ class Layout:
         ]
         self.pieces = [joined(mine) for mine in owned]
         # Of each rank: the elements of the blocks of each of its pieces.
-        self.sizes = [
-            [[block.numel for block in mine if block.name == piece.name] for piece in pieces]
-            for mine, pieces in zip(owned, self.pieces, strict=True)
-        ]
+        self.sizes = [[[block.numel for block in parts] for parts in by_parameter(mine)] for mine in owned]
