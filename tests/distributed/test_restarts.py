@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from protomamba.train.run import Run
 from protomamba.train.signals import StopRequest
 from protomamba.train.trainer import StepStats
 from tests import runs
-from tests.distributed.threads import ThreadMesh, ranks
+from tests.distributed.threads import Mail, ThreadMesh, ranks
 
 
 class Fault(Exception):
@@ -59,7 +58,7 @@ def start(
     """One rank of a launch, alone; as far as it gets."""
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", restarts)):
         monkeypatch.setenv(name, str(value))
-    mesh = ThreadMesh(0, 1, defaultdict(), torch.distributed.HashStore())
+    mesh = ThreadMesh(0, 1, Mail(), torch.distributed.HashStore())
     mesh.launch = launch
     comm = Comm(mesh)
     resumed = find_together(given, comm)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import operator
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +18,7 @@ from protomamba.errors import ConfigError, UserError
 from protomamba.train.comm import Comm, Local
 from protomamba.train.comm_messages import FRAME, HEAD
 from protomamba.train.comm_reduce import _filled_rows
-from tests.distributed.threads import ranks
+from tests.distributed.threads import Mail, ranks
 from tests.runs import assert_equal
 
 SHAPES = {
@@ -84,6 +90,33 @@ def test_the_same_bits_on_any_number_of_ranks(world: int) -> None:
     for _, other_squares, other_small in found:
         assert_equal(other_squares, squares, "squares")
         assert_equal(other_small, small, "small sums")
+
+
+@contextlib.contextmanager
+def slow_collections(threshold: int) -> Iterator[None]:
+    """The garbage collector runs after so many new objects, and lets other threads in."""
+
+    def pause(phase: str, facts: dict[str, int]) -> None:
+        time.sleep(0.005)
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.callbacks.append(pause)
+    gc.set_threshold(threshold)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(pause)
+
+
+@pytest.mark.parametrize("threshold", [40, 41])  # one of them is reached by a box, the other by its key
+def test_sender_and_receiver_find_one_box(threshold: int) -> None:
+    """Also where the other thread runs while a box is being made."""
+    mail = Mail()
+    with slow_collections(threshold), ThreadPoolExecutor(2) as pool:
+        sent, received = pool.map(lambda _: [mail.box(0, 1, tag) for tag in range(3_000)], range(2))
+    assert all(map(operator.is_, sent, received))
 
 
 def test_the_sum_is_the_tree_s() -> None:

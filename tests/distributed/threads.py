@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +21,18 @@ from tests.runs import assert_equal
 T = TypeVar("T")
 WAIT_S, POLL_S = 60.0, 0.2
 Box = queue.SimpleQueue[Tensor]
+
+
+class Mail:
+    """Messages under way, by sender, receiver and tag."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[tuple[int, int, int], Box] = {}
+
+    def box(self, sender: int, receiver: int, tag: int) -> Box:
+        """The same one for both, whoever asks first."""
+        # Not a defaultdict: its factory may start the garbage collector, which may let the other thread in.
+        return self._boxes.setdefault((sender, receiver, tag), queue.SimpleQueue())
 
 
 class Arrival:
@@ -49,7 +60,7 @@ class Arrival:
 class ThreadMesh:
     """One of `world` threads' ends; `mail` and `store` are theirs together."""
 
-    def __init__(self, rank: int, world: int, mail: dict[Any, Box], store: Any) -> None:
+    def __init__(self, rank: int, world: int, mail: Mail, store: Any) -> None:
         self.rank, self.world, self.mail, self.sent_bytes = rank, world, mail, 0
         self.watch, self.launch, self._gather = Watch(store, rank, world), "threads", Gather(self)
 
@@ -59,12 +70,12 @@ class ThreadMesh:
     def send(self, tensor: Tensor, peer: int, tag: int) -> Arrival:
         assert tensor.is_contiguous() and peer != self.rank
         self.sent_bytes += tensor.numel() * tensor.element_size()
-        self.mail[self.rank, peer, tag].put(tensor.clone())
+        self.mail.box(self.rank, peer, tag).put(tensor.clone())
         return Arrival(self.watch)
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Arrival:
         assert tensor.is_contiguous() and peer != self.rank
-        return Arrival(self.watch, tensor, self.mail[peer, self.rank, tag])
+        return Arrival(self.watch, tensor, self.mail.box(peer, self.rank, tag))
 
     def run(self, blocking: Callable[[], T]) -> T:
         return blocking()
@@ -79,8 +90,7 @@ class ThreadMesh:
 
 def outcomes(world: int, work: Callable[[Comm], T]) -> list[T | BaseException]:
     """What `work` returns on each of `world` ranks, or what it raises there."""
-    mail: dict[Any, Box] = defaultdict(queue.SimpleQueue)
-    store = torch.distributed.HashStore()
+    mail, store = Mail(), torch.distributed.HashStore()
     found: dict[int, T | BaseException] = {}
 
     def run(rank: int) -> None:
