@@ -76,7 +76,7 @@ test-sanitize: $(READY) ## the kernel tests under AddressSanitizer and Undefined
 
 # The kernel tests' cases and float64 answers, for the native runner (tests/native); written anew when the kernels change.
 CASES := build/cases.bin
-$(CASES): $(wildcard $(KERNELS)/csrc/* $(KERNELS)/*.py tests/kernels/*.py tests/native/*.py) | $(READY)
+$(CASES): $(wildcard $(KERNELS)/csrc/* $(KERNELS)/*.py $(KERNELS)/reference/*.py tests/kernels/*.py tests/native/*.py) | $(READY)
 	@$(BIN)/python -m tests.native.write_cases $@
 	@command -v cmake >/dev/null || $(PIP) cmake
 

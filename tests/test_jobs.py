@@ -20,7 +20,7 @@ JOBS = Path(__file__).resolve().parents[1] / "examples" / "jobs"
     ("job", "says"),
     [
         ("text", "bits_per_byte"),
-        ("events", "popularity"),
+        slow("events", "popularity"),
         slow("dna", "TATAAAGG"),
         slow("labels", "precision"),
     ],

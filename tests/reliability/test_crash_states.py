@@ -15,6 +15,7 @@ import pytest
 from protomamba import storage
 from protomamba.storage import Disk, SaveError, commit, make_folder
 from tests.disk_faults import CountingDisk, FailingDisk, TinyRun, what_is_wrong
+from tests.marks import slow
 from tests.reliability.crash_states import Call, Folder, RecordingDisk, after_each_call, put
 from tests.reliability.promises import Trials
 from tests.runs import losses, token_file, train
@@ -31,8 +32,8 @@ class AcknowledgingRun(TinyRun):
         self.acknowledged.append((len(self.disk.calls), self.step))
 
 
-@pytest.mark.parametrize("keep_last", [0, 1, 2])
-@pytest.mark.parametrize("most", [6, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep_last", [slow(0), 1, slow(2)])
+@pytest.mark.parametrize("most", [6, slow(400)])
 def test_every_state_a_power_cut_may_leave_goes_on_to_the_same_end(
     most: int, keep_last: int, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

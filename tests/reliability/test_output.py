@@ -71,7 +71,7 @@ def test_a_full_disk_under_standard_output(kind: str, tmp_path: Path, trials: Ca
     counted.finish()
 
 
-@pytest.mark.parametrize("progress", [0, 1])
+@pytest.mark.parametrize("progress", [slow(0), 1])
 def test_a_reader_that_leaves(progress: int, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     process = subprocess.Popen(
@@ -135,7 +135,7 @@ class Terminal:
 
 
 @pytest.mark.parametrize("progress", [slow(0), 1])
-@pytest.mark.parametrize("ignored", [True, False], ids=["nohup", "hangup"])
+@pytest.mark.parametrize("ignored", [slow(True), False], ids=["nohup", "hangup"])
 def test_a_terminal_that_goes_away(
     ignored: bool, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -156,7 +156,7 @@ def test_a_terminal_that_goes_away(
     counted.finish()
 
 
-@pytest.mark.parametrize("columns", [0, slow(1), slow(2), 10, slow(65_535)])
+@pytest.mark.parametrize("columns", [slow(0), slow(1), slow(2), 10, slow(65_535)])
 def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, folder = trials(12), tmp_path / "run"
     terminal = Terminal(flags(folder, token_file(tmp_path), *SHORT, "--progress", 1), True)
@@ -171,7 +171,7 @@ def test_a_bar_in_a_terminal_of_any_width(columns: int, tmp_path: Path, trials: 
 
 
 @pytest.mark.parametrize("progress", [slow(0), 1])
-@pytest.mark.parametrize("encoding", ["ascii", slow("latin-1"), slow("cp1252"), "utf-16"])
+@pytest.mark.parametrize("encoding", ["ascii", slow("latin-1"), slow("cp1252"), slow("utf-16")])
 def test_an_encoding_that_lacks_characters(
     encoding: str, progress: int, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -185,7 +185,7 @@ def test_an_encoding_that_lacks_characters(
 
 @pytest.mark.parametrize(
     "closed",
-    [slow("0<&-"), "1>&-", slow("2>&-"), slow("1>&- 2>&-"), "0<&- 1>&- 2>&-"],
+    [slow("0<&-"), slow("1>&-"), slow("2>&-"), slow("1>&- 2>&-"), "0<&- 1>&- 2>&-"],
 )
 def test_closed_descriptors_are_no_files_of_the_run(
     closed: str, tmp_path: Path, trials: Callable[[int], Trials]

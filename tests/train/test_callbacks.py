@@ -306,6 +306,7 @@ def test_a_callback_by_name_on_the_command_line(
     assert "my_watch has no Nothing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_example_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
     def start(folder: Path) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "examples" / "own_dataset.py"), str(folder)]

@@ -1,4 +1,4 @@
-// AdamW over many tensors in one pass over their memory (definition: adamw in reference.py). The pass is bound by that memory:
+// AdamW over many tensors in one pass over their memory (definition: adamw in reference/). The pass is bound by that memory:
 // 16 bytes read and 12 written for each element.
 #pragma once
 #include "layout.h"

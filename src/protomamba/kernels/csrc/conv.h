@@ -1,4 +1,4 @@
-// Depthwise causal convolution and SiLU, forward and backward (definition: causal_conv in reference.py).
+// Depthwise causal convolution and SiLU, forward and backward (definition: causal_conv in reference/).
 #pragma once
 #include "scan.h"
 

@@ -1,4 +1,4 @@
-// One block of scores, added to what was found in the blocks before it (definition: judge_block in reference.py).
+// One block of scores, added to what was found in the blocks before it (definition: judge_block in reference/).
 #pragma once
 #include "norm.h"
 

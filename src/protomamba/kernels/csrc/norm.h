@@ -1,4 +1,4 @@
-// RMS norm, with or without a residual added before it, forward and backward (definition: rms_norm in reference.py).
+// RMS norm, with or without a residual added before it, forward and backward (definition: rms_norm in reference/).
 #pragma once
 #include "layout.h"
 

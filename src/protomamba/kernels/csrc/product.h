@@ -1,4 +1,4 @@
-// A few vectors times a matrix as an op of its own (definition: product in reference.py).
+// A few vectors times a matrix as an op of its own (definition: product in reference/).
 #pragma once
 #include "layout.h"
 #include "matrix.h"

@@ -1,4 +1,4 @@
-// Hyperspherical prototype loss and its gradients (definition: prototype_loss in reference.py). Independent of V, but for
+// Hyperspherical prototype loss and its gradients (definition: prototype_loss in reference/). Independent of V, but for
 // clearing the prototypes' gradient.
 #pragma once
 #include "norm.h"

@@ -1,4 +1,4 @@
-// Selective scan: layout and forward pass (definition: selective_scan in reference.py); scan_backward.h is the way back.
+// Selective scan: layout and forward pass (definition: selective_scan in reference/); scan_backward.h is the way back.
 //
 // Lanes run over channels; a block is W adjacent channels. A task walks its sequences in chunks of CHUNK steps and, within
 // a chunk, over its blocks: everything a block needs of a chunk stands in a Tile that stays in cache, the states of a group

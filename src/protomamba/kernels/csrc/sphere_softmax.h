@@ -1,5 +1,5 @@
 // What lies between the matrix products of the sampled cross entropy's gradient (definition: sampled_cross_entropy in
-// reference.py): each token's row of cosines becomes, in place, the gradient with respect to them; and of the gradient of a
+// reference/): each token's row of cosines becomes, in place, the gradient with respect to them; and of the gradient of a
 // unit vector only the part that turns it reaches the vector it came from.
 #pragma once
 #include "prototype_loss.h"

@@ -1,4 +1,4 @@
-// Sums of squares of many tensors in one pass (definition: square_sums in reference.py).
+// Sums of squares of many tensors in one pass (definition: square_sums in reference/).
 #pragma once
 #include "layout.h"
 

@@ -1,5 +1,5 @@
 // One token of a whole model in one call: embedding, blocks, norm, the head's scores (definition: decode_step in
-// reference.py). Between two tokens all weights pass through the caches, so that every visit to the caller costs a cold start.
+// reference/). Between two tokens all weights pass through the caches, so that every visit to the caller costs a cold start.
 #pragma once
 #include "prototype_loss.h"
 #include "step.h"

@@ -1,4 +1,4 @@
-// One token of a whole residual block for a small batch (definition: mamba_step in reference.py). Bound by reading the
+// One token of a whole residual block for a small batch (definition: mamba_step in reference/). Bound by reading the
 // weights once (matrix.h); what is not a product runs in the task that made its input, channel block by channel block.
 #pragma once
 #include "norm.h"
