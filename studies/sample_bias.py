@@ -47,7 +47,7 @@ def bias(sample: int, draws: int) -> tuple[float, float, float]:
         targets_T = torch.multinomial(share_V, TARGETS, replacement=True)
         z_TD = head.prototypes.detach()[targets_T] + torch.randn(TARGETS, WIDTH) / math.sqrt(WIDTH)
         exact = gradients(head, z_TD, targets_T)
-        difference = gradients(head, z_TD, targets_T, head.draw(key, targets_T)) - exact
+        difference = gradients(head, z_TD, targets_T, head.draw(key, z_TD, targets_T)) - exact
         full, off, squares = full + exact / draws, off + difference / draws, squares + difference.square() / draws
     noise = float(((squares - off.square())[:-1].sum() / draws).sqrt())
     length = float(full[:-1].norm())

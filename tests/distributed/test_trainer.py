@@ -136,11 +136,11 @@ def test_shards_with_several_samples_of_classes_make_the_same_steps_on_one_and_t
     assert again == told
 
 
-def counted(draw: Callable[[Tensor], list[Sample]], numbers: list[int]) -> Callable[[Tensor], list[Sample]]:
+def counted(draw: Callable[..., list[Sample]], numbers: list[int]) -> Callable[..., list[Sample]]:
     """The same, noting how many samples it draws."""
 
-    def noting(targets_T: Tensor) -> list[Sample]:
-        samples = draw(targets_T)
+    def noting(*given: Tensor) -> list[Sample]:
+        samples = draw(*given)
         numbers.append(len(samples))
         return samples
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from protomamba.config import ModelConfig
 from protomamba.errors import ConfigError
 from protomamba.kernels import native
-from protomamba.model.heads import HEADS, HyperspherePrototypes, SoftmaxHead, prototypes
+from protomamba.model.heads import HEADS, HyperspherePrototypes, SoftmaxHead, prototypes, sampling_head
 from protomamba.model.heads import base as head_module
 from protomamba.model.heads import hypersphere as heads
 from protomamba.model.heads.base import Evaluation, Head
@@ -88,11 +88,10 @@ def test_the_loss_is_the_documented_one_and_its_gradient_that_of_the_cross_entro
     z_BLD = z_BLD.double().requires_grad_()
     kept = targets_BL >= 0
     plain = plain_hpn_loss(z_BLD, head.prototypes, targets_BL)
-    head.draws.fill_(1)  # no step that looks for rivals
-    samples = head.next_samples(targets_BL)
+    samples = head.next_samples(head.prototypes, z_BLD, targets_BL)
     assert len(samples) == (sample != 64)
     expected = torch.autograd.grad(head.cross_entropy(z_BLD[kept], targets_BL[kept], *samples), [z_BLD, *learnt(head)])
-    head.draws.fill_(1), head.counts.zero_(), head.counted.zero_()
+    head.draws.zero_(), head.counts.zero_(), head.counted.zero_()
     loss = head(z_BLD, targets_BL)
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
     for found, wanted in zip(torch.autograd.grad(loss, [z_BLD, *learnt(head)]), expected, strict=True):
@@ -104,12 +103,17 @@ def test_the_loss_is_the_documented_one_and_its_gradient_that_of_the_cross_entro
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_sample_s_chances_follow_the_frequencies_told_or_counted(told: bool) -> None:
+def test_chances_of_candidates_follow_the_frequencies_told_or_counted(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling_head, "CANDIDATES", 12)  # and the sample has all of them
     head = HyperspherePrototypes(config(head_options={"sample": 12}))
     head.set_frequencies(torch.arange(1, 38))
     head.told.fill_(told)
     for _ in range(3):
-        ((sample_S, log_chance_RS, tokens_R),) = head.next_samples(torch.tensor([[3, 5], [3, 7]]))
+        targets_BL = torch.tensor([[3, 5], [3, 7]])
+        found = head.next_samples(head.prototypes, torch.randn(2, 2, 8), targets_BL)
+        ((sample_S, log_chance_RS, tokens_R),) = found
         assert tokens_R == (2, 2) and len(sample_S) <= 12 and bool((sample_S.diff() > 0).all())
         share_S = (head.counts[sample_S] + 0.5) / (head.counted + 0.5 * 37)
         missed_S = (1 - share_S.double()) ** 2 * (1 - 1 / 37) ** 6
@@ -134,25 +138,25 @@ def test_frequencies_are_counted_until_the_source_tells_them() -> None:
             head.set_frequencies(wrong)
 
 
-def test_ranks_that_are_given_the_step_s_targets_draw_the_same_sample() -> None:
-    """Where it has room for the classes of all; else each keeps those of its own rows first."""
+def test_ranks_that_are_given_the_step_s_targets_count_alike_and_draw_by_its_key() -> None:
     one, other = (HyperspherePrototypes(config(classes=500, head_options={"sample": 64})) for _ in range(2))
-    targets_T = torch.randint(-5, 30, (200,), generator=torch.Generator().manual_seed(0))
-    samples = []
-    for head, part in ((one, targets_T[:100]), (other, targets_T[100:])):
-        head.begin_step(17, targets_T)
-        samples.append(head.next_samples(part)[0])
-    assert torch.equal(*(sample.classes_S for sample in samples))
+    targets_T, z_TD = torch.randint(-5, 30, (200,), generator=torch.Generator().manual_seed(0)), torch.randn(200, 8)
+
+    def drawn(head: HyperspherePrototypes, key: int | None, part: slice) -> Tensor:
+        if key is not None:
+            head.begin_step(key, targets_T)
+        return head.next_samples(head.prototypes, z_TD[part], targets_T[part])[0].classes_S
+
+    first, second = slice(100), slice(100, 200)
+    samples_S = drawn(one, 17, first)
+    drawn(other, 17, second)
     assert torch.equal(one.counts, other.counts) and int(one.counted) == int((targets_T >= 0).sum())
-    one.begin_step(18, targets_T)
-    ((key_18, *_),) = one.next_samples(targets_T[:100])
-    assert not torch.equal(key_18, samples[0].classes_S)
+    assert torch.equal(samples_S, drawn(other, 17, first)) and not torch.equal(samples_S, drawn(one, 18, first))
     one.begin_step(19, targets_T)
     with torch.no_grad():  # a pass that draws nothing leaves no key behind either
-        one(torch.randn(100, 8), targets_T[:100])
-    ((own_S, *_),) = one.next_samples(targets_T[:100])
-    ((expected_S, *_),) = one.draw(int(one.draws) - 1, targets_T[:100])
-    assert torch.equal(own_S, expected_S)
+        one(z_TD[first], targets_T[first])
+    ((expected_S, *_),) = one.draw(int(one.draws), z_TD[first], targets_T[first])
+    assert torch.equal(drawn(one, None, first), expected_S)
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
@@ -281,10 +285,11 @@ def test_uniform_targets_leave_prototypes_apart(classes: int, sample: int) -> No
 
 def test_the_sample_depends_on_the_state_alone() -> None:
     head = HyperspherePrototypes(config(classes=1000, head_options={"sample": 100}))
+    z_TD = torch.randn(50, 8)
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in head.state_dict().items()}
 
     def drawn() -> list[int]:
-        ((sample_S, *_),) = head.next_samples(torch.arange(50))
+        ((sample_S, *_),) = head.next_samples(head.prototypes, z_TD, torch.arange(50))
         return sample_S.tolist()
 
     first = drawn()

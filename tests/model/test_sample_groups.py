@@ -35,6 +35,11 @@ def head_of(kind: type[SamplingHead], row_sparse: bool = False) -> SamplingHead:
     return head
 
 
+def table(head: SamplingHead) -> Tensor:
+    assert head.row_table is not None
+    return head.get_parameter(head.row_table)
+
+
 def batch(rows: int, length: int = 1) -> tuple[Tensor, Tensor]:
     targets_BL = torch.randint(-60, CLASSES, (rows, length))
     return torch.randn(rows, length, WIDTH), targets_BL.clamp_min(-1)
@@ -42,7 +47,7 @@ def batch(rows: int, length: int = 1) -> tuple[Tensor, Tensor]:
 
 def by_hand(head: SamplingHead, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None) -> Tensor:
     """Each run's own mean, weighted by what its targets count."""
-    samples = head.next_samples(targets_BL)
+    samples = head.next_samples(table(head), z_BLD, targets_BL)
     z_TD, targets_T = z_BLD.reshape(-1, WIDTH), targets_BL.reshape(-1)
     kept_T = targets_T >= 0
     z, targets = z_TD[kept_T], targets_T[kept_T]
@@ -79,7 +84,6 @@ def test_the_loss_is_the_mean_over_groups(
     targets_BL[0] = 7
     z_BLD.requires_grad_()
     leaves = [z_BLD, *head.parameters()]
-    head.draws.fill_(1)  # no step that looks for rivals
     state = {name: value.clone() for name, value in head.state_dict().items()}
     found = head(z_BLD, targets_BL)
     gradients = torch.autograd.grad(found, leaves)
@@ -90,15 +94,29 @@ def test_the_loss_is_the_mean_over_groups(
         torch.testing.assert_close(one.to_dense(), other, rtol=1e-4, atol=1e-6)
 
 
-def test_as_many_samples_as_groups_each_with_the_batch_s_classes_and_even_ones_of_its_own() -> None:
+@pytest.mark.parametrize("candidates", [CLASSES, 100])
+def test_as_many_samples_as_groups_each_drawn_for_itself(candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_head, "CANDIDATES", candidates)
     head = head_of(HyperspherePrototypes)
     for targets, groups in ((1, 1), (16, 1), (17, 2), (64, 4), (65, 5)):
-        targets_T = torch.arange(targets) % 9
-        samples = [sample.classes_S for sample in head.next_samples(targets_T)]
-        assert len(samples) == groups and all(len(sample_S) <= SAMPLE for sample_S in samples)
-        assert all(bool(torch.isin(targets_T, sample_S).all()) for sample_S in samples)
+        z_TD, targets_T = torch.randn(targets, WIDTH), torch.arange(targets) % 9
+        samples = [sample.classes_S for sample in head.next_samples(table(head), z_TD, targets_T)]
+        assert len(samples) == groups and all(SAMPLE - 1 <= len(sample_S) <= SAMPLE for sample_S in samples)
+        assert all(bool((sample_S.diff() > 0).all()) for sample_S in samples)
         assert len({tuple(sample_S.tolist()) for sample_S in samples}) == groups
-    assert head.next_samples(torch.full((40,), -1))[0].classes_S.numel()  # no target at all: a step like any other
+    nothing = head.next_samples(table(head), torch.randn(40, WIDTH), torch.full((40,), -1))
+    assert nothing[0].classes_S.numel()  # no target at all: a step like any other
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e30])
+@pytest.mark.parametrize("where", ["z", "table"])
+def test_a_sample_is_drawn_whatever_the_numbers_are(where: str, value: float) -> None:
+    """So that a step that is to be skipped is skipped, and not an error."""
+    head, (z_BLD, targets_BL) = head_of(HyperspherePrototypes), batch(20)
+    with torch.no_grad():
+        (z_BLD[3] if where == "z" else table(head)[7]).fill_(value)
+    for sample in head.next_samples(table(head), z_BLD, targets_BL):
+        assert len(sample.classes_S) and bool(sample.log_chance_RS.isfinite().all())
 
 
 def test_a_class_s_steadiness_is_its_mean_gradient_over_the_root_mean_square() -> None:
@@ -144,31 +162,30 @@ def test_groups_are_runs_of_whole_rows(tokens_B: list[int], expected: list[list[
     assert all(a == b or a.stop == b.start for a, b in itertools.pairwise(rows))
 
 
-@pytest.mark.parametrize("rivals", [False, True])
-@pytest.mark.parametrize(("length", "sample", "rows"), [(1, 40, 24), (6, 40, 4), (24, 40, 1), (6, 9, 4), (8, 30, 12)])
+@pytest.mark.parametrize("candidates", [60, 40])
+@pytest.mark.parametrize(("length", "rows"), [(1, 24), (6, 4), (24, 1), (8, 12)])
 def test_given_a_run_s_rows_the_sum_over_wrong_classes_is_estimated_without_bias(
-    length: int, sample: int, rows: int, rivals: bool
+    length: int, rows: int, candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What decides a token's features is its own row; over all that is drawn beside it, other rows and even classes."""
+    """What decides a token's features is its own row; over what is drawn beside it: other rows, candidates, lots."""
+    monkeypatch.setattr(sampling_head, "CANDIDATES", candidates)
     torch.manual_seed(0)
-    head = HyperspherePrototypes(ModelConfig(vocab_size=60, d_model=WIDTH, head_options={"sample": sample}))
+    head = HyperspherePrototypes(ModelConfig(vocab_size=60, d_model=WIDTH, head_options={"sample": 20}))
     share_V = 1.0 / torch.arange(2, 62, dtype=torch.float64)
     share_V /= share_V.sum()
     head.set_frequencies((1e7 * share_V).long())
-    if rivals:
-        head.rivals.copy_(torch.arange(60).roll(7))
-        head.rival_counts.copy_(head.counts.roll(-7))
-    first_L = torch.randint(20, 60, (length,))
-    others, draws = (rows - 1) * length, 500
+    first_L, first_LD = torch.randint(20, 60, (length,)), torch.randn(length, WIDTH)
+    others, draws = (rows - 1) * length, 800
     weights_NV = torch.zeros(draws, 60, dtype=torch.float64)
     for key in range(draws):
         drawn_T = torch.multinomial(share_V, others, replacement=True) if others else torch.empty(0, dtype=torch.int64)
         targets_BL = torch.cat([first_L, drawn_T]).reshape(rows, length)
-        found = head.draw(key, targets_BL)[0]
+        z_BLD = torch.cat([first_LD, torch.randn(others, WIDTH)]).reshape(rows, length, WIDTH)
+        found = head.draw(key, z_BLD, targets_BL)[0]
         weights_NV[key, found.classes_S] = (-found.log_chance_RS[0].double()).exp()
     off_V, noise_V = (weights_NV.mean(0) - 1).abs(), weights_NV.std(0) / math.sqrt(draws)
-    # With too many classes for the sample, how many are kept depends on the batch, which the formula leaves out.
-    assert bool((off_V < 4.5 * noise_V + (0.1 if sample < 20 else 0.02)).all()), off_V
+    # With too many classes for the candidates, how many are kept depends on the batch, which the formula leaves out.
+    assert bool((off_V < 4.5 * noise_V + (0.1 if candidates < 60 else 0.02)).all()), off_V
 
 
 def test_a_prototype_that_is_seldom_seen_is_kept_shorter() -> None:
@@ -187,7 +204,7 @@ def test_few_targets_a_step_make_no_prototype_shorter_for_their_noise() -> None:
     head, share_V = head_of(HyperspherePrototypes), torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
     head.set_frequencies(torch.ones(CLASSES, dtype=torch.int64))
     for targets in (1, GROUP // 2, GROUP, 3 * GROUP):
-        head.next_samples(torch.arange(targets) % CLASSES)
+        head.next_samples(table(head), torch.randn(targets, WIDTH), torch.arange(targets) % CLASSES)
         assert head._drawn is not None and head._drawn.targets == targets
         steadiness_V = head.steadiness()
         assert steadiness_V is not None
@@ -212,6 +229,7 @@ def test_ranks_with_unlike_numbers_of_targets_keep_prototypes_at_the_same_length
     targets_T = torch.arange(60)
     for head, part in ((one, targets_T[:50]), (other, targets_T[50:])):
         head.begin_step(17, targets_T)
-        assert len(head.next_samples(part)) == -(-len(part) // GROUP)
+        samples = head.next_samples(table(head), torch.randn(len(part), WIDTH), part)
+        assert len(samples) == -(-len(part) // GROUP)
     first, second = one.steadiness(), other.steadiness()
     assert first is not None and second is not None and torch.equal(first, second)

@@ -104,6 +104,13 @@ class HyperspherePrototypes(SamplingHead):
     def samples_classes(self) -> bool:
         return self.contrastive and self.classes > self.sample
 
+    def features(self, z_TD: Tensor) -> Tensor:
+        return F.normalize(z_TD, dim=-1)
+
+    def logits_of(self, features_GKD: Tensor, rows_CD: Tensor) -> Tensor:
+        length_C = torch.linalg.vector_norm(rows_CD, dim=-1).clamp_min(1e-12)
+        return inner_products(features_GKD * self.log_scale.exp(), rows_CD).div_(length_C)
+
     def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, sample: Sample | None = None) -> Tensor:
         """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample for them,
         all classes without one: see `kernels.reference.sampled_cross_entropy`."""
@@ -212,9 +219,8 @@ class HyperspherePrototypes(SamplingHead):
             scale = state_dict[f"{prefix}scale"]
             state_dict[f"{prefix}log_scale"] = scale.log()
             state_dict[f"{prefix}fitted"] = torch.ones_like(self.fitted)
-            for name in ("counts", "counted", "told", "rival_counts"):
+            for name in ("counts", "counted", "told"):
                 state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))
-            state_dict[f"{prefix}rivals"] = torch.arange(self.classes)
             self.notes.append(
                 f"head.log_scale starts at log {float(scale):.4g}, the fitted scale of the weights: {SINCE_0_1}"
             )

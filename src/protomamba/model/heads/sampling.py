@@ -80,13 +80,12 @@ class Drawn(NamedTuple):
     even: int
 
 
-def draw(key: int, own_U: Tensor, common_U: Tensor, classes: int, limit: int) -> Drawn:
+def draw(generator: torch.Generator, own_U: Tensor, common_U: Tensor, classes: int, limit: int) -> Drawn:
     """At most `limit` of the classes: those that a group is to have, the batch's others, and even ones from all V.
 
     own_U, common_U: distinct classes, int64, in rising order; where they are too many a part by lot, first of
-    `common_U`. A function of its arguments alone.
+    `common_U`.
     """
-    generator = torch.Generator().manual_seed(key)
     others_U = common_U[places(own_U, common_U) < 0] if len(own_U) else common_U
     even = even_draws(limit, len(own_U) + len(others_U))
     room = max(1, limit - even)
@@ -116,15 +115,13 @@ class Drawing(NamedTuple):
 
 
 class Chances(NamedTuple):
-    """The chances of a group's sampled classes (S,) to be in its sample, given the rows of one of its runs.
+    """The chances of classes (S,) that were drawn for a group to be so, given the rows of one of its runs.
 
-    share_S: how often each class comes; rival_S: how often one does whose rival it is; tokens: of the group's rows. To
-    be in the sample a class is drawn evenly, or is in the group's other rows or a rival there, or else in the batch's
-    other rows, and kept.
+    share_S: how often each class comes; tokens: of the group's rows. To be drawn a class is drawn evenly, or is in the
+    group's other rows, or else in the batch's other rows, and kept.
     """
 
     share_S: Tensor
-    rival_S: Tensor
     drawing: Drawing
     drawn: Drawn
     tokens: int
@@ -142,7 +139,7 @@ class Chances(NamedTuple):
 
     def _of_others(self, tokens: int) -> Tensor:
         """(S,): of classes that a run's rows, with so many tokens, do not have."""
-        beside_S = come(self.share_S + self.rival_S, self.tokens - tokens)
+        beside_S = come(self.share_S, self.tokens - tokens)
         batch_S = come(self.share_S, self.drawing.targets - self.tokens)
         return self._log_with_even(self.drawn.own * beside_S + self.drawn.others * (1 - beside_S) * batch_S)
 

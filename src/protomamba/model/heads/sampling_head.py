@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from protomamba.config import ModelConfig
 from protomamba.kernels import Sample
-from protomamba.kernels.prototype_loss import total_weight, valid_tokens
+from protomamba.kernels.prototype_loss import places, total_weight, valid_tokens
 from protomamba.kernels.rows import gather_rows
-from protomamba.model.heads import rivals, sampling
+from protomamba.model.heads import proposals, sampling
 from protomamba.model.heads.base import Head
 
 # Targets that share a sample: many, so that a product is worth its start; few, so that what a sample happens to hold
@@ -20,16 +21,26 @@ from protomamba.model.heads.base import Head
 GROUP = 512
 # Runs of a group at most, whose rows have chances of their own.
 RUNS = 16
+# Of more classes than these a part is looked at for each group: what a step costs must not grow with their number.
+CANDIDATES = 16_384
 
 SampledLoss = Callable[..., Tensor]
+
+
+class _Part(NamedTuple):
+    """A group's tokens, and where what is drawn for them comes from."""
+
+    features_TD: Tensor
+    targets_T: Tensor
+    generator: torch.Generator
 
 
 class SamplingHead(Head):
     """Base of our heads that sample: they set `sample`, say in `samples_classes` whether they do, and ask for the
     buffers (`count_draws`, `count_classes`), which are in checkpoints.
 
-    A token is held against the classes of its own rows and each one's rival, against those of the batch's other rows,
-    and against even ones.
+    A token is held against classes that its group takes for likely (`proposals`), of all or, where there are very many,
+    of those of the batch and even ones.
     """
 
     # Whether the loss adds up the gradient of a dense table over all groups itself: it is given the table, not rows.
@@ -39,8 +50,6 @@ class SamplingHead(Head):
     counts: Tensor
     counted: Tensor
     told: Tensor
-    rivals: Tensor
-    rival_counts: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -56,9 +65,6 @@ class SamplingHead(Head):
         self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.int64))
         self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
         self.register_buffer("told", torch.zeros((), dtype=torch.bool))
-        # The rival of each class, itself where none was found; how often those come whose rival a class is.
-        self.register_buffer("rivals", torch.arange(self.classes))
-        self.register_buffer("rival_counts", torch.zeros(self.classes, dtype=torch.int64))
 
     def reads_few_rows(self) -> bool:
         return self.samples_classes
@@ -87,10 +93,18 @@ class SamplingHead(Head):
         self.counted.copy_(self.counts.sum())
         self.told.fill_(True)
 
-    def next_samples(self, targets_BL: Tensor) -> list[Sample]:
+    def features(self, z_TD: Tensor) -> Tensor:
+        """(T, D): what of z decides the logits; see `logits_of`."""
+        raise NotImplementedError
+
+    def logits_of(self, features_GKD: Tensor, rows_CD: Tensor) -> Tensor:
+        """(G, K, C): the logits that training takes the softmax of, for rows of the table."""
+        raise NotImplementedError
+
+    def next_samples(self, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor) -> list[Sample]:
         """A sample of the next forward pass for each GROUP of its targets; moves the counts on. All classes: none.
 
-        targets_BL: (B, L), or (T,) for rows of one.
+        z_BLD: (B, L, D) and targets_BL (B, L); or (T, D) and (T,) for rows of one.
         """
         shared, self._shared = self._shared, None
         if not self.samples_classes:
@@ -100,53 +114,78 @@ class SamplingHead(Head):
         shared_T = shared_T.reshape(-1)
         shared_T = shared_T[shared_T >= 0]
         self._count(shared_T)
-        return self._samples(key, targets_BL, shared_T)
+        return self._samples(key, table_VD, z_BLD, targets_BL, shared_T)
 
-    def draw(self, key: int, targets_BL: Tensor) -> list[Sample]:
-        """`next_samples` of a step with these targets and no others: a function of the key and of the frequencies."""
-        return self._samples(key, targets_BL, targets_BL[targets_BL >= 0])
+    def draw(self, key: int, z_BLD: Tensor, targets_BL: Tensor) -> list[Sample]:
+        """`next_samples` of a step with these targets and no others: a function of the key, the frequencies, the table
+        and z."""
+        assert self.row_table is not None
+        table_VD = getattr(self, self.row_table)
+        return self._samples(key, table_VD, z_BLD, targets_BL, targets_BL[targets_BL >= 0])
 
-    def _samples(self, key: int, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
+    @torch.no_grad()
+    def _samples(self, key: int, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
         rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), sampling.distinct(shared_T)
         tokens_B = (rows_BL >= 0).sum(1).tolist()
-        even = sampling.even_draws(self.sample, len(common_U))
-        # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
-        kept, groups = min(1.0, (self.sample - even) / max(1, len(common_U))), math.ceil(len(shared_T) / GROUP)
-        self._drawn = sampling.Drawing(len(shared_T), kept, even, self.classes, max(1, groups))
-        return [
-            self._sample(sampling.key_of_group(key, number), group, rows_BL, tokens_B, common_U)
-            for number, group in enumerate(sampling.groups_of(tokens_B, GROUP, RUNS))
-        ]
+        self._drawn = self._drawing(self.sample, common_U, len(shared_T))
+        kept_T = targets_BL.reshape(-1) >= 0
+        targets_T, features_TD = targets_BL.reshape(-1)[kept_T], self.features(z_BLD.reshape(-1, self.d_model)[kept_T])
+        groups, samples, start = sampling.groups_of(tokens_B, GROUP, RUNS), list[Sample](), 0
+        parts = list[_Part]()
+        for number, group in enumerate(groups):
+            stop = start + sum(run.tokens for run in group)
+            generator = torch.Generator().manual_seed(sampling.key_of_group(key, number))
+            part = _Part(features_TD[start:stop].float(), targets_T[start:stop], generator)
+            start = stop
+            if self.classes <= CANDIDATES:
+                parts.append(part)
+                continue
+            given = self._candidates(generator, group, rows_BL, tokens_B, common_U, len(shared_T))
+            samples += self._chosen([part], table_VD.index_select(0, given.classes_S), given)
+        return samples or self._chosen(parts, table_VD)
 
-    def _sample(
-        self, key: int, group: list[sampling.Run], targets_BL: Tensor, tokens_B: list[int], common_U: Tensor
-    ) -> Sample:
-        """That of one group of tokens. What is in a run's rows is known with its features: it was sure to be drawn."""
-        assert self._drawn is not None
+    def _chosen(self, parts: Sequence[_Part], rows_CD: Tensor, candidates: Sample | None = None) -> list[Sample]:
+        """Of the candidates, whose rows these are, what each group is held against; of all classes without any."""
+        found = [proposals.centroids(part.features_TD, part.generator) for part in parts]
+        centroid_GKD, tokens_GK = torch.stack([each for each, _ in found]), torch.stack([each for _, each in found])
+        weight_GC = proposals.weights(self.logits_of(centroid_GKD, rows_CD.detach().float()), tokens_GK)
+        own_GC = torch.zeros(weight_GC.shape, dtype=torch.bool)
+        for own_C, part in zip(own_GC, parts, strict=True):
+            own_C[part.targets_T if candidates is None else _present(candidates.classes_S, part.targets_T)] = True
+        chance_GC = proposals.chances(weight_GC, own_GC, self.sample)
+        start_G = torch.cat([torch.rand(1, generator=part.generator, dtype=torch.float64) for part in parts])
+        samples = list[Sample]()
+        for place_S, chance_C, part in zip(proposals.drawn(chance_GC, start_G), chance_GC, parts, strict=True):
+            log_chance_S = chance_C[place_S].log()
+            if candidates is None:
+                samples.append(Sample(place_S, log_chance_S.float()[None], (len(part.targets_T),)))
+            else:
+                log_chance_RS = candidates.log_chance_RS[:, place_S] + log_chance_S
+                samples.append(Sample(candidates.classes_S[place_S], log_chance_RS.float(), candidates.tokens_R))
+        return samples
+
+    def _drawing(self, limit: int, common_U: Tensor, targets: int) -> sampling.Drawing:
+        """How as many classes are drawn without a look at features. What lengths follow (`steadiness`) is to be the
+        same on all ranks, whatever their own targets."""
+        even = sampling.even_draws(limit, len(common_U))
+        kept, groups = min(1.0, (limit - even) / max(1, len(common_U))), math.ceil(targets / GROUP)
+        return sampling.Drawing(targets, kept, even, self.classes, max(1, groups))
+
+    def _candidates(
+        self, generator: torch.Generator, group: list[sampling.Run], targets_BL: Tensor, tokens_B: list[int],
+        common_U: Tensor, targets: int,
+    ) -> Sample:  # fmt: skip
+        """What one group's sample is drawn from where there are very many classes: at most CANDIDATES, the batch's and
+        even ones. What is in a run's rows is known with its features: it was sure to be drawn."""
+        drawing = self._drawing(CANDIDATES, common_U, targets)
         inside = [slice(run.rows.start, run.rows.stop) for run in group]
-        own_R = [self._with_rivals(targets_BL[each]) for each in inside]
+        own_R = [sampling.distinct(targets_BL[each][targets_BL[each] >= 0]) for each in inside]
         tokens_R = [sum(tokens_B[each]) for each in inside]
-        drawn = sampling.draw(key, sampling.distinct(torch.cat(own_R)), common_U, self.classes, self.sample)
-        found_S = drawn.classes_S
-        share_S, rival_S = self._shares(self.counts[found_S]), self.rival_counts[found_S] / self.counted.clamp_min(1)
-        chances = sampling.Chances(share_S, rival_S, self._drawn, drawn, sum(tokens_R))
-        return Sample(found_S, chances.of_runs(tokens_R, own_R).float(), tuple(run.tokens for run in group))
-
-    def _with_rivals(self, targets_BL: Tensor) -> Tensor:
-        """(U,): the distinct classes among the targets and their rivals, in rising order."""
-        targets_T = targets_BL[targets_BL >= 0]
-        return sampling.distinct(torch.cat([targets_T, self.rivals[targets_T]]))
-
-    def _renew_rivals(self, table_VD: Tensor, targets_BL: Tensor) -> None:
-        """Look for rivals, if it is time: by what all ranks have in common."""
-        if not self.samples_classes or int(self.draws) % rivals.EVERY:
-            return
-        shared_T = targets_BL if self._shared is None else self._shared[1]
-        common_U = sampling.distinct(shared_T[shared_T >= 0])
-        found_P, among = rivals.probes(int(self.draws) // rivals.EVERY, common_U, *table_VD.shape)
-        self.rivals[found_P] = rivals.nearest(table_VD.detach(), found_P, among, self.rivals[found_P])
-        has_K = (self.rivals != torch.arange(self.classes)).nonzero()[:, 0]
-        self.rival_counts.zero_().index_add_(0, self.rivals[has_K], self.counts[has_K])
+        own_U = sampling.distinct(torch.cat(own_R))
+        found = sampling.draw(generator, own_U, common_U, self.classes, CANDIDATES)
+        share_S = self._shares(self.counts[found.classes_S])
+        chances = sampling.Chances(share_S, drawing, found, sum(tokens_R))
+        return Sample(found.classes_S, chances.of_runs(tokens_R, own_R), tuple(run.tokens for run in group))
 
     def steadiness(self) -> Tensor | None:
         """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
@@ -176,8 +215,7 @@ class SamplingHead(Head):
         The op gets the whole table where that is dense and there is one sample or it wants that, else the rows (R, D)
         that targets and samples need, their numbers standing for places in them.
         """
-        self._renew_rivals(table_VD, targets_BL)
-        samples = self.next_samples(targets_BL)
+        samples = self.next_samples(table_VD, z_BLD, targets_BL)
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
         if not samples or (not self.row_sparse and (len(samples) < 2 or self.whole_table)):
             return op(z_TD, table_VD, targets_T, samples, weight_T)
@@ -186,6 +224,12 @@ class SamplingHead(Head):
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
         numbered = [sample._replace(classes_S=torch.searchsorted(rows_R, sample.classes_S)) for sample in samples]
         return op(z_TD, rows_RD, places_T, numbered, weight_T)
+
+
+def _present(classes_S: Tensor, targets_T: Tensor) -> Tensor:
+    """The places of those targets that are among the classes (rising)."""
+    place_T = places(classes_S, targets_T)
+    return place_T[place_T >= 0]
 
 
 def mean_of_groups(

@@ -62,6 +62,12 @@ class SoftmaxHead(SamplingHead):
     def _sampled(self, *given: Any) -> Tensor:
         return mean_of_groups(partial(sampled_softmax_loss, precision=self.precision), *given)
 
+    def features(self, z_TD: Tensor) -> Tensor:
+        return z_TD
+
+    def logits_of(self, features_GKD: Tensor, rows_CD: Tensor) -> Tensor:
+        return inner_products(features_GKD, rows_CD)
+
     def scores(self, z_BLD: Tensor) -> Tensor:
         """(B, L, V): the logits."""
         return inner_products(z_BLD, self.weight)
