@@ -115,26 +115,27 @@ class Drawing(NamedTuple):
 
 
 class Chances(NamedTuple):
-    """The chances of classes (S,) that were drawn for a group to be so, given the rows of one of its runs.
+    """The chances of classes (S,), rising, that were drawn for a group to be so, given the rows of one of its runs.
 
     share_S: how often each class comes; tokens: of the group's rows. To be drawn a class is drawn evenly, or is in the
     group's other rows, or else in the batch's other rows, and kept.
     """
 
+    classes_S: Tensor
     share_S: Tensor
     drawing: Drawing
     drawn: Drawn
     tokens: int
 
     def of_runs(self, tokens_R: Sequence[int], own_R: Sequence[Tensor]) -> Tensor:
-        """(R, S) float64: the logs of the chances, by how many tokens the rows of a run have and which classes were to
-        be drawn for them: these are certain, but for a lot."""
+        """(R, S) float64: the logs of the chances, by how many tokens the rows of a run have and which classes these
+        have, in any order: they are certain, but for a lot."""
         rows = {tokens: self._of_others(tokens) for tokens in set(tokens_R)}
         log_chance_RS = torch.stack([rows[tokens] for tokens in tokens_R])
         certain = self._log_with_even(torch.tensor(self.drawn.own, dtype=torch.float64))
-        for log_chance_S, own_U in zip(log_chance_RS, own_R, strict=True):
-            place_U = places(self.drawn.classes_S, own_U)
-            log_chance_S[place_U[place_U >= 0]] = certain
+        for log_chance_S, own_T in zip(log_chance_RS, own_R, strict=True):
+            place_T = places(self.classes_S, own_T)
+            log_chance_S[place_T[place_T >= 0]] = certain
         return log_chance_RS
 
     def _of_others(self, tokens: int) -> Tensor:

@@ -30,6 +30,7 @@ SampledLoss = Callable[..., Tensor]
 class _Part(NamedTuple):
     """A group's tokens, and where what is drawn for them comes from."""
 
+    runs: list[sampling.Run]
     features_TD: Tensor
     targets_T: Tensor
     generator: torch.Generator
@@ -126,43 +127,56 @@ class SamplingHead(Head):
     @torch.no_grad()
     def _samples(self, key: int, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
         rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), sampling.distinct(shared_T)
-        tokens_B = (rows_BL >= 0).sum(1).tolist()
         self._drawn = self._drawing(self.sample, common_U, len(shared_T))
         kept_T = targets_BL.reshape(-1) >= 0
         targets_T, features_TD = targets_BL.reshape(-1)[kept_T], self.features(z_BLD.reshape(-1, self.d_model)[kept_T])
-        groups, samples, start = sampling.groups_of(tokens_B, GROUP, RUNS), list[Sample](), 0
+        groups, start = sampling.groups_of((rows_BL >= 0).sum(1).tolist(), GROUP, RUNS), 0
         parts = list[_Part]()
-        for number, group in enumerate(groups):
-            stop = start + sum(run.tokens for run in group)
+        for number, runs in enumerate(groups):
+            inside = slice(start, start := start + sum(run.tokens for run in runs))
             generator = torch.Generator().manual_seed(sampling.key_of_group(key, number))
-            part = _Part(features_TD[start:stop].float(), targets_T[start:stop], generator)
-            start = stop
-            if self.classes <= CANDIDATES:
-                parts.append(part)
-                continue
-            given = self._candidates(generator, group, rows_BL, tokens_B, common_U, len(shared_T))
-            samples += self._chosen([part], table_VD.index_select(0, given.classes_S), given)
-        return samples or self._chosen(parts, table_VD)
+            parts.append(_Part(runs, features_TD[inside].float(), targets_T[inside], generator))
+        if self.classes > CANDIDATES:
+            return [self._sample_of_many(part, table_VD, rows_BL, common_U, len(shared_T)) for part in parts]
+        found = self._chosen(parts, table_VD, [part.targets_T for part in parts])
+        return [
+            Sample(classes_S, log_chance_S.float()[None], (len(part.targets_T),))
+            for part, (classes_S, log_chance_S) in zip(parts, found, strict=True)
+        ]
 
-    def _chosen(self, parts: Sequence[_Part], rows_CD: Tensor, candidates: Sample | None = None) -> list[Sample]:
-        """Of the candidates, whose rows these are, what each group is held against; of all classes without any."""
-        found = [proposals.centroids(part.features_TD, part.generator) for part in parts]
-        centroid_GKD, tokens_GK = torch.stack([each for each, _ in found]), torch.stack([each for _, each in found])
+    def _sample_of_many(
+        self, part: _Part, table_VD: Tensor, targets_BL: Tensor, common_U: Tensor, targets: int
+    ) -> Sample:
+        """One group's sample where there are very many classes: of CANDIDATES at most, the batch's and even ones.
+
+        What is in a run's rows is known with its features: it was sure to be a candidate.
+        """
+        drawing = self._drawing(CANDIDATES, common_U, targets)
+        own_R = [targets_BL[run.rows.start : run.rows.stop] for run in part.runs]
+        own_R = [own_BL[own_BL >= 0] for own_BL in own_R]
+        own_U = sampling.distinct(torch.cat(own_R))
+        candidates = sampling.draw(part.generator, own_U, common_U, self.classes, CANDIDATES)
+        own_K = places(candidates.classes_S, own_U)
+        rows_CD = table_VD.index_select(0, candidates.classes_S)
+        ((place_S, log_chance_S),) = self._chosen([part], rows_CD, [own_K[own_K >= 0]])
+        classes_S, tokens_R = candidates.classes_S[place_S], [len(own_T) for own_T in own_R]
+        chances = sampling.Chances(classes_S, self._shares(self.counts[classes_S]), drawing, candidates, sum(tokens_R))
+        log_chance_RS = chances.of_runs(tokens_R, own_R) + log_chance_S
+        return Sample(classes_S, log_chance_RS.float(), tuple(run.tokens for run in part.runs))
+
+    def _chosen(self, parts: Sequence[_Part], rows_CD: Tensor, own: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of candidates, whose rows these are, what each group is held against: their places, rising, and the logs of
+        their chances, float64. own: the places of those that are certain, where there is room."""
+        means = [proposals.centroids(part.features_TD, part.generator) for part in parts]
+        centroid_GKD, tokens_GK = torch.stack([each for each, _ in means]), torch.stack([each for _, each in means])
         weight_GC = proposals.weights(self.logits_of(centroid_GKD, rows_CD.detach().float()), tokens_GK)
         own_GC = torch.zeros(weight_GC.shape, dtype=torch.bool)
-        for own_C, part in zip(own_GC, parts, strict=True):
-            own_C[part.targets_T if candidates is None else _present(candidates.classes_S, part.targets_T)] = True
+        for own_C, places_K in zip(own_GC, own, strict=True):
+            own_C[places_K] = True
         chance_GC = proposals.chances(weight_GC, own_GC, self.sample)
         start_G = torch.cat([torch.rand(1, generator=part.generator, dtype=torch.float64) for part in parts])
-        samples = list[Sample]()
-        for place_S, chance_C, part in zip(proposals.drawn(chance_GC, start_G), chance_GC, parts, strict=True):
-            log_chance_S = chance_C[place_S].log()
-            if candidates is None:
-                samples.append(Sample(place_S, log_chance_S.float()[None], (len(part.targets_T),)))
-            else:
-                log_chance_RS = candidates.log_chance_RS[:, place_S] + log_chance_S
-                samples.append(Sample(candidates.classes_S[place_S], log_chance_RS.float(), candidates.tokens_R))
-        return samples
+        found = proposals.drawn(chance_GC, start_G)
+        return [(place_S, chance_C[place_S].log()) for place_S, chance_C in zip(found, chance_GC, strict=True)]
 
     def _drawing(self, limit: int, common_U: Tensor, targets: int) -> sampling.Drawing:
         """How as many classes are drawn without a look at features. What lengths follow (`steadiness`) is to be the
@@ -170,22 +184,6 @@ class SamplingHead(Head):
         even = sampling.even_draws(limit, len(common_U))
         kept, groups = min(1.0, (limit - even) / max(1, len(common_U))), math.ceil(targets / GROUP)
         return sampling.Drawing(targets, kept, even, self.classes, max(1, groups))
-
-    def _candidates(
-        self, generator: torch.Generator, group: list[sampling.Run], targets_BL: Tensor, tokens_B: list[int],
-        common_U: Tensor, targets: int,
-    ) -> Sample:  # fmt: skip
-        """What one group's sample is drawn from where there are very many classes: at most CANDIDATES, the batch's and
-        even ones. What is in a run's rows is known with its features: it was sure to be drawn."""
-        drawing = self._drawing(CANDIDATES, common_U, targets)
-        inside = [slice(run.rows.start, run.rows.stop) for run in group]
-        own_R = [sampling.distinct(targets_BL[each][targets_BL[each] >= 0]) for each in inside]
-        tokens_R = [sum(tokens_B[each]) for each in inside]
-        own_U = sampling.distinct(torch.cat(own_R))
-        found = sampling.draw(generator, own_U, common_U, self.classes, CANDIDATES)
-        share_S = self._shares(self.counts[found.classes_S])
-        chances = sampling.Chances(share_S, drawing, found, sum(tokens_R))
-        return Sample(found.classes_S, chances.of_runs(tokens_R, own_R), tuple(run.tokens for run in group))
 
     def steadiness(self) -> Tensor | None:
         """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
@@ -224,12 +222,6 @@ class SamplingHead(Head):
         places_T = torch.where(targets_T < 0, targets_T, torch.searchsorted(rows_R, targets_T.clamp_min(0)))
         numbered = [sample._replace(classes_S=torch.searchsorted(rows_R, sample.classes_S)) for sample in samples]
         return op(z_TD, rows_RD, places_T, numbered, weight_T)
-
-
-def _present(classes_S: Tensor, targets_T: Tensor) -> Tensor:
-    """The places of those targets that are among the classes (rising)."""
-    place_T = places(classes_S, targets_T)
-    return place_T[place_T >= 0]
 
 
 def mean_of_groups(
