@@ -1,8 +1,8 @@
-"""Which classes a training step compares z with where there are too many for all of them: a sampled softmax's sample.
+"""Which classes a training step looks at where there are too many for all of them, before it looks at any features.
 
-The classes of the batch themselves, which are the likely ones, rivals of some of them, and even ones to keep the rest
-honest. How a class's chance to be among them enters the loss: `kernels.reference.sampled_cross_entropy`. Only
-`steadiness` is of size V.
+The classes of the batch themselves, which are the likely ones, and even ones to keep the rest honest; and the groups of
+tokens that share a sample. What is chosen of these candidates: `proposals`. How a class's chance to be among them enters
+the loss: `kernels.reference.sampled_cross_entropy`. Only `steadiness` is of size V.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ def come(share_S: Tensor, targets: int) -> Tensor:
 def steadiness(share_S: Tensor, drawing: Drawing) -> Tensor:
     """(S,) float64, at most 1: a class's mean gradient over its root mean square, from being sampled alone.
 
-    As if nothing were known of a token's row, and no class had a rival: `Chances` knows both. It counts 1 / q in each
-    of the G samples that have it: all with chance b, else each with chance e, so
+    As if nothing were known of a token's row or features, and classes were drawn as `draw` draws. It counts 1 / q in
+    each of the G samples that have it: all with chance b, else each with chance e, so
 
         q = b + (1 - b) e        steadiness = q / sqrt(b + (1 - b) (e^2 + e (1 - e) / G))        (G = 1: sqrt(q))
 
