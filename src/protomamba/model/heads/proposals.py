@@ -49,12 +49,12 @@ def weights(logits_GKC: Tensor, tokens_GK: Tensor) -> Tensor:
 
 
 def chances(weight_GC: Tensor, own_GC: Tensor, limit: int) -> Tensor:
-    """(G, C) float64: 1 for a group's own classes (bool), where they leave room; min(1, c w) for others, with an even
-    share in w, and c such that all sum to `limit`, less SLACK."""
+    """(G, C) float64: 1 for a group's own classes (bool), if they leave half the room; min(1, c w) for others, with an
+    even share in w, and c such that all sum to `limit`, less SLACK."""
     classes, goal = weight_GC.shape[1], limit - SLACK
     if limit >= classes:
         return torch.ones_like(weight_GC)
-    own_GC = own_GC & (own_GC.sum(1, keepdim=True) <= limit - max(1, limit // 8))
+    own_GC = own_GC & (own_GC.sum(1, keepdim=True) <= limit // 2)
     base_GC = weight_GC * (1 - EVEN) + EVEN / classes
     factor_G1 = torch.zeros_like(base_GC[:, :1])
     for _ in range(MOST_ROUNDS):  # classes that c makes certain leave the others more: it only grows

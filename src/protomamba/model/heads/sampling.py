@@ -1,8 +1,8 @@
 """Which classes a training step looks at where there are too many for all of them, before it looks at any features.
 
-The classes of the batch themselves, which are the likely ones, and even ones to keep the rest honest; and the groups of
-tokens that share a sample. What is chosen of these candidates: `proposals`. How a class's chance to be among them enters
-the loss: `kernels.reference.sampled_cross_entropy`. Only `steadiness` is of size V.
+The classes of the batch themselves, which are the likely ones, and even ones to keep the rest honest; and the groups
+of tokens that share a sample. What is chosen of these candidates: `proposals`. How a class's chance to be among them
+enters the loss: `kernels.reference.sampled_cross_entropy`. Only `steadiness` is of size V.
 """
 
 from __future__ import annotations
