@@ -88,7 +88,7 @@ def test_the_loss_is_the_documented_one_and_its_gradient_that_of_the_cross_entro
     z_BLD = z_BLD.double().requires_grad_()
     kept = targets_BL >= 0
     plain = plain_hpn_loss(z_BLD, head.prototypes, targets_BL)
-    samples = head.next_samples(head.prototypes, z_BLD, targets_BL)
+    samples = head.next_samples(z_BLD, targets_BL)
     assert len(samples) == (sample != 64)
     expected = torch.autograd.grad(head.cross_entropy(z_BLD[kept], targets_BL[kept], *samples), [z_BLD, *learnt(head)])
     head.draws.zero_(), head.counts.zero_(), head.counted.zero_()
@@ -112,7 +112,7 @@ def test_chances_of_candidates_follow_the_frequencies_told_or_counted(
     head.told.fill_(told)
     for _ in range(3):
         targets_BL = torch.tensor([[3, 5], [3, 7]])
-        found = head.next_samples(head.prototypes, torch.randn(2, 2, 8), targets_BL)
+        found = head.next_samples(torch.randn(2, 2, 8), targets_BL)
         ((sample_S, log_chance_RS, tokens_R),) = found
         assert tokens_R == (2, 2) and len(sample_S) <= 12 and bool((sample_S.diff() > 0).all())
         share_S = (head.counts[sample_S] + 0.5) / (head.counted + 0.5 * 37)
@@ -145,7 +145,7 @@ def test_ranks_that_are_given_the_step_s_targets_count_alike_and_draw_by_its_key
     def drawn(head: HyperspherePrototypes, key: int | None, part: slice) -> Tensor:
         if key is not None:
             head.begin_step(key, targets_T)
-        return head.next_samples(head.prototypes, z_TD[part], targets_T[part])[0].classes_S
+        return head.next_samples(z_TD[part], targets_T[part])[0].classes_S
 
     first, second = slice(100), slice(100, 200)
     samples_S = drawn(one, 17, first)
@@ -289,7 +289,7 @@ def test_the_sample_depends_on_the_state_alone() -> None:
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in head.state_dict().items()}
 
     def drawn() -> list[int]:
-        ((sample_S, *_),) = head.next_samples(head.prototypes, z_TD, torch.arange(50))
+        ((sample_S, *_),) = head.next_samples(z_TD, torch.arange(50))
         return sample_S.tolist()
 
     first = drawn()

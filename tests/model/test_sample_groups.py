@@ -35,11 +35,6 @@ def head_of(kind: type[SamplingHead], row_sparse: bool = False) -> SamplingHead:
     return head
 
 
-def table(head: SamplingHead) -> Tensor:
-    assert head.row_table is not None
-    return head.get_parameter(head.row_table)
-
-
 def batch(rows: int, length: int = 1) -> tuple[Tensor, Tensor]:
     targets_BL = torch.randint(-60, CLASSES, (rows, length))
     return torch.randn(rows, length, WIDTH), targets_BL.clamp_min(-1)
@@ -47,7 +42,7 @@ def batch(rows: int, length: int = 1) -> tuple[Tensor, Tensor]:
 
 def by_hand(head: SamplingHead, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None) -> Tensor:
     """Each run's own mean, weighted by what its targets count."""
-    samples = head.next_samples(table(head), z_BLD, targets_BL)
+    samples = head.next_samples(z_BLD, targets_BL)
     z_TD, targets_T = z_BLD.reshape(-1, WIDTH), targets_BL.reshape(-1)
     kept_T = targets_T >= 0
     z, targets = z_TD[kept_T], targets_T[kept_T]
@@ -100,11 +95,11 @@ def test_as_many_samples_as_groups_each_drawn_for_itself(candidates: int, monkey
     head = head_of(HyperspherePrototypes)
     for targets, groups in ((1, 1), (16, 1), (17, 2), (64, 4), (65, 5)):
         z_TD, targets_T = torch.randn(targets, WIDTH), torch.arange(targets) % 9
-        samples = [sample.classes_S for sample in head.next_samples(table(head), z_TD, targets_T)]
+        samples = [sample.classes_S for sample in head.next_samples(z_TD, targets_T)]
         assert len(samples) == groups and all(SAMPLE - 1 <= len(sample_S) <= SAMPLE for sample_S in samples)
         assert all(bool((sample_S.diff() > 0).all()) for sample_S in samples)
         assert len({tuple(sample_S.tolist()) for sample_S in samples}) == groups
-    nothing = head.next_samples(table(head), torch.randn(40, WIDTH), torch.full((40,), -1))
+    nothing = head.next_samples(torch.randn(40, WIDTH), torch.full((40,), -1))
     assert nothing[0].classes_S.numel()  # no target at all: a step like any other
 
 
@@ -114,8 +109,8 @@ def test_a_sample_is_drawn_whatever_the_numbers_are(where: str, value: float) ->
     """So that a step that is to be skipped is skipped, and not an error."""
     head, (z_BLD, targets_BL) = head_of(HyperspherePrototypes), batch(20)
     with torch.no_grad():
-        (z_BLD[3] if where == "z" else table(head)[7]).fill_(value)
-    for sample in head.next_samples(table(head), z_BLD, targets_BL):
+        (z_BLD[3] if where == "z" else head.table[7]).fill_(value)
+    for sample in head.next_samples(z_BLD, targets_BL):
         assert len(sample.classes_S) and bool(sample.log_chance_RS.isfinite().all())
 
 
@@ -204,7 +199,7 @@ def test_few_targets_a_step_make_no_prototype_shorter_for_their_noise() -> None:
     head, share_V = head_of(HyperspherePrototypes), torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64)
     head.set_frequencies(torch.ones(CLASSES, dtype=torch.int64))
     for targets in (1, GROUP // 2, GROUP, 3 * GROUP):
-        head.next_samples(table(head), torch.randn(targets, WIDTH), torch.arange(targets) % CLASSES)
+        head.next_samples(torch.randn(targets, WIDTH), torch.arange(targets) % CLASSES)
         assert head._drawn is not None and head._drawn.targets == targets
         steadiness_V = head.steadiness()
         assert steadiness_V is not None
@@ -229,7 +224,7 @@ def test_ranks_with_unlike_numbers_of_targets_keep_prototypes_at_the_same_length
     targets_T = torch.arange(60)
     for head, part in ((one, targets_T[:50]), (other, targets_T[50:])):
         head.begin_step(17, targets_T)
-        samples = head.next_samples(table(head), torch.randn(len(part), WIDTH), part)
+        samples = head.next_samples(torch.randn(len(part), WIDTH), part)
         assert len(samples) == -(-len(part) // GROUP)
     first, second = one.steadiness(), other.steadiness()
     assert first is not None and second is not None and torch.equal(first, second)

@@ -90,7 +90,7 @@ class HyperspherePrototypes(SamplingHead):
         if not (self.contrastive and self.training and torch.is_grad_enabled()):
             self.forget_step()
             return prototype_loss(z_BLD.reshape(-1, self.d_model), self.prototypes, targets_T, weight_T)
-        return self.sampled_loss(self._separated, self.prototypes, z_BLD, targets_BL, weight_T)
+        return self.sampled_loss(self._separated, z_BLD, targets_BL, weight_T)
 
     def _separated(
         self, z_TD: Tensor, rows_RD: Tensor, targets_T: Tensor, samples: list[Sample], weight_T: Tensor | None
@@ -108,8 +108,7 @@ class HyperspherePrototypes(SamplingHead):
         return F.normalize(z_TD, dim=-1)
 
     def logits_of(self, features_GKD: Tensor, rows_CD: Tensor) -> Tensor:
-        length_C = torch.linalg.vector_norm(rows_CD, dim=-1).clamp_min(1e-12)
-        return inner_products(features_GKD * self.log_scale.exp(), rows_CD).div_(length_C)
+        return self._cosines(features_GKD * self.log_scale.exp(), rows_CD)
 
     def cross_entropy(self, z_TD: Tensor, targets_T: Tensor, sample: Sample | None = None) -> Tensor:
         """What learned prototypes follow the gradient of, in nats, over targets (T,), all >= 0, and a sample for them,
@@ -123,8 +122,11 @@ class HyperspherePrototypes(SamplingHead):
         return inner_products(F.normalize(z_BLD, dim=-1), prototypes_VD)
 
     def class_scores(self, z_TD: Tensor, start: int, stop: int) -> Tensor:
-        rows_CD = self.prototypes[start:stop]
-        cosine_TC = inner_products(F.normalize(z_TD, dim=-1), rows_CD)
+        return self._cosines(F.normalize(z_TD, dim=-1), self.prototypes[start:stop])
+
+    def _cosines(self, directions_TD: Tensor, rows_CD: Tensor) -> Tensor:
+        """(T, C): of directions, (..., T, D) of unit length, to prototypes; longer ones have as much larger scores."""
+        cosine_TC = inner_products(directions_TD, rows_CD)
         # The lengths divide the scores, which are fewer than what a copy of the rows would have.
         return cosine_TC / torch.linalg.vector_norm(rows_CD, dim=-1).clamp_min(1e-12) if self.learned else cosine_TC
 

@@ -94,6 +94,12 @@ class SamplingHead(Head):
         self.counted.copy_(self.counts.sum())
         self.told.fill_(True)
 
+    @property
+    def table(self) -> Tensor:
+        """(V, D): a row for each class."""
+        rows_VD: Tensor = getattr(self, str(self.row_table))
+        return rows_VD
+
     def features(self, z_TD: Tensor) -> Tensor:
         """(T, D): what of z decides the logits; see `logits_of`."""
         raise NotImplementedError
@@ -102,7 +108,7 @@ class SamplingHead(Head):
         """(G, K, C): the logits that training takes the softmax of, for rows of the table."""
         raise NotImplementedError
 
-    def next_samples(self, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor) -> list[Sample]:
+    def next_samples(self, z_BLD: Tensor, targets_BL: Tensor) -> list[Sample]:
         """A sample of the next forward pass for each GROUP of its targets; moves the counts on. All classes: none.
 
         z_BLD: (B, L, D) and targets_BL (B, L); or (T, D) and (T,) for rows of one.
@@ -115,49 +121,47 @@ class SamplingHead(Head):
         shared_T = shared_T.reshape(-1)
         shared_T = shared_T[shared_T >= 0]
         self._count(shared_T)
-        return self._samples(key, table_VD, z_BLD, targets_BL, shared_T)
+        return self._samples(key, z_BLD, targets_BL, shared_T)
 
     def draw(self, key: int, z_BLD: Tensor, targets_BL: Tensor) -> list[Sample]:
         """`next_samples` of a step with these targets and no others: a function of the key, the frequencies, the table
         and z."""
-        assert self.row_table is not None
-        table_VD = getattr(self, self.row_table)
-        return self._samples(key, table_VD, z_BLD, targets_BL, targets_BL[targets_BL >= 0])
+        return self._samples(key, z_BLD, targets_BL, targets_BL[targets_BL >= 0])
 
     @torch.no_grad()
-    def _samples(self, key: int, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
+    def _samples(self, key: int, z_BLD: Tensor, targets_BL: Tensor, shared_T: Tensor) -> list[Sample]:
         rows_BL, common_U = targets_BL.reshape(len(targets_BL), -1), sampling.distinct(shared_T)
-        self._drawn = self._drawing(self.sample, common_U, len(shared_T))
-        kept_T = targets_BL.reshape(-1) >= 0
-        targets_T, features_TD = targets_BL.reshape(-1)[kept_T], self.features(z_BLD.reshape(-1, self.d_model)[kept_T])
-        groups, start = sampling.groups_of((rows_BL >= 0).sum(1).tolist(), GROUP, RUNS), 0
+        even = sampling.even_draws(self.sample, len(common_U))
+        # What lengths follow (`steadiness`) is to be the same on all ranks, whatever their own targets.
+        kept, groups = min(1.0, (self.sample - even) / max(1, len(common_U))), math.ceil(len(shared_T) / GROUP)
+        self._drawn = sampling.Drawing(len(shared_T), kept, even, self.classes, max(1, groups))
+        z_TD, targets_T, _ = valid_tokens(z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1), None)
+        features_TD = self.features(z_TD)
+        runs_G, start = sampling.groups_of((rows_BL >= 0).sum(1).tolist(), GROUP, RUNS), 0
         parts = list[_Part]()
-        for number, runs in enumerate(groups):
+        for number, runs in enumerate(runs_G):
             inside = slice(start, start := start + sum(run.tokens for run in runs))
             generator = torch.Generator().manual_seed(sampling.key_of_group(key, number))
             parts.append(_Part(runs, features_TD[inside].float(), targets_T[inside], generator))
         if self.classes > CANDIDATES:
-            return [self._sample_of_many(part, table_VD, rows_BL, common_U, len(shared_T)) for part in parts]
-        found = self._chosen(parts, table_VD, [part.targets_T for part in parts])
+            return [self._sample_of_many(part, self._drawn, rows_BL, common_U) for part in parts]
+        found = self._chosen(parts, self.table, [part.targets_T for part in parts])
         return [
             Sample(classes_S, log_chance_S.float()[None], (len(part.targets_T),))
             for part, (classes_S, log_chance_S) in zip(parts, found, strict=True)
         ]
 
-    def _sample_of_many(
-        self, part: _Part, table_VD: Tensor, targets_BL: Tensor, common_U: Tensor, targets: int
-    ) -> Sample:
+    def _sample_of_many(self, part: _Part, drawing: sampling.Drawing, targets_BL: Tensor, common_U: Tensor) -> Sample:
         """One group's sample where there are very many classes: of CANDIDATES at most, the batch's and even ones.
 
         What is in a run's rows is known with its features: it was sure to be a candidate.
         """
-        drawing = self._drawing(CANDIDATES, common_U, targets)
         own_R = [targets_BL[run.rows.start : run.rows.stop] for run in part.runs]
         own_R = [own_BL[own_BL >= 0] for own_BL in own_R]
         own_U = sampling.distinct(torch.cat(own_R))
         candidates = sampling.draw(part.generator, own_U, common_U, self.classes, CANDIDATES)
         own_K = places(candidates.classes_S, own_U)
-        rows_CD = table_VD.index_select(0, candidates.classes_S)
+        rows_CD = self.table.index_select(0, candidates.classes_S)
         ((place_S, log_chance_S),) = self._chosen([part], rows_CD, [own_K[own_K >= 0]])
         classes_S, tokens_R = candidates.classes_S[place_S], [len(own_T) for own_T in own_R]
         chances = sampling.Chances(classes_S, self._shares(self.counts[classes_S]), drawing, candidates, sum(tokens_R))
@@ -178,13 +182,6 @@ class SamplingHead(Head):
         found = proposals.drawn(chance_GC, start_G)
         return [(place_S, chance_C[place_S].log()) for place_S, chance_C in zip(found, chance_GC, strict=True)]
 
-    def _drawing(self, limit: int, common_U: Tensor, targets: int) -> sampling.Drawing:
-        """How as many classes are drawn without a look at features. What lengths follow (`steadiness`) is to be the
-        same on all ranks, whatever their own targets."""
-        even = sampling.even_draws(limit, len(common_U))
-        kept, groups = min(1.0, (limit - even) / max(1, len(common_U))), math.ceil(targets / GROUP)
-        return sampling.Drawing(targets, kept, even, self.classes, max(1, groups))
-
     def steadiness(self) -> Tensor | None:
         """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
 
@@ -204,16 +201,14 @@ class SamplingHead(Head):
             self.counts.index_add_(0, targets_T, torch.ones_like(targets_T))
             self.counted.add_(len(targets_T))
 
-    def sampled_loss(
-        self, op: SampledLoss, table_VD: Tensor, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None
-    ) -> Tensor:
+    def sampled_loss(self, op: SampledLoss, z_BLD: Tensor, targets_BL: Tensor, weight_T: Tensor | None) -> Tensor:
         """op(z, rows, targets, samples, weights), the mean over all targets, with this step's samples: see
         `kernels.reference.grouped_prototype_loss`; none for all classes.
 
         The op gets the whole table where that is dense and there is one sample or it wants that, else the rows (R, D)
         that targets and samples need, their numbers standing for places in them.
         """
-        samples = self.next_samples(table_VD, z_BLD, targets_BL)
+        samples, table_VD = self.next_samples(z_BLD, targets_BL), self.table
         z_TD, targets_T = z_BLD.reshape(-1, self.d_model), targets_BL.reshape(-1)
         if not samples or (not self.row_sparse and (len(samples) < 2 or self.whole_table)):
             return op(z_TD, table_VD, targets_T, samples, weight_T)

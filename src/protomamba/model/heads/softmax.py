@@ -57,7 +57,7 @@ class SoftmaxHead(SamplingHead):
             self.forget_step()
             z_TD, precision = z_BLD.reshape(-1, self.d_model), self.precision if self.training else "fp32"
             return softmax_loss(z_TD, self.weight, targets_T, weight_T, precision=precision)
-        return self.sampled_loss(self._sampled, self.weight, z_BLD, targets_BL, weight_T)
+        return self.sampled_loss(self._sampled, z_BLD, targets_BL, weight_T)
 
     def _sampled(self, *given: Any) -> Tensor:
         return mean_of_groups(partial(sampled_softmax_loss, precision=self.precision), *given)
