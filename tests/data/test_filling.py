@@ -22,6 +22,7 @@ from protomamba.data.prepared import open_prepared
 from protomamba.errors import UserError
 from tests.data.test_prepare_faults import CHANGES, contents, through
 from tests.disk_faults import CountingDisk, KillingDisk
+from tests.marks import slow
 
 FILES = {
     "events": ("e.csv", "user,time,item\n" + "".join(f"u{i % 9},{i},i{i * i % 7}\n" for i in range(90))),
@@ -89,7 +90,7 @@ def test_an_input_that_changes_while_it_is_read_is_named_and_nothing_of_it_is_ke
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [9, slow(1)])
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_prepare_killed_at_any_call_and_started_again_ends_the_same(
     kind: str, stride: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from protomamba.data.prepare import prepare
 from protomamba.errors import UserError
 from protomamba.storage import Disk
 from tests.disk_faults import CountingDisk, KillingDisk
+from tests.marks import slow
 
 LOCK = claim.PrepareLock.name
 CALLS = ("free_bytes", "open", "write", "fsync", "close", "replace", "fsync_dir", "unlink")
@@ -91,7 +92,7 @@ def test_many_at_the_same_time_leave_what_one_leaves(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [7, slow(1)])
 def test_a_prepare_killed_at_any_call_and_started_again_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
 ) -> None:

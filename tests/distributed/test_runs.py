@@ -18,6 +18,7 @@ from protomamba.train.signals import STOPPED_EXIT_CODE
 from tests import runs
 from tests.distributed.launch import LIMIT_S, torchrun
 from tests.distributed.layers import LAYER
+from tests.marks import slow
 
 SHARDS = 4
 FLAGS = ["--batch-size", 5, "--grad-shards", SHARDS, "--grad-clip-norm", 0.05, "--steps", 8, "--save-every", 2]
@@ -96,7 +97,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(straight: tuple[Path, Path], t
 
 @pytest.mark.parametrize(
     "fault",
-    ["kill:1:13", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("memory:0:21", "term:1:13", "stop:1:9"))],
+    ["kill:1:13", slow("memory:0:21"), slow("term:1:13"), slow("stop:1:9")],
 )
 def test_a_failed_rank_costs_nothing_where_the_launcher_may_restart(
     fault: str, straight: tuple[Path, Path], tmp_path: Path

@@ -16,6 +16,7 @@ from protomamba.errors import ConfigError
 from protomamba.model.heads.sampling_head import GROUP, Sample, SamplingHead
 from protomamba.train.comm import Comm, Local
 from tests.distributed.threads import agreed, ranks
+from tests.marks import slow
 from tests.runs import assert_equal
 
 SHARDS, ROWS, LENGTH, VOCAB = 8, 9, 12, 1_200
@@ -147,7 +148,7 @@ def counted(draw: Callable[..., list[Sample]], numbers: list[int]) -> Callable[.
     return noting
 
 
-PLANS = [plan if plan < 3 else pytest.param(plan, marks=pytest.mark.slow) for plan in range(200)]
+PLANS = [plan if plan < 3 else slow(plan) for plan in range(200)]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -15,6 +15,7 @@ from protomamba.data.formats import TokenWriter
 from protomamba.data.manifest import Manifest, ShardEntry
 from protomamba.data.shards import open_token_dir
 from protomamba.errors import UserError
+from tests.marks import slow
 from tests.reliability.forked import ForkServer
 from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
@@ -28,7 +29,7 @@ def damaged(whole: bytes, rng: random.Random) -> bytes:
     return whole[:place] + bytes([whole[place] ^ (1 << rng.randrange(8))]) + whole[place + 1 :]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, slow(10_000)])
 def test_a_damaged_latest_is_named_and_the_one_before_it_taken(
     count: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -65,7 +66,7 @@ def shards_with_manifest(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.bin"))
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, slow(10_000)])
 def test_a_damaged_shard_of_a_manifest_is_named(count: int, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, rng = trials(3), random.Random(count)
     folder = tmp_path / "shards"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import acknowledged, difference, same_training
 from tests.reliability.promises import Trials
@@ -33,7 +34,7 @@ def uncut(server: ForkServer, tmp_path: Path) -> tuple[Path, list[str]]:
     return tmp_path / "uncut", calls.read_text().split()
 
 
-@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [61, slow(1)])
 def test_a_kill_before_and_after_any_call(
     stride: int,
     server: ForkServer,
@@ -56,7 +57,7 @@ def test_a_kill_before_and_after_any_call(
     counted.finish()
 
 
-@pytest.mark.parametrize("stride", [89, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [89, slow(1)])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_any_call_may_fail_and_the_run_stops_or_goes_on_as_asked(

@@ -12,6 +12,7 @@ import pytest
 
 from protomamba.checkpoint import file as checkpoint
 from protomamba.cli.main import main
+from tests.marks import slow
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged
 from tests.reliability.promises import Trials
@@ -57,7 +58,7 @@ def spoil(data: bytes, rng: random.Random) -> bytes:
     return data[:start] + rng.randbytes(rng.choice([0, 1, 3])) + data[stop:]
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, slow(600)])
 def test_files_spoilt_at_random_train_or_are_refused_in_one_line(
     count: int, tmp_path: Path, trials: Callable[[int], Trials], capsys: pytest.CaptureFixture[str]
 ) -> None:

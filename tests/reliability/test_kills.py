@@ -12,6 +12,7 @@ import pytest
 
 from protomamba.checkpoint.folder import find_resumable
 from protomamba.errors import UserError
+from tests.marks import slow
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import acknowledged, broken_lines, difference
 from tests.reliability.promises import Trials
@@ -49,7 +50,7 @@ def uncut_run(server: ForkServer, home: Path, tokens: Path) -> tuple[Path, float
     return home / "uncut", min(seconds)
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, slow(1000)])
 def test_kills_at_random_moments(
     kills: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -77,7 +78,7 @@ def test_kills_at_random_moments(
     counted.finish()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, slow(20)])
 def test_kills_of_fresh_interpreters(
     kills: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
 from tests.reliability.forked import ForkServer
 from tests.reliability.judge import difference
 from tests.reliability.promises import Trials
 from tests.runs import flags, token_file
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, slow(100)])
 def test_two_runs_in_one_folder(
     count: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from protomamba import Callback
 from protomamba.train.run import Run
 from protomamba.train.trainer import StepStats
+from tests.marks import slow
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.promises import Trials
 from tests.runs import flags, metrics, token_file
@@ -94,7 +95,7 @@ def grown(rows: list[tuple[int, ...]], workers: int) -> str | None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [400, slow(2000)])
 def test_memory_and_files_stay_flat(
     steps: int, workers: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

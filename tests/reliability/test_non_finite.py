@@ -12,6 +12,7 @@ from torch import Tensor
 
 from protomamba import ModelConfig, SequenceModel, TrainConfig, Trainer
 from protomamba.train.trainer import NonFiniteError
+from tests.marks import slow
 from tests.reliability.promises import Trials
 
 PLACES = ("weight", "sample", "gradient", "exp_avg", "exp_avg_sq")
@@ -100,7 +101,7 @@ def one_trial(rng: random.Random) -> str | None:
     return None if whole and not mended.skipped_update and math.isfinite(mended.loss) else f"{case}: not over"
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, slow(3000)])
 def test_anything_anywhere_is_skipped_and_over_when_it_is_gone(count: int, trials: Callable[[int], Trials]) -> None:
     counted, rng = trials(6), random.Random(count)
     for _ in range(count):
@@ -108,7 +109,7 @@ def test_anything_anywhere_is_skipped_and_over_when_it_is_gone(count: int, trial
     counted.finish()
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, slow(500)])
 def test_asked_to_fail_it_names_the_tensor(count: int, trials: Callable[[int], Trials]) -> None:
     counted, rng = trials(6), random.Random(count)
     for _ in range(count):

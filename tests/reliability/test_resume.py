@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from protomamba.checkpoint import file as checkpoint
+from tests.marks import slow
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import difference, same_training
 from tests.reliability.promises import Trials
@@ -117,7 +118,7 @@ def hashes(file: Path) -> set[str]:
     return set(file.read_text().splitlines()) if file.exists() else set()
 
 
-@pytest.mark.parametrize("plans", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plans", [6, slow(200)])
 def test_random_cut_plans(plans: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]) -> None:
     counted, rng = trials(4), random.Random(plans)
     data: list[object] = ["--token-dir", shards(tmp_path / "shards"), "--shard-ext", "npy"]

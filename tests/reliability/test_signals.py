@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from protomamba.checkpoint import file as checkpoint
+from tests.marks import slow
 from tests.reliability.forked import ForkServer, Plan
 from tests.reliability.judge import acknowledged, broken_lines
 from tests.reliability.promises import Trials
@@ -33,7 +34,7 @@ def what_a_signal_left(folder: Path, sent: float) -> str | None:
     return f"steps {after} were done after the signal" if len(after) > 1 else None
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, slow(200)])
 def test_a_signal_at_a_random_moment(
     count: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -56,7 +57,7 @@ def test_a_signal_at_a_random_moment(
     counted.finish()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, slow(40)])
 def test_a_second_signal_ends_a_save_that_hangs(
     count: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:
@@ -83,7 +84,7 @@ def test_a_second_signal_ends_a_save_that_hangs(
     counted.finish()
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, slow(100)])
 def test_signals_while_it_starts(
     count: int, server: ForkServer, tmp_path: Path, trials: Callable[[int], Trials]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from protomamba.data import prefetch
+from tests.marks import slow
 from tests.reliability.judge import difference
 from tests.reliability.promises import Trials
 from tests.runs import token_file, train
@@ -40,7 +41,7 @@ def mortal(rng: random.Random, work: Callable[[Any], None], deaths: list[int | N
     return live
 
 
-@pytest.mark.parametrize("runs", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [3, slow(100)])
 def test_dying_workers_change_nothing(
     runs: int, tmp_path: Path, trials: Callable[[int], Trials], monkeypatch: pytest.MonkeyPatch
 ) -> None:
