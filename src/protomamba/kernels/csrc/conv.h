@@ -28,70 +28,79 @@ inline int64_t seen(const ConvArgs& a, int64_t b, int64_t t, int64_t most) {
     return most;
 }
 
-template <class T>
-PM_INLINE void prefetch_row(const ConvArgs& a, int64_t b, int64_t t, int64_t e) {
-    PM_PREFETCH_READ(a.u.at<T>(b, t, e + W));
-    if (a.dy) PM_PREFETCH_READ(a.dy.at<T>(b, t, e + W));
-    PM_PREFETCH_WRITE((a.du ? a.du : a.y).at<T>(b, t, e));
+inline Place place(const ConvArgs& a, int64_t b, int64_t t0, int64_t block) {
+    return {b, t0, int(std::min<int64_t>(CHUNK, a.L - t0)), block, a.lanes(block), nullptr};
 }
 
-// The inputs of positions t0 - (K - 1) .. t0 + steps - 1 of one block.
-template <class T>
-void load_window(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_t block, float* window) {
-    int64_t e = block * W, history = a.K - 1;
-    int lanes = a.lanes(block);
-    for (int64_t i = 0; i < history + steps; i++) {
-        int64_t t = t0 - history + i;
-        vf u{};
-        if (i >= history) prefetch_row<T>(a, b, t, e);
-        if (t >= 0)
-            u = load(a.u.at<T>(b, t, e), lanes);
-        else if (a.initial)
-            u = load(a.initial + (b * history + history + t) * a.E + e, lanes);
-        store(window + i * W, u);
-    }
-}
-
-inline void load_weights(const ConvArgs& a, int64_t block, float* weight) {
-    std::memset(weight, 0, a.K * W * sizeof(float));
-    for (int i = 0; i < a.lanes(block); i++)
-        for (int64_t k = 0; k < a.K; k++) weight[k * W + i] = a.weight[(block * W + i) * a.K + k];
-}
-
-// The sum before SiLU. TAPS is K, or 0 for any.
+// K rows of one block: registers where K is a constant, TAPS, else memory.
 template <int TAPS>
-PM_INLINE vf convolve(const float* window, const float* weight, vf bias, int64_t K, int64_t first) {
-    vf sum = bias;
-    if (TAPS && first == 0) {
-        PM_UNROLL
-        for (int k = 0; k < TAPS; k++) sum += load(window + k * W) * load(weight + k * W);
-        return sum;
+struct Rows {
+    vf row[TAPS];
+    explicit Rows(float*) {}
+    vf& operator[](int64_t k) { return row[k]; }
+};
+template <>
+struct Rows<0> {
+    vf* row;
+    explicit Rows(float* memory) : row(reinterpret_cast<vf*>(memory)) {}
+    vf& operator[](int64_t k) { return row[k]; }
+};
+
+// The input of position t, which may lie before the first.
+template <class T>
+vf input_at(const ConvArgs& a, const Place& at, int64_t t) {
+    int64_t e = at.block * W, history = a.K - 1;
+    if (t >= 0) return load(a.u.at<T>(at.b, t, e), at.lanes);
+    return a.initial ? load(a.initial + (at.b * history + history + t) * a.E + e, at.lanes) : vf{};
+}
+
+template <int TAPS>
+PM_INLINE void load_weights(const ConvArgs& a, int64_t block, int64_t K, Rows<TAPS>& weight) {
+    PM_UNROLL
+    for (int64_t k = 0; k < K; k++) {
+        alignas(vf) float lanes[W] = {};
+        for (int i = 0; i < a.lanes(block); i++) lanes[i] = a.weight[(block * W + i) * K + k];
+        weight[k] = load(lanes);
     }
-    for (int64_t k = first; k < K; k++) sum += load(window + k * W) * load(weight + k * W);
+}
+
+// The sum before SiLU, over the taps from `first` on.
+template <int TAPS>
+PM_INLINE vf convolve(Rows<TAPS>& input, Rows<TAPS>& weight, vf bias, int64_t K, int64_t first) {
+    vf sum = bias;
+    PM_UNROLL
+    for (int64_t k = 0; k < K; k++)
+        if (k >= first) sum += input[k] * weight[k];
     return sum;
 }
 
-template <class T, int TAPS>
-void conv_forward_tile(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_t block, float* memory) {
-    float *weight = memory, *window = memory + a.K * W;
-    int lanes = a.lanes(block);
-    load_weights(a, block, weight);
-    load_window<T>(a, b, t0, steps, block, window);
-    vf bias = a.bias ? load(a.bias + block * W, lanes) : vf{};
-    for (int64_t t = 0; t < steps; t++) {
-        vf pre = convolve<TAPS>(window + t * W, weight, bias, a.K, a.K - seen(a, b, t0 + t, a.K));
-        store(a.y.at<T>(b, t0 + t, block * W), pre * sigmoid(pre), lanes);
+// `memory`: 2 K rows.
+template <class T, int TAPS, class Lanes>
+void conv_forward_tile(const ConvArgs& a, const Place& at, Lanes lanes, float* memory) {
+    int64_t K = TAPS ? TAPS : a.K;
+    const TileRows<T> rows_u(a.u, at), rows_y(a.y, at);
+    Rows<TAPS> weight(memory), input(memory + K * W);
+    load_weights(a, at.block, K, weight);
+    vf bias = a.bias ? load(a.bias + at.block * W, lanes) : vf{};
+    PM_UNROLL
+    for (int64_t k = 1; k < K; k++) input[k] = input_at<T>(a, at, at.t0 - K + k);
+    for (int t = 0; t < at.steps; t++) {
+        PM_UNROLL
+        for (int64_t k = 1; k < K; k++) input[k - 1] = input[k];
+        input[K - 1] = rows_u.read(t, lanes);
+        vf pre = convolve(input, weight, bias, K, K - seen(a, at.b, at.t0 + t, K));
+        rows_y.write(t, pre * sigmoid(pre), lanes);
     }
 }
 
 template <class T>
-void store_last(const ConvArgs& a, int64_t b, Range blocks, float* window) {
+void store_last(const ConvArgs& a, int64_t b, Range blocks) {
     int64_t history = a.K - 1, kept = seen(a, b, a.L - 1, history);
-    for (int64_t k = blocks.begin; k < blocks.end; k++) {
-        load_window<T>(a, b, a.L, 0, k, window);
-        for (int64_t i = 0; i < history; i++)
-            store(a.last + (b * history + i) * a.E + k * W, i < history - kept ? vf{} : load(window + i * W), a.lanes(k));
-    }
+    for (int64_t k = blocks.begin; k < blocks.end; k++)
+        for (int64_t i = 0; i < history; i++) {
+            vf input = i < history - kept ? vf{} : input_at<T>(a, place(a, b, 0, k), a.L - history + i);
+            store(a.last + (b * history + i) * a.E + k * W, input, a.lanes(k));
+        }
 }
 
 template <class T, int TAPS>
@@ -100,47 +109,63 @@ void conv_forward_taps(const ConvArgs& a) {
     run(a.pool, grid.tasks(), [&](int64_t i) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
         Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
-        float* memory = scratch((2 * a.K + CHUNK) * W);
+        float* memory = scratch(2 * a.K * W);
         if (!memory) return;
         for (int64_t b = batches.begin; b < batches.end; b++) {
             for (int64_t t0 = 0; t0 < a.L; t0 += CHUNK)
                 for (int64_t k = blocks.begin; k < blocks.end; k++)
-                    conv_forward_tile<T, TAPS>(a, b, t0, std::min<int64_t>(CHUNK, a.L - t0), k, memory);
-            if (a.last) store_last<T>(a, b, blocks, memory);
+                    {
+                    Place at = place(a, b, t0, k);
+                    for_lanes(at, [&](auto lanes) { conv_forward_tile<T, TAPS>(a, at, lanes, memory); });
+                }
+            if (a.last) store_last<T>(a, b, blocks);
         }
     });
 }
 
 // `carry` (K - 1 rows) brings the gradient that later positions gave to the last inputs of this chunk, and takes along what
 // this chunk gives to those before it: row k at position t belongs to input t - (K - 1) + k. `sums`: K rows of dweight, one
-// of dbias.
-template <class T, int TAPS>
-void conv_backward_tile(const ConvArgs& a, int64_t b, int64_t t0, int64_t steps, int64_t block, float* memory,
-                        float* carry, float* sums) {
-    int64_t e = block * W, K = TAPS ? TAPS : a.K;
-    float *weight = memory, *window = memory + K * W;
-    int lanes = a.lanes(block);
-    load_weights(a, block, weight);
-    load_window<T>(a, b, t0, steps, block, window);
-    vf bias = a.bias ? load(a.bias + e, lanes) : vf{}, dbias = load(sums + K * W);
-    for (int64_t t = steps - 1; t >= 0; t--) {
-        int64_t first = K - seen(a, b, t0 + t, K);
-        vf pre = convolve<TAPS>(window + t * W, weight, bias, K, first), s = sigmoid(pre);
-        vf g = load(a.dy.at<T>(b, t0 + t, e), lanes) * (s * (1.0f + pre * (1.0f - s)));
+// of dbias. `memory`: 4 K rows.
+template <class T, int TAPS, class Lanes>
+void conv_backward_tile(const ConvArgs& a, const Place& at, Lanes lanes, float* memory, float* carry_in_out,
+                        float* sums_in_out) {
+    int64_t K = TAPS ? TAPS : a.K;
+    const TileRows<T> rows_u(a.u, at), rows_dy(a.dy, at), rows_du(a.du, at);
+    Rows<TAPS> weight(memory), input(memory + K * W), carry(memory + 2 * K * W), sums(memory + 3 * K * W);
+    load_weights(a, at.block, K, weight);
+    vf bias = a.bias ? load(a.bias + at.block * W, at.lanes) : vf{}, dbias = load(sums_in_out + K * W);
+    PM_UNROLL
+    for (int64_t k = 0; k < K; k++) {
+        sums[k] = load(sums_in_out + k * W);
+        carry[k] = k > 0 ? load(carry_in_out + (k - 1) * W) : vf{};  // what tap k - 1 of the next step left
+        if (k < K - 1) input[k] = input_at<T>(a, at, at.t0 + at.steps - K + 1 + k);
+    }
+    for (int64_t t = at.steps - 1; t >= 0; t--) {
+        PM_UNROLL
+        for (int64_t k = K - 1; k > 0; k--) input[k] = input[k - 1];
+        input[0] = t >= K - 1 ? rows_u.read(int(t - K + 1), lanes) : input_at<T>(a, at, at.t0 + t - K + 1);
+        int64_t first = K - seen(a, at.b, at.t0 + t, K);
+        vf pre = convolve(input, weight, bias, K, first), s = sigmoid(pre);
+        vf g = rows_dy.read(int(t), lanes) * (s * (1.0f + pre * (1.0f - s)));
         dbias += g;
         PM_UNROLL
         for (int64_t k = K - 1; k >= 0; k--) {
             vf seen_g = k < first ? vf{} : g;
-            vf du = seen_g * load(weight + k * W);
-            if (k > 0) du += load(carry + (k - 1) * W);
+            vf du = seen_g * weight[k];
+            if (k > 0) du += carry[k];
             if (k == K - 1)
-                store(a.du.at<T>(b, t0 + t, e), du, lanes);
+                rows_du.write(int(t), du, lanes);
             else
-                store(carry + k * W, du);
-            store(sums + k * W, load(sums + k * W) + seen_g * load(window + (t + k) * W));
+                carry[k + 1] = du;
+            sums[k] += seen_g * input[k];
         }
     }
-    store(sums + K * W, dbias);
+    store(sums_in_out + K * W, dbias);
+    PM_UNROLL
+    for (int64_t k = 0; k < K; k++) {
+        store(sums_in_out + k * W, sums[k]);
+        if (k > 0) store(carry_in_out + (k - 1) * W, carry[k]);
+    }
 }
 
 // The gradient of the last state is where the carry starts from.
@@ -179,7 +204,7 @@ void conv_backward_taps(const ConvArgs& a) {
     run(a.pool, grid.tasks(), [&](int64_t i) {
         Range batches = part(a.B, grid.batch_parts, i / grid.block_parts);
         Range blocks = part(a.blocks(), grid.block_parts, i % grid.block_parts);
-        int64_t count = blocks.end - blocks.begin, tile = (2 * a.K + CHUNK) * W;
+        int64_t count = blocks.end - blocks.begin, tile = 4 * a.K * W;
         float* memory = scratch(tile + count * (a.K - 1) * W);
         if (!memory) return;
         float* carry = memory + tile;
@@ -188,9 +213,11 @@ void conv_backward_taps(const ConvArgs& a) {
         for (int64_t b = batches.begin; b < batches.end; b++) {
             load_carry(a, b, blocks, carry);
             for (int64_t t0 = (a.L - 1) / CHUNK * CHUNK; t0 >= 0; t0 -= CHUNK)
-                for (int64_t k = blocks.begin; k < blocks.end; k++)
-                    conv_backward_tile<T, TAPS>(a, b, t0, std::min<int64_t>(CHUNK, a.L - t0), k, memory,
-                                                carry + (k - blocks.begin) * (a.K - 1) * W, sums + k * (a.K + 1) * W);
+                for (int64_t k = blocks.begin; k < blocks.end; k++) {
+                    Place at = place(a, b, t0, k);
+                    float *carried = carry + (k - blocks.begin) * (a.K - 1) * W, *summed = sums + k * (a.K + 1) * W;
+                    for_lanes(at, [&](auto lanes) { conv_backward_tile<T, TAPS>(a, at, lanes, memory, carried, summed); });
+                }
             if (a.dinitial) store_carry(a, b, blocks, carry);
         }
     });

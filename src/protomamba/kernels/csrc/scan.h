@@ -85,33 +85,56 @@ void floats_to_rows(const float* in, const View& view, int64_t b, int64_t t0, in
     }
 }
 
+// A view's lanes of one tile, step after step. All reads and writes of a tile fetch the line that the next block needs there.
 template <class T>
-PM_INLINE void prefetch_row(const ScanArgs& a, const Place& at, int64_t t) {
-    int64_t e = at.block * W;
-    for (const View* view : {&a.u, &a.delta, &a.z, &a.dy})
-        if (*view) PM_PREFETCH_READ(view->at<T>(at.b, t, e + W));
-    for (const View* view : {&a.y, &a.dz, &a.du, &a.ddelta})
-        if (*view) PM_PREFETCH_WRITE(view->at<T>(at.b, t, e));
+struct TileRows {
+    T* first;
+    int64_t row;
+    TileRows(const View& view, const Place& at)
+        : first(view ? view.at<T>(at.b, at.t0, at.block * W) : nullptr), row(view.row) {}
+    template <class Lanes>
+    vf read(int t, Lanes lanes) const {
+        const T* p = first + t * row;
+        PM_PREFETCH_READ(p + W);
+        return load(p, lanes);
+    }
+    template <class Lanes>
+    void write(int t, vf v, Lanes lanes) const {
+        T* p = first + t * row;
+        PM_PREFETCH_WRITE(p + W);
+        store(p, v, lanes);
+    }
+};
+
+// Calls body with the number of lanes, as a constant where the block is whole: then no step asks for it.
+template <class Body>
+PM_INLINE void for_lanes(const Place& at, const Body& body) {
+    if (at.lanes == W)
+        body(std::integral_constant<int, W>());
+    else
+        body(at.lanes);
 }
 
-// u, dt = softplus(delta + bias), its slope, x = dt u, y = skip u.
-template <class T>
-void load_tile(const ScanArgs& a, const Place& at, const Tile& tile) {
+// u, dt = softplus(delta + bias), its slope if that is wanted, x = dt u, y = skip u.
+template <class T, bool SLOPE>
+void load_tile(const ScanArgs& a, const Place& at, const Tile& given) {
+    const Tile tile = given;
+    const TileRows<T> rows_u(a.u, at), rows_delta(a.delta, at);
     int64_t e = at.block * W;
     vf bias = a.bias ? load(a.bias + e, at.lanes) : vf{};
     vf skip = a.skip ? load(a.skip + e, at.lanes) : vf{};
-    for (int t = 0; t < at.steps; t++) {
-        vf u = load(a.u.at<T>(at.b, at.t0 + t, e), at.lanes);
-        vf dt = load(a.delta.at<T>(at.b, at.t0 + t, e), at.lanes) + bias;
-        vf slope = splat(1.0f);
-        if (a.softplus) dt = softplus(dt, &slope);
-        prefetch_row<T>(a, at, at.t0 + t);
-        store(tile.u + t * W, u);
-        store(tile.dt + t * W, dt);
-        store(tile.slope + t * W, slope);
-        store(tile.x + t * W, u * dt);
-        store(tile.y + t * W, u * skip);
-    }
+    bool with_softplus = a.softplus;
+    for_lanes(at, [&](auto lanes) {
+        for (int t = 0; t < at.steps; t++) {
+            vf u = rows_u.read(t, lanes), dt = rows_delta.read(t, lanes) + bias, slope = splat(1.0f);
+            if (with_softplus) dt = softplus(dt, &slope);
+            store(tile.u + t * W, u);
+            store(tile.dt + t * W, dt);
+            if (SLOPE) store(tile.slope + t * W, slope);
+            store(tile.x + t * W, u * dt);
+            store(tile.y + t * W, u * skip);
+        }
+    });
 }
 
 // The recurrence over one chunk for G states. A, h: [G][W]; B, C: rows of N. With SAVE, states[t + 1] is the state after
@@ -170,14 +193,18 @@ void scan_tile(const Place& at, const Tile& tile, const float* A, float* h, cons
 
 template <class T>
 void store_output(const ScanArgs& a, const Place& at, const Tile& tile) {
-    for (int t = 0; t < at.steps; t++) {
-        vf y = load(tile.y + t * W);
-        if (a.z) {
-            vf z = load(a.z.at<T>(at.b, at.t0 + t, at.block * W), at.lanes);
-            y = y * (z * sigmoid(z));
+    const TileRows<T> rows_y(a.y, at), rows_z(a.z, at);
+    const float* from = tile.y;
+    for_lanes(at, [&](auto lanes) {
+        for (int t = 0; t < at.steps; t++) {
+            vf y = load(from + t * W);
+            if (rows_z.first) {
+                vf z = rows_z.read(t, lanes);
+                y = y * (z * sigmoid(z));
+            }
+            rows_y.write(t, y, lanes);
         }
-        store(a.y.at<T>(at.b, at.t0 + t, at.block * W), y, at.lanes);
-    }
+    });
 }
 
 inline Place place(const ScanArgs& a, int64_t b, int64_t chunk, int64_t block) {
@@ -202,7 +229,7 @@ void scan_forward_task(const ScanArgs& a, const float* A, int64_t b, Range block
             float* state = h + (k - blocks.begin) * N * W;
             if (a.chunks) std::memcpy(a.chunk(b, c, k), state, N * W * sizeof(float));
             Place at = place(a, b, c, k);
-            load_tile<T>(a, at, tile);
+            load_tile<T, false>(a, at, tile);
             scan_tile<false>(at, tile, A + k * N * W, state, B, C, N, nullptr, nullptr);
             store_output<T>(a, at, tile);
         }

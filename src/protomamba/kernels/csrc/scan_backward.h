@@ -36,10 +36,11 @@ PM_INLINE vf step_back(GroupGradient<G>& grad, const float* A, const float* B, c
 }
 
 // The reverse of scan_group: takes dy and the gradient dh of the state after the chunk, leaves that of the state before it;
-// adds to dx, ddt (over ln 2), dA, and to dBC, a vector of W / 2 pairs (dB, dC) for each step, `dBC_row` floats apart.
+// adds to dx, ddt (over ln 2), which the `first` group begins, to dA, and to dBC, a vector of W / 2 pairs (dB, dC) for each step, `dBC_row` floats apart.
 template <int G>
 void scan_group_backward(const Place& at, const Tile& tile, const float* A, float* dh, float* dA, const float* B,
-                         const float* C, int64_t N, const float* states, const float* decay, float* dBC, int64_t dBC_row) {
+                         const float* C, int64_t N, const float* states, const float* decay, float* dBC, int64_t dBC_row,
+                         bool first) {
     GroupGradient<G> grad;
     PM_UNROLL
     for (int n = 0; n < G; n++) {
@@ -48,7 +49,7 @@ void scan_group_backward(const Place& at, const Tile& tile, const float* A, floa
     }
     for (int64_t t = at.steps - 1; t >= 0; t--) {
         vf dt = load(tile.dt + t * W), x = load(tile.x + t * W), dy = load(tile.dy + t * W);
-        vf dx = load(tile.dx + t * W), ddt = load(tile.ddt + t * W);
+        vf dx = first ? vf{} : load(tile.dx + t * W), ddt = first ? vf{} : load(tile.ddt + t * W);
         const float* before = states + t * N * W;
         vf sums = step_back<G, 0, W / 2>(grad, A, B + t * N, C + t * N, before, before + N * W, decay + t * N * W, dt, x,
                                          dy, dx, ddt);
@@ -71,38 +72,42 @@ inline int64_t backward_groups(int64_t N) {
 // forward pass gave is written to a.y, if that is there.
 template <class T>
 void gate_backward(const ScanArgs& a, const Place& at, const Tile& tile, float* dskip) {
+    const TileRows<T> rows_dy(a.dy, at), rows_z(a.z, at), rows_dz(a.dz, at), rows_y(a.y, at);
+    const float *from_y = tile.y, *from_u = tile.u;
+    float* to_dy = tile.dy;
     vf total = load(dskip);
-    for (int t = 0; t < at.steps; t++) {
-        int64_t e = at.block * W;
-        vf dy = load(a.dy.at<T>(at.b, at.t0 + t, e), at.lanes), y = load(tile.y + t * W);
-        if (a.z) {
-            vf z = load(a.z.at<T>(at.b, at.t0 + t, e), at.lanes), s = sigmoid(z);
-            vf dz = dy * y * (s * (1.0f + z * (1.0f - s)));
-            store(a.dz.at<T>(at.b, at.t0 + t, e), dz, at.lanes);
-            dy = dy * (z * s);
-            y = y * (z * s);
+    for_lanes(at, [&](auto lanes) {
+        for (int t = 0; t < at.steps; t++) {
+            vf dy = rows_dy.read(t, lanes), y = load(from_y + t * W);
+            if (rows_z.first) {
+                vf z = rows_z.read(t, lanes), s = sigmoid(z);
+                rows_dz.write(t, dy * y * (s * (1.0f + z * (1.0f - s))), lanes);
+                dy = dy * (z * s);
+                y = y * (z * s);
+            }
+            if (rows_y.first) rows_y.write(t, y, lanes);
+            total += dy * load(from_u + t * W);
+            store(to_dy + t * W, dy);
         }
-        if (a.y) store(a.y.at<T>(at.b, at.t0 + t, e), y, at.lanes);
-        total += dy * load(tile.u + t * W);
-        store(tile.dy + t * W, dy);
-        store(tile.dx + t * W, vf{});
-        store(tile.ddt + t * W, vf{});
-    }
+    });
     store(dskip, total);
 }
 
 template <class T>
-void store_gradients(const ScanArgs& a, const Place& at, const Tile& tile, float* dbias) {
-    int64_t e = at.block * W;
-    vf skip = a.skip ? load(a.skip + e, at.lanes) : vf{}, total = load(dbias);
-    for (int t = 0; t < at.steps; t++) {
-        vf dx = load(tile.dx + t * W);
-        vf du = dx * load(tile.dt + t * W) + load(tile.dy + t * W) * skip;
-        vf ddelta = (dx * load(tile.u + t * W) + load(tile.ddt + t * W) * LN_2) * load(tile.slope + t * W);
-        total += ddelta;
-        store(a.du.at<T>(at.b, at.t0 + t, e), du, at.lanes);
-        store(a.ddelta.at<T>(at.b, at.t0 + t, e), ddelta, at.lanes);
-    }
+void store_gradients(const ScanArgs& a, const Place& at, const Tile& given, float* dbias) {
+    const Tile tile = given;
+    const TileRows<T> rows_du(a.du, at), rows_ddelta(a.ddelta, at);
+    vf skip = a.skip ? load(a.skip + at.block * W, at.lanes) : vf{}, total = load(dbias);
+    for_lanes(at, [&](auto lanes) {
+        for (int t = 0; t < at.steps; t++) {
+            vf dx = load(tile.dx + t * W);
+            vf du = dx * load(tile.dt + t * W) + load(tile.dy + t * W) * skip;
+            vf ddelta = (dx * load(tile.u + t * W) + load(tile.ddt + t * W) * LN_2) * load(tile.slope + t * W);
+            total += ddelta;
+            rows_du.write(t, du, lanes);
+            rows_ddelta.write(t, ddelta, lanes);
+        }
+    });
     store(dbias, total);
 }
 
@@ -152,13 +157,14 @@ template <class T>
 void scan_backward_block(const ScanArgs& a, const Place& at, const ScanBackwardMemory& m, const float* A, float* dh,
                          float* sums) {
     int64_t N = a.N;
-    load_tile<T>(a, at, m.tile);
+    load_tile<T, true>(a, at, m.tile);
     std::memcpy(m.h, a.chunk(at.b, at.t0 / CHUNK, at.block), N * W * sizeof(float));
     scan_tile<true>(at, m.tile, A, m.h, m.B, m.C, N, m.states, m.decay);
     gate_backward<T>(a, at, m.tile, sums + N * W);
     for_groups<BACKWARD_GROUP>(0, N, [&](auto group, int64_t n, int64_t index) {
         scan_group_backward<decltype(group)::value>(at, m.tile, A + n * W, dh + n * W, sums + n * W, m.B + n, m.C + n, N,
-                                                    m.states + n * W, m.decay + n * W, m.dBC + index * W, m.dBC_row);
+                                                    m.states + n * W, m.decay + n * W, m.dBC + index * W, m.dBC_row,
+                                                    index == 0);
     });
     store_gradients<T>(a, at, m.tile, sums + (N + 1) * W);
 }
