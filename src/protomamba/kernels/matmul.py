@@ -105,7 +105,8 @@ def grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     """dy.T @ x: (T, O), (T, I) -> (O, I)."""
     if not _by_onednn(dy_TO):
         return torch.mm(dy_TO.t(), x_TI)
-    if dy_TO.shape[1] <= x_TI.shape[1]:
+    (n_token, n_out), n_in = dy_TO.shape, x_TI.shape[1]
+    if n_token * n_out <= (n_token + n_out) * n_in:  # the fewer elements to transpose
         return _product(transpose(dy_TO), x_TI.t())
     return transpose(_product(transpose(x_TI), dy_TO.t()))
 

@@ -12,11 +12,14 @@ struct TransposeArgs {
 };
 PM_FIELDS(TransposeArgs, rows, columns, in_row, x, out)
 
-// One W x W square through registers.
+// One W x W square through registers. Its rows lie pages apart: what the square beside it reads of them is fetched.
 PM_INLINE void transpose_square(const float* in, int64_t in_row, float* out, int64_t out_row) {
     vf v[W];
     PM_UNROLL
-    for (int i = 0; i < W; i++) v[i] = load(in + i * in_row);
+    for (int i = 0; i < W; i++) {
+        v[i] = load(in + i * in_row);
+        PM_PREFETCH_READ(in + i * in_row + W);
+    }
     transpose_lanes(v);
     PM_UNROLL
     for (int i = 0; i < W; i++) store(out + i * out_row, v[i]);
