@@ -63,7 +63,7 @@ def none(weight_GC: Tensor) -> Tensor:
 def test_chances_sum_to_the_limit_and_follow_the_weights(kind: str, classes: int, limit: int, own: bool) -> None:
     weight_GC = weights_of(kind, classes)
     own_GC = torch.arange(classes)[None] % 7 == 5 if own else none(weight_GC)
-    (chance_C,) = proposals.chances(weight_GC, own_GC, limit)
+    (chance_C,) = proposals.chances(weight_GC, own_GC, torch.tensor([limit]))
     assert float(chance_C.sum()) == pytest.approx(limit - SLACK if limit < classes else classes, abs=1e-6)
     assert float(chance_C.min()) > 0 and float(chance_C.max()) <= 1
     if int(own_GC.sum()) > limit // 2:  # no room for all of them
@@ -76,19 +76,26 @@ def test_chances_sum_to_the_limit_and_follow_the_weights(kind: str, classes: int
         assert bool((ratio_C[~inside & ~own_GC[0]] <= ratio_C[inside][0] * (1 + 1e-9)).all())
 
 
+def test_few_tokens_are_held_against_half_of_a_sample() -> None:
+    rooms = {0: 512, 1: 512, 8: 512, 9: 576, 15: 960, 16: 1_024, 512: 1_024}
+    assert {tokens: proposals.room(tokens, 1_024) for tokens in rooms} == rooms
+    assert [proposals.room(tokens, 1) for tokens in (0, 1, 512)] == [1, 1, 1]
+
+
 def test_groups_are_independent() -> None:
     weight_GC = torch.cat([weights_of(kind, 50) for kind in ("even", "zipf", "steep", "one")])
     own_GC = torch.rand(4, 50, generator=generator()) < 0.2
-    together_GC = proposals.chances(weight_GC, own_GC, 16)
-    for weight_C, own_C, chance_C in zip(weight_GC, own_GC, together_GC, strict=True):
-        alone_GC = proposals.chances(weight_C[None], own_C[None], 16)
+    limit_G = torch.tensor([16, 40, 50, 7])
+    together_GC = proposals.chances(weight_GC, own_GC, limit_G)
+    for weight_C, own_C, limit, chance_C in zip(weight_GC, own_GC, limit_G, together_GC, strict=True):
+        alone_GC = proposals.chances(weight_C[None], own_C[None], limit[None])
         torch.testing.assert_close(alone_GC[0], chance_C, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["even", "zipf", "steep"])
 def test_each_is_drawn_as_often_as_its_chance_says(kind: str) -> None:
     weight_GC, draws = weights_of(kind, 60), 20_000
-    chance_GC = proposals.chances(weight_GC, none(weight_GC), 20)
+    chance_GC = proposals.chances(weight_GC, none(weight_GC), torch.tensor([20]))
     seen_C, draw = torch.zeros(60), generator()
     for start_G in torch.rand(draws, 1, generator=draw, dtype=torch.float64):
         (places_S,) = proposals.drawn(chance_GC, start_G)
@@ -103,6 +110,6 @@ def test_never_more_than_the_limit(start: float) -> None:
     for classes, limit in ((2_000, 1_024), (16_384, 1_024), (50, 49), (50, 50)):
         for kind in ("even", "zipf", "steep", "one"):
             weight_GC = weights_of(kind, classes)
-            chance_GC = proposals.chances(weight_GC, none(weight_GC), limit)
+            chance_GC = proposals.chances(weight_GC, none(weight_GC), torch.tensor([limit]))
             (found,) = proposals.drawn(chance_GC, torch.tensor([start], dtype=torch.float64))
             assert limit - 1 <= len(found) <= limit

@@ -18,9 +18,11 @@ CENTROIDS = 8
 # Of the weights by which classes are drawn, what is shared out evenly: so that no class that turns out to be likely
 # counts for very much.
 EVEN = 0.05
+# Classes for each token of a group, where that is less than a whole sample: see `room`.
+FOR_EACH_TOKEN = 64
 # What a sample's expected size is short of its limit, so that rounding never makes it larger.
 SLACK = 1e-3
-MOST_ROUNDS = 100
+MOST_ROUNDS, TINY = 100, 1e-300
 
 
 def centroids(features_TD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -48,19 +50,27 @@ def weights(logits_GKC: Tensor, tokens_GK: Tensor) -> Tensor:
     return torch.where(found_G1, weight_GC / total_G1, 1 / weight_GC.shape[1])
 
 
-def chances(weight_GC: Tensor, own_GC: Tensor, limit: int) -> Tensor:
+def room(tokens: int, limit: int) -> int:
+    """How many of at most `limit` classes a group of so many tokens is held against: half at least.
+
+    A few tokens say little of so many classes, and what prototypes move by it is noise (docs/decisions/095).
+    """
+    return max(1, limit // 2, min(limit, FOR_EACH_TOKEN * tokens))
+
+
+def chances(weight_GC: Tensor, own_GC: Tensor, limit_G: Tensor) -> Tensor:
     """(G, C) float64: 1 for a group's own classes (bool), if they leave half the room; min(1, c w) for others, with an
-    even share in w, and c such that all sum to `limit`, less SLACK."""
-    classes, goal = weight_GC.shape[1], limit - SLACK
-    if limit >= classes:
-        return torch.ones_like(weight_GC)
-    own_GC = own_GC & (own_GC.sum(1, keepdim=True) <= limit // 2)
+    even share in w, and c such that all sum to the group's limit, less SLACK; all 1 where that is not below C."""
+    classes, limit_G1 = weight_GC.shape[1], limit_G[:, None]
+    goal_G1 = limit_G1.double() - SLACK
+    own_GC = own_GC & (own_GC.sum(1, keepdim=True) <= limit_G1 // 2)
+    own_GC = own_GC | (limit_G1 >= classes)
     base_GC = weight_GC * (1 - EVEN) + EVEN / classes
     factor_G1 = torch.zeros_like(base_GC[:, :1])
     for _ in range(MOST_ROUNDS):  # classes that c makes certain leave the others more: it only grows
         certain_GC = (base_GC * factor_G1 >= 1) | own_GC
-        left_G1 = 1 - torch.where(certain_GC, base_GC, 0.0).sum(1, keepdim=True)
-        grown_G1 = (goal - certain_GC.sum(1, keepdim=True, dtype=torch.float64)) / left_G1
+        left_G1 = (1 - torch.where(certain_GC, base_GC, 0.0).sum(1, keepdim=True)).clamp_min(TINY)
+        grown_G1 = (goal_G1 - certain_GC.sum(1, keepdim=True, dtype=torch.float64)) / left_G1
         if torch.equal(grown_G1, factor_G1):
             break
         factor_G1 = grown_G1

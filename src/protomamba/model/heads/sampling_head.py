@@ -177,7 +177,8 @@ class SamplingHead(Head):
         own_GC = torch.zeros(weight_GC.shape, dtype=torch.bool)
         for own_C, places_K in zip(own_GC, own, strict=True):
             own_C[places_K] = True
-        chance_GC = proposals.chances(weight_GC, own_GC, self.sample)
+        rooms = [proposals.room(len(part.targets_T), self.sample) for part in parts]
+        chance_GC = proposals.chances(weight_GC, own_GC, torch.tensor(rooms))
         start_G = torch.cat([torch.rand(1, generator=part.generator, dtype=torch.float64) for part in parts])
         found = proposals.drawn(chance_GC, start_G)
         return [(place_S, chance_C[place_S].log()) for place_S, chance_C in zip(found, chance_GC, strict=True)]
