@@ -113,8 +113,7 @@ void conv_forward_taps(const ConvArgs& a) {
         if (!memory) return;
         for (int64_t b = batches.begin; b < batches.end; b++) {
             for (int64_t t0 = 0; t0 < a.L; t0 += CHUNK)
-                for (int64_t k = blocks.begin; k < blocks.end; k++)
-                    {
+                for (int64_t k = blocks.begin; k < blocks.end; k++) {
                     Place at = place(a, b, t0, k);
                     for_lanes(at, [&](auto lanes) { conv_forward_tile<T, TAPS>(a, at, lanes, memory); });
                 }

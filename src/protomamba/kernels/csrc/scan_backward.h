@@ -36,7 +36,8 @@ PM_INLINE vf step_back(GroupGradient<G>& grad, const float* A, const float* B, c
 }
 
 // The reverse of scan_group: takes dy and the gradient dh of the state after the chunk, leaves that of the state before it;
-// adds to dx, ddt (over ln 2), which the `first` group begins, to dA, and to dBC, a vector of W / 2 pairs (dB, dC) for each step, `dBC_row` floats apart.
+// adds to dx and ddt (over ln 2), which the `first` group begins, to dA, and to dBC, a vector of W / 2 pairs (dB, dC) for each
+// step, `dBC_row` floats apart.
 template <int G>
 void scan_group_backward(const Place& at, const Tile& tile, const float* A, float* dh, float* dA, const float* B,
                          const float* C, int64_t N, const float* states, const float* decay, float* dBC, int64_t dBC_row,
