@@ -22,8 +22,8 @@ struct View {
     }
 };
 
-// Rows of a block are strided by whole pages, which no hardware prefetcher follows: while one block is loaded,
-// the lines it will write and those the next block will read are fetched.
+// Rows of a block are strided by whole pages, which no hardware prefetcher follows: while one block is read and written,
+// the lines of the next are fetched.
 #define PM_PREFETCH_READ(address) __builtin_prefetch(address, 0, 2)
 #define PM_PREFETCH_WRITE(address) __builtin_prefetch(address, 1, 2)
 

@@ -28,10 +28,6 @@ inline int64_t seen(const ConvArgs& a, int64_t b, int64_t t, int64_t most) {
     return most;
 }
 
-inline Place place(const ConvArgs& a, int64_t b, int64_t t0, int64_t block) {
-    return {b, t0, int(std::min<int64_t>(CHUNK, a.L - t0)), block, a.lanes(block), nullptr};
-}
-
 // K rows of one block: registers where K is a constant, TAPS, else memory.
 template <int TAPS>
 struct Rows {
@@ -112,9 +108,9 @@ void conv_forward_taps(const ConvArgs& a) {
         float* memory = scratch(2 * a.K * W);
         if (!memory) return;
         for (int64_t b = batches.begin; b < batches.end; b++) {
-            for (int64_t t0 = 0; t0 < a.L; t0 += CHUNK)
+            for (int64_t c = 0; c < ceil_div(a.L, CHUNK); c++)
                 for (int64_t k = blocks.begin; k < blocks.end; k++) {
-                    Place at = place(a, b, t0, k);
+                    Place at = place(a, b, c, k);
                     for_lanes(at, [&](auto lanes) { conv_forward_tile<T, TAPS>(a, at, lanes, memory); });
                 }
             if (a.last) store_last<T>(a, b, blocks);
@@ -211,9 +207,9 @@ void conv_backward_taps(const ConvArgs& a) {
         std::memset(sums + blocks.begin * (a.K + 1) * W, 0, count * (a.K + 1) * W * sizeof(float));
         for (int64_t b = batches.begin; b < batches.end; b++) {
             load_carry(a, b, blocks, carry);
-            for (int64_t t0 = (a.L - 1) / CHUNK * CHUNK; t0 >= 0; t0 -= CHUNK)
+            for (int64_t c = ceil_div(a.L, CHUNK) - 1; c >= 0; c--)
                 for (int64_t k = blocks.begin; k < blocks.end; k++) {
-                    Place at = place(a, b, t0, k);
+                    Place at = place(a, b, c, k);
                     float *carried = carry + (k - blocks.begin) * (a.K - 1) * W, *summed = sums + k * (a.K + 1) * W;
                     for_lanes(at, [&](auto lanes) { conv_backward_tile<T, TAPS>(a, at, lanes, memory, carried, summed); });
                 }

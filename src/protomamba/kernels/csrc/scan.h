@@ -38,7 +38,8 @@ inline int64_t scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) {
     return B * ceil_div(L, CHUNK) * ceil_div(E, W) * W * N;
 }
 
-// One block of one chunk, CHUNK x W each. Backward fills all of it, forward the first four.
+// One block of one chunk, CHUNK x W each. Backward fills all of it, forward the first four. Passed by value: behind a
+// reference each store might change where its rows are.
 struct Tile {
     float *u, *dt, *x, *y, *slope, *dy, *dx, *ddt;
     static constexpr int64_t FLOATS = 8 * TILE;
@@ -55,6 +56,14 @@ struct Place {
     int lanes;
     const uint8_t* reset;  // of step t0, or null
 };
+
+// Of a scan or a convolution: a block of a chunk.
+template <class Args>
+Place place(const Args& a, int64_t b, int64_t chunk, int64_t block) {
+    int64_t t0 = chunk * CHUNK;
+    const uint8_t* reset = a.reset ? a.reset.template at<uint8_t>(b, t0, 0) : nullptr;
+    return {b, t0, int(std::min<int64_t>(CHUNK, a.L - t0)), block, a.lanes(block), reset};
+}
 
 // (E, N) to [block][n][W], times `factor`; lanes beyond E are 0.
 inline void states_to_blocks(const float* in, float* out, int64_t E, int64_t N, Range blocks, float factor) {
@@ -85,11 +94,12 @@ void floats_to_rows(const float* in, const View& view, int64_t b, int64_t t0, in
     }
 }
 
-// A view's lanes of one tile, step after step. All reads and writes of a tile fetch the line that the next block needs there.
+// A view's lanes of one tile, step after step; false without a view. A read or write fetches what the next block needs there.
 template <class T>
 struct TileRows {
     T* first;
     int64_t row;
+    explicit operator bool() const { return first != nullptr; }
     TileRows(const View& view, const Place& at)
         : first(view ? view.at<T>(at.b, at.t0, at.block * W) : nullptr), row(view.row) {}
     template <class Lanes>
@@ -117,8 +127,7 @@ PM_INLINE void for_lanes(const Place& at, const Body& body) {
 
 // u, dt = softplus(delta + bias), its slope if that is wanted, x = dt u, y = skip u.
 template <class T, bool SLOPE>
-void load_tile(const ScanArgs& a, const Place& at, const Tile& given) {
-    const Tile tile = given;
+void load_tile(const ScanArgs& a, const Place& at, Tile tile) {
     const TileRows<T> rows_u(a.u, at), rows_delta(a.delta, at);
     int64_t e = at.block * W;
     vf bias = a.bias ? load(a.bias + e, at.lanes) : vf{};
@@ -192,25 +201,18 @@ void scan_tile(const Place& at, const Tile& tile, const float* A, float* h, cons
 }
 
 template <class T>
-void store_output(const ScanArgs& a, const Place& at, const Tile& tile) {
+void store_output(const ScanArgs& a, const Place& at, Tile tile) {
     const TileRows<T> rows_y(a.y, at), rows_z(a.z, at);
-    const float* from = tile.y;
     for_lanes(at, [&](auto lanes) {
         for (int t = 0; t < at.steps; t++) {
-            vf y = load(from + t * W);
-            if (rows_z.first) {
+            vf y = load(tile.y + t * W);
+            if (rows_z) {
                 vf z = rows_z.read(t, lanes);
                 y = y * (z * sigmoid(z));
             }
             rows_y.write(t, y, lanes);
         }
     });
-}
-
-inline Place place(const ScanArgs& a, int64_t b, int64_t chunk, int64_t block) {
-    int64_t t0 = chunk * CHUNK;
-    const uint8_t* reset = a.reset ? a.reset.at<uint8_t>(b, t0, 0) : nullptr;
-    return {b, t0, int(std::min<int64_t>(CHUNK, a.L - t0)), block, a.lanes(block), reset};
 }
 
 template <class T>

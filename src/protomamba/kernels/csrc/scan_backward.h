@@ -72,31 +72,28 @@ inline int64_t backward_groups(int64_t N) {
 // From the gradient of the gated output: dz, dy before the gate, dskip. tile.y holds y before the gate; what the
 // forward pass gave is written to a.y, if that is there.
 template <class T>
-void gate_backward(const ScanArgs& a, const Place& at, const Tile& tile, float* dskip) {
+void gate_backward(const ScanArgs& a, const Place& at, Tile tile, float* dskip) {
     const TileRows<T> rows_dy(a.dy, at), rows_z(a.z, at), rows_dz(a.dz, at), rows_y(a.y, at);
-    const float *from_y = tile.y, *from_u = tile.u;
-    float* to_dy = tile.dy;
     vf total = load(dskip);
     for_lanes(at, [&](auto lanes) {
         for (int t = 0; t < at.steps; t++) {
-            vf dy = rows_dy.read(t, lanes), y = load(from_y + t * W);
-            if (rows_z.first) {
+            vf dy = rows_dy.read(t, lanes), y = load(tile.y + t * W);
+            if (rows_z) {
                 vf z = rows_z.read(t, lanes), s = sigmoid(z);
                 rows_dz.write(t, dy * y * (s * (1.0f + z * (1.0f - s))), lanes);
                 dy = dy * (z * s);
                 y = y * (z * s);
             }
-            if (rows_y.first) rows_y.write(t, y, lanes);
-            total += dy * load(from_u + t * W);
-            store(to_dy + t * W, dy);
+            if (rows_y) rows_y.write(t, y, lanes);
+            total += dy * load(tile.u + t * W);
+            store(tile.dy + t * W, dy);
         }
     });
     store(dskip, total);
 }
 
 template <class T>
-void store_gradients(const ScanArgs& a, const Place& at, const Tile& given, float* dbias) {
-    const Tile tile = given;
+void store_gradients(const ScanArgs& a, const Place& at, Tile tile, float* dbias) {
     const TileRows<T> rows_du(a.du, at), rows_ddelta(a.ddelta, at);
     vf skip = a.skip ? load(a.skip + at.block * W, at.lanes) : vf{}, total = load(dbias);
     for_lanes(at, [&](auto lanes) {

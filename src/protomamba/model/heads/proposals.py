@@ -22,7 +22,8 @@ EVEN = 0.05
 FOR_EACH_TOKEN = 64
 # What a sample's expected size is short of its limit, so that rounding never makes it larger.
 SLACK = 1e-3
-MOST_ROUNDS, TINY = 100, 1e-300
+MOST_ROUNDS = 100
+TINY = 1e-300  # a share of nothing, where all classes are certain
 
 
 def centroids(features_TD: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
