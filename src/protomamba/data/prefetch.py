@@ -21,7 +21,7 @@ from protomamba.data.windows import Batch
 # How often a waiting consumer looks whether its workers live; it is woken at once when a batch is ready.
 CHECK_SECONDS = 1.0
 JOIN_SECONDS = 5.0
-LAST_SECONDS = 0.5
+LAST_SECONDS = 2.0  # on a busy machine 0.5 was too short for one that was inside torch
 
 
 class BatchSource(Protocol):
