@@ -17,7 +17,7 @@ from protomamba.bench import checks, floor, memory, ops, report, shapes, step, s
 from protomamba.bench.shapes import Shape, parse_shapes
 from protomamba.cli import main as cli
 from protomamba.errors import ConfigError, UserError
-from protomamba.kernels import matmul, native
+from protomamba.kernels import blas, native
 from protomamba.model.sequence_model import SequenceModel
 from protomamba.train.callbacks.console import rich_console
 
@@ -65,10 +65,10 @@ def test_the_floor_is_three_products_a_layer() -> None:
     assert counter.get_total_flops() == sum(3 * 2 * p.x_TI.shape[0] * p.w_OI.numel() for p in layers)
 
 
-def test_the_own_floor_is_the_same_products_by_the_blocks_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_floor_is_the_same_products_by_the_faster_library(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, called = floor.products(TINY), []
     for name in ("linear", "grad_input", "grad_weight"):
-        monkeypatch.setattr(matmul, name, lambda a, b, name=name: called.append((name, a.shape, b.shape)))
+        monkeypatch.setattr(blas.Blas, name, lambda self, a, b, name=name: called.append((name, a.shape, b.shape)))
     floor.own_floor(layers)()
     expected = [("linear", p.x_TI.shape, p.w_OI.shape) for p in layers]
     expected += [("grad_input", p.dy_TO.shape, p.w_OI.shape) for p in layers]

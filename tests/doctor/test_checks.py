@@ -14,7 +14,7 @@ from protomamba.bench.timing import Samples
 from protomamba.cli.main import main
 from protomamba.doctor import checks
 from protomamba.doctor.checks import Finding, findings, measured, memory_finding, missing_extras, threads_finding
-from protomamba.kernels import matmul, native
+from protomamba.kernels import blas, matmul, native
 from protomamba.machine import Limits
 
 FREE = Limits(None, None)
@@ -173,7 +173,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_the_kernels_set_themselves_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in matmul.PRODUCTS_KEPT.items():
+    for name, value in blas.PRODUCTS_KEPT.items():
         monkeypatch.setenv(name, value)
     assert "environment" not in by_name() or "CAPACITY" not in by_name()["environment"].found
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from protomamba import kernels
 from protomamba.errors import ConfigError, UserError
-from protomamba.kernels import matmul, native
+from protomamba.kernels import blas, matmul, native
 from protomamba.kernels.arguments import Arguments
 
 from . import test_conv, test_scan
@@ -81,7 +81,7 @@ def test_the_same_bits_at_1_2_and_4_threads(library: native.Library, op: Callabl
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (33, 70), (512, 31), (5, 200)], ids=str)
 def test_transpose(level: str, shape: tuple[int, int]) -> None:
     x_RC = torch.randn(shape[0], shape[1] + 3)[:, 3:]
-    assert torch.equal(matmul.transpose(x_RC), x_RC.t())
+    assert torch.equal(blas.transpose(x_RC), x_RC.t())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_level_this_cpu_has_not_is_an_error(monkeypatch: pytest.MonkeyPatch, l
 
 
 @pytest.mark.parametrize("name", matmul.BACKENDS)
-def test_both_matrix_libraries_agree(monkeypatch: pytest.MonkeyPatch, fresh_choice: None, name: str) -> None:
+def test_all_products_agree(monkeypatch: pytest.MonkeyPatch, fresh_choice: None, name: str) -> None:
     monkeypatch.setenv("PROTOMAMBA_MATMUL", name)
     x_TI, w_OI, dy_TO, add_TO = torch.randn(33, 20), torch.randn(17, 20), torch.randn(33, 17), torch.randn(33, 17)
     torch.testing.assert_close(matmul.linear(x_TI, w_OI), x_TI @ w_OI.t())

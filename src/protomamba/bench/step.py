@@ -158,6 +158,7 @@ _NAMES = (
     ("native prototype_loss", "head"),
     ("native sphere", "head"),
     ("native transpose", "matrix products"),
+    ("native matmul", "matrix products"),
     ("native square_sums", "optimizer"),
     ("native adamw", "optimizer"),
     ("native ", "other"),

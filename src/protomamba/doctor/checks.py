@@ -8,13 +8,14 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from protomamba import __version__
 from protomamba.errors import ConfigError
-from protomamba.kernels import matmul, native
+from protomamba.kernels import blas, matmul, native
 from protomamba.machine import Limits, allowed_cpus, by_core, group_limits, memory_info
 
 # Installed by contributors, not needed to use anything.
@@ -107,7 +108,8 @@ def _matmul() -> Iterator[Finding]:
         yield Finding("matrix products", "slow", str(error), "unset PROTOMAMBA_MATMUL")
         return
     why = "PROTOMAMBA_MATMUL" if os.environ.get("PROTOMAMBA_MATMUL") else "the rule for this CPU"
-    name = {"torch": "torch (MKL)" if torch.backends.mkl.is_available() else "torch", "onednn": "oneDNN"}[chosen]  # type: ignore[no-untyped-call]
+    mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    name = {"native": "our kernel", "onednn": "oneDNN", "torch": "torch (MKL)" if mkl else "torch"}[chosen]
     yield Finding("matrix products", "ok", f"float32 by {name}, {why}")
 
 
@@ -152,7 +154,7 @@ def memory_finding(info: dict[str, int], limits: Limits) -> Finding:
 
 
 def _settings() -> Iterator[Finding]:
-    ours = matmul.PRODUCTS_KEPT.items()  # set by the kernels where nobody else did
+    ours = blas.PRODUCTS_KEPT.items()  # set by the kernels where nobody else did
     found = sorted(name for name, value in os.environ.items() if SETTINGS.fullmatch(name) and (name, value) not in ours)
     if found:
         yield Finding("environment", "note", " ".join(f"{name}={os.environ[name]}" for name in found))
@@ -192,27 +194,18 @@ def _python() -> Iterator[Finding]:
 
 
 def measured() -> Iterator[Finding]:
-    """A second of measuring: the other library's products, and the kernels against their definitions."""
+    """A second of measuring: the products by all that can make them."""
     from protomamba.bench.timing import interleave
 
     torch.manual_seed(0)
     x, w = torch.randn(512, 512), torch.randn(512, 512)
-    samples = interleave({name: _product_by(name, x, w) for name in _backends()}, rounds=5)
+    by_name = {name: partial(linear, x, w) for name, linear in matmul.linear_by_name().items()}
+    samples = interleave(by_name, rounds=5)
     speeds = {name: 2 * 512**3 / samples.median(name) / 1e9 for name in samples.seconds}
     chosen, best = matmul.backend(), max(speeds, key=speeds.__getitem__)
     facts = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in speeds.items())
     slow = speeds[best] > 1.3 * speeds[chosen]
     yield Finding("products, measured", "slow" if slow else "ok", facts, f"PROTOMAMBA_MATMUL={best}" if slow else "")
-
-
-def _backends() -> list[str]:
-    return [name for name in matmul.BACKENDS if name == "torch" or torch.backends.mkldnn.is_available()]  # type: ignore[no-untyped-call]
-
-
-def _product_by(name: str, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
-    if name == "torch":
-        return lambda: torch.mm(x, w.t())
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -135,6 +135,7 @@ OPS = {
         "sizes parameters gradients exp_avg exp_avg_sq steps decay spoilt: pointer",
     ),
     "square_sums": Arguments("count: int", "sizes data sums: pointer"),
+    "matmul": Arguments("M N K a_row b_row add_row a_transposed b_transposed: int", "a b add out: pointer"),
     "product": Arguments("T rows columns x_stride kind: int", "x w scale y: pointer"),
     "transpose": Arguments("rows columns in_row: int", "x out: pointer"),
     "step": Arguments(

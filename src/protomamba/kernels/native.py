@@ -22,7 +22,7 @@ from protomamba.kernels.arguments import OPS, Field
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni")
 MODES = ("auto", "native", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-ABI = 4
+ABI = 5
 
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 _log = logging.getLogger("protomamba")
@@ -58,6 +58,8 @@ class Library:
             raise UserError(f"{path}: expected ABI {ABI}, found {self._dll.pm_abi()}; rebuild it: pip install -e .")
         self.level = level
         self.cpu_level = int(self._dll.pm_cpu_level())
+        # Whether the op matmul is faster here than torch's libraries.
+        self.fast_matmul = bool(self._dll.pm_fast_matmul())
         self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
         self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
         for op in OPS:
@@ -212,6 +214,11 @@ def _auto() -> Library | None:
         return _best()
     _log.warning("kernels: the reference path is used, which is slow: %s", why)
     return None
+
+
+def default() -> Library | None:
+    """The library that ops use unless `set_kernels` says otherwise; None without one that this CPU can run."""
+    return _auto()
 
 
 def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> Library | None:
