@@ -20,8 +20,8 @@ PM_FIELDS(MatmulArgs, M, N, K, a_row, b_row, add_row, a_transposed, b_transposed
 // A tile of sums fills the registers: SLIVER rows of two vectors, beside two vectors of b and one number of a.
 constexpr int SLIVER = W == 16 ? 12 : W == 8 ? 6 : 4, PANEL = 2 * W;
 // Of K, of b (whole panels) and of a's rows (whole slivers) at a time: 24 KiB of a in the first-level cache, a block of b in
-// the second, 4 MiB of a packed.
-constexpr int64_t K_PIECE = 512, BLOCK_FLOATS = 1 << 16, M_CHUNK = 170 * 12;
+// the second, 1 MiB of a packed.
+constexpr int64_t K_PIECE = 512, BLOCK_FLOATS = 1 << 16, M_CHUNK = 43 * 12;
 // Slivers and panels are a line further apart than they need be, or their beginnings would share one set of a cache.
 constexpr int64_t APART = 16;
 
@@ -42,7 +42,10 @@ PM_INLINE void pack_square(const float* in, int64_t in_row, int64_t rows, int64_
     vf v[W];
     if (rows >= MOST && columns >= W) {
         PM_UNROLL
-        for (int i = 0; i < W; i++) v[i] = i < MOST ? load(in + i * in_row) : vf{};
+        for (int i = 0; i < W; i++) {
+            v[i] = i < MOST ? load(in + i * in_row) : vf{};
+            if (i < MOST) PM_PREFETCH_READ(in + i * in_row + 4 * W);
+        }
     } else {
         int lanes = int(std::min<int64_t>(W, columns));
         PM_UNROLL
@@ -78,7 +81,10 @@ inline void pack_panel(const MatmulArgs& p, const Piece& piece, int64_t panel, f
             for (int64_t k = 0; k < piece.K; k += W)
                 pack_square<W>(from + k, p.b_row, columns, piece.K - k, to + k * PANEL + j, PANEL);
         else
-            for (int64_t k = 0; k < piece.K; k++) store(to + k * PANEL + j, load(from + k * p.b_row, columns));
+            for (int64_t k = 0; k < piece.K; k++) {
+                PM_PREFETCH_READ(from + (k + 12) * p.b_row);
+                store(to + k * PANEL + j, load(from + k * p.b_row, columns));
+            }
     }
 }
 
