@@ -101,6 +101,14 @@ _CONV = Arguments(
     "dy du: view",
     "dlast dweight dbias dinitial: pointer",
 )  # fmt: skip
+_BLOCK = Arguments(
+    "B L D E N R K keep: int", "eps: float", "reset: mask",
+    "x norm in_proj taps conv_bias x_proj dt_proj dt_bias A skip out_proj conv_initial ssm_initial: pointer",
+    "kept out conv_last ssm_last: pointer",
+    "dout dconv_last dssm_last: pointer",
+    "dx dnorm d_in_proj dtaps dconv_bias d_x_proj d_dt_proj d_dt_bias dA_log dskip d_out_proj: pointer",
+    "dconv_initial dssm_initial: pointer",
+)  # fmt: skip
 _NORM = Arguments(
     "T D out_is_bf16: int", "eps: float",
     "x residual weight y total scale: pointer",
@@ -135,7 +143,9 @@ OPS = {
         "sizes parameters gradients exp_avg exp_avg_sq steps decay spoilt: pointer",
     ),
     "square_sums": Arguments("count: int", "sizes data sums: pointer"),
-    "matmul": Arguments("M N K a_row b_row add_row a_transposed b_transposed: int", "a b add out: pointer"),
+    "block_forward": _BLOCK,
+    "block_backward": _BLOCK,
+    "matmul": Arguments("M N K a_row b_row add_row out_row a_transposed b_transposed: int", "a b add out: pointer"),
     "product": Arguments("T rows columns x_stride kind: int", "x w scale y: pointer"),
     "transpose": Arguments("rows columns in_row: int", "x out: pointer"),
     "step": Arguments(

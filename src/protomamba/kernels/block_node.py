@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from protomamba.kernels import whole_block
 from protomamba.kernels.conv import ConvInputs, conv_backward, conv_forward
 from protomamba.kernels.first_order import once_differentiable
 from protomamba.kernels.matmul import grad_input, grad_weight, linear
@@ -20,6 +21,7 @@ from protomamba.kernels.native import Library
 from protomamba.kernels.norm import norm_backward, norm_forward
 from protomamba.kernels.reference import BlockWeights
 from protomamba.kernels.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
+from protomamba.kernels.whole_block import Given
 
 
 class Remake(IntEnum):
@@ -41,6 +43,7 @@ class BlockCall(NamedTuple):
     want_u: bool
     remake: Remake
     narrow: bool  # what is kept with a batch and a length is kept in bfloat16
+    whole: bool  # in one native call
 
 
 class _Needs(NamedTuple):
@@ -83,18 +86,8 @@ class _Kept(NamedTuple):
     chunks: Tensor | None
 
 
-class _Inputs(NamedTuple):
-    """The tensors that a block is given."""
-
-    reset: Tensor | None
-    x: Tensor
-    w: BlockWeights
-    conv_state: Tensor | None
-    ssm_state: Tensor | None
-
-
 def _before_scan(
-    call: BlockCall, given: _Inputs, m: _Matrices, kept: _Kept, want_last: bool
+    call: BlockCall, given: Given, m: _Matrices, kept: _Kept, want_last: bool
 ) -> tuple[_Kept, Tensor | None]:
     """Norm, in_proj, convolution, x_proj and dt_proj, as far as they are not there yet; and the convolution's state."""
     normed, scale, uz, u, projected, delta, *rest = kept
@@ -115,7 +108,7 @@ def _before_scan(
     return _Kept(normed, scale, uz, u, projected, delta, *rest), last
 
 
-def _scan_inputs(given: _Inputs, kept: _Kept) -> ScanInputs:
+def _scan_inputs(given: Given, kept: _Kept) -> ScanInputs:
     assert kept.uz is not None and kept.u is not None and kept.projected is not None and kept.delta is not None
     _, B, C = _slices(kept.projected, given.w)
     _, z = _halves(kept.uz, given.w.in_proj_WD is not None)
@@ -132,7 +125,14 @@ class BlockNode(torch.autograd.Function):
         ctx: Any, call: BlockCall, reset: Tensor | None, x: Tensor, *tensors: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         w = BlockWeights(*tensors[:10])
-        given = _Inputs(reset, x, w, *tensors[10:])
+        given = Given(reset, x, w, *tensors[10:])
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if call.whole:
+            found = whole_block.forward(call.library, given, call.eps, call.keep, call.want_state)
+            if call.keep:
+                ctx.save_for_backward(reset, x, *tensors, found.A_EN, found.kept)
+            return BlockNode._results(ctx, call, *found[:3], found.u() if call.want_u else None)
         matrices = _matrices(w, call.dtype)
         kept, conv_last = _before_scan(call, given, matrices, _NOTHING, call.want_state)
         scan, u = _scan_inputs(given, kept), kept.u
@@ -140,12 +140,16 @@ class BlockNode(torch.autograd.Function):
         y, ssm_last, chunks = scan_forward(call.library, True, reset, scan, keep=keep_chunks, want_last=call.want_state)
         out = linear(_tokens(y), matrices.out_proj, _tokens(x)).view(x.shape)
         if call.keep:
-            ctx.call = call
-            ctx.set_materialize_grads(False)
             kept = _trimmed(kept._replace(A=scan.A, chunks=chunks), call.remake, w.in_proj_WD is not None)
             if call.narrow:
                 x, kept = x.bfloat16(), _activations_in(torch.bfloat16, kept)
             ctx.save_for_backward(reset, x, *tensors, *matrices, *kept)
+        return BlockNode._results(ctx, call, out, conv_last, ssm_last, u)
+
+    @staticmethod
+    def _results(
+        ctx: Any, call: BlockCall, out: Tensor, conv_last: Tensor | None, ssm_last: Tensor | None, u: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         if not call.want_u:
             return out, conv_last, ssm_last, None
         ctx.mark_non_differentiable(u)
@@ -159,10 +163,13 @@ class BlockNode(torch.autograd.Function):
         call: BlockCall = ctx.call
         needs = _Needs(*ctx.needs_input_grad[2:])
         reset, x, *saved = ctx.saved_tensors
-        given = _Inputs(reset, x.float(), BlockWeights(*saved[:10]), *saved[10:12])
-        m, kept = _Matrices(*saved[12:16]), _activations_in(call.dtype, _Kept(*saved[16:]))
-        dout = torch.zeros_like(given.x) if dout is None else dout.contiguous()
+        given = Given(reset, x.float(), BlockWeights(*saved[:10]), *saved[10:12])
         last = [None if g is None else g.contiguous() for g in (dconv_last, dssm_last)]
+        dout = torch.zeros_like(given.x) if dout is None else dout.contiguous()
+        if call.whole:
+            A_EN, held = saved[12:]
+            return None, None, *whole_block.backward(call.library, given, A_EN, held, dout, last, needs)
+        m, kept = _Matrices(*saved[12:16]), _activations_in(call.dtype, _Kept(*saved[16:]))
         dx, d_tensors = _block_backward(call, given, m, kept, dout, last, needs)
         return None, None, dx, *(None if g is None else g.float() for g in d_tensors)
 
@@ -190,7 +197,7 @@ def _activations_in(dtype: torch.dtype, kept: _Kept) -> _Kept:
 
 def _block_backward(
     call: BlockCall,
-    given: _Inputs,
+    given: Given,
     m: _Matrices,
     kept: _Kept,
     dout: Tensor,

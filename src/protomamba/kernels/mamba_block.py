@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protomamba.kernels import native, reference
+from protomamba.kernels import native, reference, whole_block
 from protomamba.kernels.block_node import BlockCall, BlockNode, Remake
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.reference import BlockOutput, BlockState, BlockWeights, matmul_dtype
@@ -62,7 +62,8 @@ def mamba_block(
         recompute
     ]
     keep, narrow = native.needs_backward(x_BLD, *tensors), activations == "bf16"
-    call = BlockCall(library, keep, eps, dtype, return_state, want_u, remake, narrow)
+    whole = remake == Remake.NOTHING and not narrow and whole_block.possible(dtype)
+    call = BlockCall(library, keep, eps, dtype, return_state, want_u, remake, narrow, whole)
     if large:
         return _in_pieces(call, reset, x_BLD.contiguous(), tensors, LARGE // (2 * width))
     return _whole(call, reset, x_BLD.contiguous(), tensors)

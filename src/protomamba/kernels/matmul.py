@@ -17,7 +17,7 @@ from torch import Tensor
 
 from protomamba.errors import ConfigError
 from protomamba.kernels import blas, native, reference
-from protomamba.kernels.blas import Blas, transpose
+from protomamba.kernels.blas import Blas
 from protomamba.kernels.checks import check_shapes
 from protomamba.kernels.native import Library
 
@@ -65,7 +65,7 @@ def matmul(
     out = native.floats(rows, columns)
     library.matmul(
         M=rows, N=columns, K=inner, a_row=a.stride(0), b_row=b.stride(0), add_row=0 if add is None else add.stride(0),
-        a_transposed=turn_a, b_transposed=turn_b, a=a, b=b, add=add, out=out,
+        out_row=columns, a_transposed=turn_a, b_transposed=turn_b, a=a, b=b, add=add, out=out,
     )  # fmt: skip
     return out
 
@@ -99,10 +99,6 @@ def grad_weight(dy_TO: Tensor, x_TI: Tensor) -> Tensor:
     library = _ours(dy_TO)
     if library is None:
         return _blas().grad_weight(dy_TO, x_TI)
-    (n_token, n_out), n_in = dy_TO.shape, x_TI.shape[1]
-    # Rows of the result cost more to pack than columns: many rows of few columns are made as columns, and turned.
-    if n_token * (n_out - n_in) > 2 * n_out * n_in:
-        return transpose(matmul(library, x_TI, dy_TO, turn_a=True))
     return matmul(library, dy_TO, x_TI, turn_a=True)
 
 

@@ -62,11 +62,18 @@ class Library:
         self.fast_matmul = bool(self._dll.pm_fast_matmul())
         self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
         self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
+        self._dll.pm_block_floats.restype = ctypes.c_int64
+        self._dll.pm_block_floats.argtypes = [ctypes.c_char_p]
         for op in OPS:
             self._check(op)
             function = self._dll[f"pm_{op}"]
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
-            setattr(self, op, OPS[op].compile(_with_memory(op, function), self._parallel_for, torch.get_num_threads))
+            setattr(self, op, self._caller(op, _with_memory(op, function)))
+        # The floats that block_forward keeps, of its fields.
+        self.block_floats = self._caller("block_forward", self._dll.pm_block_floats)
+
+    def _caller(self, op: str, then: Callable[[bytes], Any]) -> Callable[..., Any]:
+        return OPS[op].compile(then, self._parallel_for, torch.get_num_threads)
 
     def _check(self, op: str) -> None:
         """UserError unless the library's idea of the op's argument struct is that of `arguments`, field by field."""
@@ -90,7 +97,7 @@ class Library:
 
     def pack(self, op: str, **fields: Any) -> bytes:
         """The argument struct of an op, for structs that point to others."""
-        packed: bytes = OPS[op].compile(bytes, self._parallel_for, torch.get_num_threads)(**fields)
+        packed: bytes = self._caller(op, bytes)(**fields)
         return packed
 
     def scan_chunk_floats(self, batch: int, length: int, width: int, states: int) -> int:

@@ -1,13 +1,10 @@
 // The C ABI: every op takes a pointer to its argument struct, whose fields are made of 8-byte words and are described by
 // pm_OP_fields.
 #include "adamw.h"
-#include "conv.h"
+#include "block.h"
 #include "cpu.h"
 #include "judge_block.h"
-#include "matmul.h"
-#include "norm.h"
 #include "product.h"
-#include "scan_backward.h"
 #include "prototype_loss.h"
 #include "sphere_softmax.h"
 #include "square_sums.h"
@@ -41,6 +38,9 @@ PM_EXPORT int64_t pm_fast_matmul() { return W == 16 && cpu_is_amd_family_25(); }
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
 
+// The floats that block_forward keeps.
+PM_EXPORT int64_t pm_block_floats(const BlockArgs* a) { return block_floats(*a); }
+
 // Runs an op. Returns 0, or the bytes of working memory that it was refused, where its results are worth nothing. Of two
 // calls at the same time both may be told what one was refused.
 template <class Op>
@@ -72,6 +72,8 @@ PM_OP(sphere_unit, SphereUnitArgs, sphere_unit(*a))
 PM_OP(judge_block, JudgeBlockArgs, judge_block(*a))
 PM_OP(adamw, AdamWArgs, adamw(*a))
 PM_OP(square_sums, SquareSumsArgs, square_sums(*a))
+PM_OP(block_forward, BlockArgs, block_forward(*a))
+PM_OP(block_backward, BlockArgs, block_backward(*a))
 PM_OP(matmul, MatmulArgs, matmul(*a))
 PM_OP(product, ProductArgs, product(*a))
 PM_OP(step, StepArgs, step(*a))

@@ -4,18 +4,18 @@
 // (N_BLOCK columns) in the second; both are packed in the order in which the products want them. An element is summed in the
 // order of K, whatever M, N and the number of threads: a row's result has the same bits beside any others.
 #pragma once
-#include "layout.h"
+#include "transpose.h"
 
 namespace pm {
 
 struct MatmulArgs {
     Pool pool;
-    int64_t M, N, K, a_row, b_row, add_row;  // the last three: how far the rows in memory are apart, in elements
-    int64_t a_transposed, b_transposed;      // in memory it is (K, M); (N, K)
-    const float *a, *b, *add;                // add (M, N) may be null
-    float* out;                              // contiguous
+    int64_t M, N, K, a_row, b_row, add_row, out_row;  // the last four: how far the rows in memory are apart, in elements
+    int64_t a_transposed, b_transposed;               // in memory it is (K, M); (N, K)
+    const float *a, *b, *add;                         // add (M, N) may be null, or out itself
+    float* out;
 };
-PM_FIELDS(MatmulArgs, M, N, K, a_row, b_row, add_row, a_transposed, b_transposed, a, b, add, out)
+PM_FIELDS(MatmulArgs, M, N, K, a_row, b_row, add_row, out_row, a_transposed, b_transposed, a, b, add, out)
 
 // A tile of sums fills the registers: SLIVER rows of two vectors, beside two vectors of b and one number of a.
 constexpr int SLIVER = W == 16 ? 12 : W == 8 ? 6 : 4, PANEL = 2 * W;
@@ -149,11 +149,11 @@ inline void matmul_tile(const MatmulArgs& p, const Piece& piece, int64_t sliver,
                         Fetcher& next_a, Fetcher& next_b) {
     int64_t m = piece.m + sliver * SLIVER, n = piece.n + panel * PANEL;
     int rows = int(std::min<int64_t>(SLIVER, piece.m + piece.M - m)), last = int(std::min<int64_t>(W, p.N - n - (COUNT - 1) * W));
-    float* out = p.out + m * p.N + n;
+    float* out = p.out + m * p.out_row + n;
     const float* before = piece.k ? out : p.add ? p.add + m * p.add_row + n : nullptr;
-    int64_t before_row = piece.k ? p.N : p.add_row;
+    int64_t before_row = piece.k ? p.out_row : p.add_row;
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < COUNT; j++) PM_PREFETCH_WRITE(out + i * p.N + j * W);
+        for (int j = 0; j < COUNT; j++) PM_PREFETCH_WRITE(out + i * p.out_row + j * W);
     vf sums[SLIVER][COUNT];
     multiply<COUNT>(piece.K, a, b, sums, next_a, next_b);
     PM_UNROLL
@@ -163,7 +163,7 @@ inline void matmul_tile(const MatmulArgs& p, const Piece& piece, int64_t sliver,
         for (int j = 0; j < COUNT; j++) {
             int lanes = j + 1 < COUNT ? W : last;
             if (before) sums[i][j] += load(before + i * before_row + j * W, lanes);
-            store(out + i * p.N + j * W, sums[i][j], lanes);
+            store(out + i * p.out_row + j * W, sums[i][j], lanes);
         }
     }
 }
@@ -203,7 +203,7 @@ inline void multiply_range(const MatmulArgs& p, Range rows, Range columns) {
 }
 
 // Each thread multiplies a part of the rows with a part of the columns, cut so that the least is packed more than once.
-inline void matmul(const MatmulArgs& p) {
+inline void multiply_parts(const MatmulArgs& p) {
     int64_t slivers = ceil_div(p.M, SLIVER), panels = ceil_div(p.N, PANEL), by_rows = 1, by_columns = 1;
     while (by_rows * by_columns < p.pool.threads && (by_rows < slivers || by_columns < panels)) {
         bool rows = by_columns == panels || (by_rows < slivers && by_columns * p.N <= by_rows * p.M);
@@ -216,6 +216,16 @@ inline void matmul(const MatmulArgs& p) {
     run(p.pool, by_rows * by_columns, [&](int64_t i) {
         multiply_range(p, range(p.M, SLIVER, by_rows, i / by_columns), range(p.N, PANEL, by_columns, i % by_columns));
     });
+}
+
+inline void matmul(const MatmulArgs& p) {
+    // Of a gradient a^T b rows cost more to pack than columns: many rows of few columns are made as columns, and turned. An
+    // element has the same bits.
+    if (!p.a_transposed || p.b_transposed || p.add || p.out_row != p.N || p.K * (p.M - p.N) <= 2 * p.M * p.N) return multiply_parts(p);
+    Buffer turned(p.M * p.N);
+    if (!turned) return;
+    multiply_parts({p.pool, p.N, p.M, p.K, p.b_row, p.a_row, 0, p.M, 1, 0, p.b, p.a, nullptr, turned.data});
+    transpose({p.pool, p.N, p.M, p.M, turned.data, p.out});
 }
 
 }  // namespace pm
