@@ -17,7 +17,7 @@ from protomamba.bench.floor import head_product, own_floor, products, torch_floo
 from protomamba.bench.memory import peak_rss_mib
 from protomamba.bench.shapes import Shape, build
 from protomamba.bench.timing import Samples, interleave
-from protomamba.kernels import native
+from protomamba.kernels import native, whole_block
 from protomamba.kernels.arguments import OPS
 from protomamba.train.trainer import Trainer
 
@@ -106,7 +106,7 @@ def against_reference(shape: Shape, precision: str) -> float:
 
 
 def part_shares(shape: Shape, precision: str) -> dict[str, float]:
-    """The share of each part in a whole step, by torch's profiler.
+    """The share of each part in a whole step, by torch's profiler, blocks op by op even where they are one call.
 
     Each native call is recorded as an event of its own. What an event spends outside of the events inside it belongs to
     the part that its name tells, or else the name of the nearest event around it; Python between them is "other". The
@@ -117,7 +117,7 @@ def part_shares(shape: Shape, precision: str) -> dict[str, float]:
     tokens_BL, targets_BL = shape.batches()
     for _ in range(2):
         trainer.train_step(tokens_BL, targets_BL)
-    with named_events(), profile(activities=[ProfilerActivity.CPU]) as found:
+    with whole_block.op_by_op(), named_events(), profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(PROFILED_STEPS):
             with record_function("step"):
                 trainer.train_step(tokens_BL, targets_BL)
