@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from protomamba.kernels.reference.proposals import EVEN, SLACK, chances, drawn, weights
 from protomamba.model.heads import proposals
-from protomamba.model.heads.proposals import CENTROIDS, EVEN, SLACK
+from protomamba.model.heads.proposals import CENTROIDS
 
 
 def generator() -> torch.Generator:
@@ -34,7 +35,7 @@ def test_tokens_that_are_apart_have_means_of_their_own() -> None:
 
 def test_weights_are_the_roots_of_the_sums_of_squared_probabilities() -> None:
     logits_GKC, tokens_GK = torch.randn(2, CENTROIDS, 9), torch.randint(5, (2, CENTROIDS)).float()
-    found_GC = proposals.weights(logits_GKC, tokens_GK)
+    found_GC = weights(logits_GKC, tokens_GK)
     for logits_KC, tokens_K, found_C in zip(logits_GKC.double(), tokens_GK.double(), found_GC, strict=True):
         root_C = (tokens_K[:, None] * logits_KC.softmax(-1) ** 2).sum(0).sqrt()
         torch.testing.assert_close(found_C, root_C / root_C.sum(), rtol=1e-5, atol=1e-7)
@@ -44,7 +45,7 @@ def test_weights_are_the_roots_of_the_sums_of_squared_probabilities() -> None:
 def test_where_there_is_no_weight_all_are_alike(value: float) -> None:
     logits_GKC, tokens_GK = torch.zeros(2, CENTROIDS, 9), torch.zeros(2, CENTROIDS)
     tokens_GK[0], logits_GKC[0] = 1.0, value
-    torch.testing.assert_close(proposals.weights(logits_GKC, tokens_GK), torch.full((2, 9), 1 / 9, dtype=torch.float64))
+    torch.testing.assert_close(weights(logits_GKC, tokens_GK), torch.full((2, 9), 1 / 9, dtype=torch.float64))
 
 
 def weights_of(kind: str, classes: int) -> Tensor:
@@ -63,7 +64,7 @@ def none(weight_GC: Tensor) -> Tensor:
 def test_chances_sum_to_the_limit_and_follow_the_weights(kind: str, classes: int, limit: int, own: bool) -> None:
     weight_GC = weights_of(kind, classes)
     own_GC = torch.arange(classes)[None] % 7 == 5 if own else none(weight_GC)
-    (chance_C,) = proposals.chances(weight_GC, own_GC, torch.tensor([limit]))
+    (chance_C,) = chances(weight_GC, own_GC, torch.tensor([limit]))
     assert float(chance_C.sum()) == pytest.approx(limit - SLACK if limit < classes else classes, abs=1e-6)
     assert float(chance_C.min()) > 0 and float(chance_C.max()) <= 1
     if int(own_GC.sum()) > limit // 2:  # no room for all of them
@@ -86,19 +87,19 @@ def test_groups_are_independent() -> None:
     weight_GC = torch.cat([weights_of(kind, 50) for kind in ("even", "zipf", "steep", "one")])
     own_GC = torch.rand(4, 50, generator=generator()) < 0.2
     limit_G = torch.tensor([16, 40, 50, 7])
-    together_GC = proposals.chances(weight_GC, own_GC, limit_G)
+    together_GC = chances(weight_GC, own_GC, limit_G)
     for weight_C, own_C, limit, chance_C in zip(weight_GC, own_GC, limit_G, together_GC, strict=True):
-        alone_GC = proposals.chances(weight_C[None], own_C[None], limit[None])
+        alone_GC = chances(weight_C[None], own_C[None], limit[None])
         torch.testing.assert_close(alone_GC[0], chance_C, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["even", "zipf", "steep"])
 def test_each_is_drawn_as_often_as_its_chance_says(kind: str) -> None:
     weight_GC, draws = weights_of(kind, 60), 20_000
-    chance_GC = proposals.chances(weight_GC, none(weight_GC), torch.tensor([20]))
+    chance_GC = chances(weight_GC, none(weight_GC), torch.tensor([20]))
     seen_C, draw = torch.zeros(60), generator()
     for start_G in torch.rand(draws, 1, generator=draw, dtype=torch.float64):
-        (places_S,) = proposals.drawn(chance_GC, start_G)
+        (places_S,) = drawn(chance_GC, start_G)
         assert len(places_S) in (19, 20) and bool((places_S.diff() > 0).all())
         seen_C[places_S] += 1
     noise_C = (chance_GC[0] * (1 - chance_GC[0]) / draws).sqrt()
@@ -110,6 +111,6 @@ def test_never_more_than_the_limit(start: float) -> None:
     for classes, limit in ((2_000, 1_024), (16_384, 1_024), (50, 49), (50, 50)):
         for kind in ("even", "zipf", "steep", "one"):
             weight_GC = weights_of(kind, classes)
-            chance_GC = proposals.chances(weight_GC, none(weight_GC), torch.tensor([limit]))
-            (found,) = proposals.drawn(chance_GC, torch.tensor([start], dtype=torch.float64))
+            chance_GC = chances(weight_GC, none(weight_GC), torch.tensor([limit]))
+            (found,) = drawn(chance_GC, torch.tensor([start], dtype=torch.float64))
             assert limit - 1 <= len(found) <= limit

@@ -210,7 +210,9 @@ def test_few_targets_a_step_make_no_prototype_shorter_for_their_noise() -> None:
 def test_all_classes_and_rows_that_rest_between_touches_have_one_length() -> None:
     whole = HyperspherePrototypes(ModelConfig(vocab_size=30, d_model=WIDTH, n_layer=1))
     whole(torch.randn(9, WIDTH), torch.randint(30, (9,))).backward()
-    assert whole.lengths() == whole.length() == pytest.approx(1.0)
+    whole.post_step()
+    assert whole.length() == pytest.approx(1.0)
+    torch.testing.assert_close(torch.linalg.vector_norm(whole.prototypes.detach(), dim=1), torch.ones(30))
     sparse = head_of(HyperspherePrototypes, row_sparse=True)
     assert isinstance(sparse, HyperspherePrototypes)
     sparse(*batch(20)).backward()

@@ -8,7 +8,9 @@ from protomamba.kernels import matmul, native, reference
 from protomamba.kernels.adamw import adamw
 from protomamba.kernels.allocator import keep_freed_memory
 from protomamba.kernels.conv import causal_conv
+from protomamba.kernels.draw_classes import draw_classes
 from protomamba.kernels.judge_block import judge_block
+from protomamba.kernels.keep_lengths import keep_lengths
 from protomamba.kernels.mamba_block import mamba_block
 from protomamba.kernels.mamba_step import DecodeStepper, MambaStepper, mamba_step
 from protomamba.kernels.matmul import product
@@ -20,6 +22,7 @@ from protomamba.kernels.reference import (
     BlockOutput,
     BlockState,
     BlockWeights,
+    DrawnClasses,
     Judging,
     LogitProjection,
     Sample,
@@ -36,6 +39,7 @@ __all__ = [
     "BlockState",
     "BlockWeights",
     "DecodeStepper",
+    "DrawnClasses",
     "Judging",
     "LogitProjection",
     "MambaStepper",
@@ -45,10 +49,12 @@ __all__ = [
     "available",
     "causal_conv",
     "describe",
+    "draw_classes",
     "get_kernels",
     "grouped_prototype_loss",
     "judge_block",
     "keep_freed_memory",
+    "keep_lengths",
     "mamba_block",
     "mamba_step",
     "product",

@@ -133,7 +133,12 @@ OPS = {
         "T S: int", "scale: float", "rows log_chance classes targets own rate down dlog_scale: pointer"
     ),
     "sphere_turn": Arguments("T D: int", "unit inverse gradient index total: pointer"),
+    "keep_lengths": Arguments("T D: int", "length: float", "lengths index x: pointer"),
     "sphere_unit": Arguments("T D: int", "x index unit inverse: pointer"),
+    "draw_classes": Arguments(
+        "G K C most: int", "even slack: float",
+        "logits tokens own own_end limit start places count log_chance: pointer",
+    ),
     "judge_block": Arguments(
         "T C K R start row: int", "factor: float",
         "scores values classes log_sum own targets reserved rank: pointer",

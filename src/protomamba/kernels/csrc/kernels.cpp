@@ -3,6 +3,7 @@
 #include "adamw.h"
 #include "block.h"
 #include "cpu.h"
+#include "draw_classes.h"
 #include "judge_block.h"
 #include "product.h"
 #include "prototype_loss.h"
@@ -68,7 +69,9 @@ PM_OP(prototype_loss_forward, PrototypeLossArgs, prototype_loss_forward(*a))
 PM_OP(prototype_loss_backward, PrototypeLossArgs, prototype_loss_backward(*a))
 PM_OP(sphere_softmax, SphereSoftmaxArgs, sphere_softmax(*a))
 PM_OP(sphere_turn, SphereTurnArgs, sphere_turn(*a))
+PM_OP(keep_lengths, KeepLengthsArgs, keep_lengths(*a))
 PM_OP(sphere_unit, SphereUnitArgs, sphere_unit(*a))
+PM_OP(draw_classes, DrawClassesArgs, draw_classes(*a))
 PM_OP(judge_block, JudgeBlockArgs, judge_block(*a))
 PM_OP(adamw, AdamWArgs, adamw(*a))
 PM_OP(square_sums, SquareSumsArgs, square_sums(*a))

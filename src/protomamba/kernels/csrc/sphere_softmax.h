@@ -115,4 +115,27 @@ inline void sphere_unit(const SphereUnitArgs& a) {
     });
 }
 
+struct KeepLengthsArgs {
+    Pool pool;
+    int64_t T, D;
+    double length;
+    const float* lengths;  // (T,), each times `length`; or null
+    const int64_t* index;  // (T,) different rows; or null: the first T
+    float* x;              // (rows, D)
+};
+PM_FIELDS(KeepLengthsArgs, T, D, length, lengths, index, x)
+
+// Each of these rows gets its length; one without a direction keeps none.
+inline void keep_lengths(const KeepLengthsArgs& a) {
+    int64_t parts = std::min(a.T, NORM_PARTS);
+    run(a.pool, parts, [&](int64_t i) {
+        Range rows = part(a.T, parts, i);
+        for (int64_t t = rows.begin; t < rows.end; t++) {
+            float* x = a.x + (a.index ? a.index[t] : t) * a.D;
+            float factor = inverse_norm(x, a.D) * float(a.lengths ? a.length * a.lengths[t] : a.length);
+            for_row(a.D, [&](int64_t d, int n) { store(x + d, load(x + d, n) * factor, n); });
+        }
+    });
+}
+
 }  // namespace pm

@@ -30,7 +30,8 @@ from protomamba.kernels.reference.losses import (
     unit,
 )
 from protomamba.kernels.reference.numbers import compute_dtype, matmul_dtype
-from protomamba.kernels.reference.updates import ADAMW_BLOCK, AdamWTensors, adamw, square_sums
+from protomamba.kernels.reference.proposals import DrawnClasses, draw_classes
+from protomamba.kernels.reference.updates import ADAMW_BLOCK, AdamWTensors, adamw, keep_lengths, square_sums
 
 __all__ = [
     "ADAMW_BLOCK",
@@ -38,6 +39,7 @@ __all__ = [
     "BlockOutput",
     "BlockState",
     "BlockWeights",
+    "DrawnClasses",
     "Judging",
     "LogitProjection",
     "Sample",
@@ -46,8 +48,10 @@ __all__ = [
     "causal_conv",
     "compute_dtype",
     "decode_step",
+    "draw_classes",
     "grouped_prototype_loss",
     "judge_block",
+    "keep_lengths",
     "mamba_block",
     "mamba_step",
     "matmul_dtype",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protomamba.kernels.reference.numbers import compute_dtype
@@ -18,6 +19,21 @@ def square_sums(tensors: Sequence[Tensor], parts: Sequence[Sequence[int]] | None
     if parts is not None:
         flat = [piece for x, sizes in zip(flat, parts, strict=True) for piece in torch.split(x, list(sizes))]
     return [float(x.double().square().sum()) for x in flat]
+
+
+@torch.no_grad()
+def keep_lengths(x_VD: Tensor, length: float, lengths_V: Tensor | None = None, rows_R: Tensor | None = None) -> None:
+    """Gives each row of x, in place, the length `length`, times its own of `lengths_V` if given; zeros stay zeros.
+
+    rows_R: different rows; the others stay as they are, and `lengths_V` is theirs.
+    """
+    rows = x_VD if rows_R is None else x_VD.index_select(0, rows_R)
+    to = length if lengths_V is None else (length * lengths_V)[:, None]
+    kept = F.normalize(rows.to(compute_dtype(x_VD)), dim=-1) * to
+    if rows_R is None:
+        x_VD.copy_(kept)
+    else:
+        x_VD.index_copy_(0, rows_R, kept.to(x_VD.dtype))
 
 
 class AdamWTensors(NamedTuple):

@@ -16,6 +16,7 @@ from protomamba.kernels import (
     LogitProjection,
     Sample,
     grouped_prototype_loss,
+    keep_lengths,
     prototype_loss,
     reference,
     separated_prototype_loss,
@@ -153,15 +154,17 @@ class HyperspherePrototypes(SamplingHead):
 
     @torch.no_grad()
     def post_step(self, rows_R: Tensor | None = None) -> None:
-        """Back to `lengths`: gradients are tangential, so each update makes a prototype longer and slower to turn."""
+        """Back to their lengths: gradients are tangential, so each update makes a prototype longer and slower to turn.
+
+        That is `length`, and where classes are sampled times the `sampling.steadiness` of the class: Adam's steps are
+        as much shorter, and a shorter prototype turns more.
+        """
         if self.contrastive and self.log_scale.requires_grad:
             self.log_scale.clamp_(min=math.log(LEAST_SHARPNESS))
         if self.learned and self.prototypes.requires_grad and rows_R is not None:
-            rows_RD = F.normalize(self.prototypes.index_select(0, rows_R), dim=-1)
-            self.prototypes.index_copy_(0, rows_R, rows_RD.mul_(self.length()))
+            keep_lengths(self.prototypes, self.length(), rows_R=rows_R)
         elif self.learned and self.prototypes.requires_grad and not self.row_sparse:
-            length_V1 = torch.linalg.vector_norm(self.prototypes, dim=-1, keepdim=True).clamp_min_(1e-12)
-            self.prototypes.div_(length_V1.div_(self.lengths()))
+            keep_lengths(self.prototypes, self.length(), self.steadiness() if self.samples_classes else None)
         if self.contrastive and not self.fitted:
             self.scale.copy_(self.log_scale.exp())
 
@@ -172,13 +175,6 @@ class HyperspherePrototypes(SamplingHead):
         with it what a prototype's gradient says; a longer prototype turns less in a step, in the same proportion.
         """
         return max(1.0, self._first_sharpness / float(self.log_scale.detach().exp())) if self.contrastive else 1.0
-
-    def lengths(self) -> Tensor | float:
-        """What each prototype is kept at, (V, 1) or one number for all: `length`, and where classes are sampled times
-        the `sampling.steadiness` of the class: Adam's steps are as much shorter, and a shorter prototype turns more.
-        """
-        steadiness_V = self.steadiness() if self.samples_classes else None
-        return self.length() if steadiness_V is None else (steadiness_V * self.length()).float()[:, None]
 
     def diagnostics(self) -> dict[str, float]:
         """nearest_cosine: the mean cosine of a prototype to its nearest neighbour, over 1,024 (fewer where there

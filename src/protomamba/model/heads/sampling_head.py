@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protomamba.config import ModelConfig
-from protomamba.kernels import Sample
+from protomamba.kernels import DrawnClasses, Sample, draw_classes
 from protomamba.kernels.prototype_loss import places, total_weight, valid_tokens
 from protomamba.kernels.rows import gather_rows
 from protomamba.model.heads import proposals, sampling
@@ -168,20 +168,15 @@ class SamplingHead(Head):
         log_chance_RS = chances.of_runs(tokens_R, own_R) + log_chance_S
         return Sample(classes_S, log_chance_RS.float(), tuple(run.tokens for run in part.runs))
 
-    def _chosen(self, parts: Sequence[_Part], rows_CD: Tensor, own: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _chosen(self, parts: Sequence[_Part], rows_CD: Tensor, own: Sequence[Tensor]) -> list[DrawnClasses]:
         """Of candidates, whose rows these are, what each group is held against: their places, rising, and the logs of
         their chances, float64. own: the places of those that are certain, where there is room."""
         means = [proposals.centroids(part.features_TD, part.generator) for part in parts]
         centroid_GKD, tokens_GK = torch.stack([each for each, _ in means]), torch.stack([each for _, each in means])
-        weight_GC = proposals.weights(self.logits_of(centroid_GKD, rows_CD.detach().float()), tokens_GK)
-        own_GC = torch.zeros(weight_GC.shape, dtype=torch.bool)
-        for own_C, places_K in zip(own_GC, own, strict=True):
-            own_C[places_K] = True
+        logits_GKC = self.logits_of(centroid_GKD, rows_CD.detach().float())
         rooms = [proposals.room(len(part.targets_T), self.sample) for part in parts]
-        chance_GC = proposals.chances(weight_GC, own_GC, torch.tensor(rooms))
         start_G = torch.cat([torch.rand(1, generator=part.generator, dtype=torch.float64) for part in parts])
-        found = proposals.drawn(chance_GC, start_G)
-        return [(place_S, chance_C[place_S].log()) for place_S, chance_C in zip(found, chance_GC, strict=True)]
+        return draw_classes(logits_GKC, tokens_GK, own, rooms, start_G)
 
     def steadiness(self) -> Tensor | None:
         """(V,) float64: `sampling.steadiness` of each class in steps like the last one; None before the first.
