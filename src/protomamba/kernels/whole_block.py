@@ -18,6 +18,8 @@ from protomamba.kernels.matmul import backend
 from protomamba.kernels.native import Library
 from protomamba.kernels.reference import BlockWeights
 
+# Floats: 32 MiB, the largest piece that malloc can be told to keep (`kernels.keep_freed_memory`).
+MOST = 1 << 23
 _allowed = True
 
 
@@ -32,9 +34,14 @@ def op_by_op() -> Iterator[None]:
         _allowed = before
 
 
-def possible(dtype: torch.dtype) -> bool:
-    """Whether blocks whose products have this dtype can be one call."""
-    return _allowed and dtype == torch.float32 and backend() == "native"
+def possible(dtype: torch.dtype, tokens: int, width: int, inner: int) -> bool:
+    """Whether a block whose products have this dtype, on so many tokens of width D and E, can be one call.
+
+    What it keeps, and what it works in, are one piece of memory each, of at most 6 E + 2 D and a little a token: beyond
+    MOST malloc gives memory back to the system, which costs more than the call saves.
+    """
+    fits = tokens * (7 * inner + 2 * width) <= MOST
+    return _allowed and fits and dtype == torch.float32 and backend() == "native"
 
 
 class Given(NamedTuple):
