@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from protomamba.bits import differences
-from protomamba.kernels import BlockState, mamba_block, whole_block
+from protomamba.kernels import BlockState, mamba_block
 from protomamba.kernels.cases import as_weights
 
 from .closeness import assert_close
@@ -62,7 +62,7 @@ def test_what_is_kept_is_half(level: str, compact: bool) -> None:
         given = {name: x.requires_grad_() for name, x in inputs(compact).items()}
         saved: dict[int, Tensor] = {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.setdefault(x.data_ptr(), x), lambda x: x)
-        with whole_block.op_by_op(), hooks:  # a block in one call keeps the same in one piece, the states with it
+        with hooks:
             mamba_block(given["x"], as_weights(given), recompute="none", activations=activations)
         kept[activations] = sum(x.nbytes for x in saved.values() if x.shape[:2] == (S.B, S.L) or len(x) == S.B * S.L)
     assert kept["bf16"] < 0.51 * kept["fp32"]

@@ -102,9 +102,10 @@ _CONV = Arguments(
     "dlast dweight dbias dinitial: pointer",
 )  # fmt: skip
 _BLOCK = Arguments(
-    "B L D E N R K keep: int", "eps: float", "reset: mask",
+    "B L D E N R K: int", "eps: float", "reset: mask",
     "x norm in_proj taps conv_bias x_proj dt_proj dt_bias A skip out_proj conv_initial ssm_initial: pointer",
-    "kept out conv_last ssm_last: pointer",
+    "u uz normed scale projected delta chunks: pointer",
+    "out conv_last ssm_last: pointer",
     "dout dconv_last dssm_last: pointer",
     "dx dnorm d_in_proj dtaps dconv_bias d_x_proj d_dt_proj d_dt_bias dA_log dskip d_out_proj: pointer",
     "dconv_initial dssm_initial: pointer",

@@ -131,8 +131,8 @@ class BlockNode(torch.autograd.Function):
         if call.whole:
             found = whole_block.forward(call.library, given, call.eps, call.keep, call.want_state)
             if call.keep:
-                ctx.save_for_backward(reset, x, *tensors, found.A_EN, found.kept)
-            return BlockNode._results(ctx, call, *found[:3], found.u() if call.want_u else None)
+                ctx.save_for_backward(reset, x, *tensors, found.A_EN, *found.kept)
+            return BlockNode._results(ctx, call, *found[:3], found.kept.u)
         matrices = _matrices(w, call.dtype)
         kept, conv_last = _before_scan(call, given, matrices, _NOTHING, call.want_state)
         scan, u = _scan_inputs(given, kept), kept.u
@@ -167,8 +167,9 @@ class BlockNode(torch.autograd.Function):
         last = [None if g is None else g.contiguous() for g in (dconv_last, dssm_last)]
         dout = torch.zeros_like(given.x) if dout is None else dout.contiguous()
         if call.whole:
-            A_EN, held = saved[12:]
-            return None, None, *whole_block.backward(call.library, given, A_EN, held, dout, last, needs)
+            A_EN, *held = saved[12:]
+            parts = whole_block.Kept(*held)
+            return None, None, *whole_block.backward(call.library, given, A_EN, parts, dout, last, needs)
         m, kept = _Matrices(*saved[12:16]), _activations_in(call.dtype, _Kept(*saved[16:]))
         dx, d_tensors = _block_backward(call, given, m, kept, dout, last, needs)
         return None, None, dx, *(None if g is None else g.float() for g in d_tensors)

@@ -62,8 +62,7 @@ def mamba_block(
         recompute
     ]
     keep, narrow = native.needs_backward(x_BLD, *tensors), activations == "bf16"
-    possible = whole_block.possible(dtype, batch * length, x_BLD.shape[2], width)
-    whole = possible and remake == Remake.NOTHING and not narrow
+    whole = remake == Remake.NOTHING and not narrow and whole_block.possible(dtype)
     call = BlockCall(library, keep, eps, dtype, return_state, want_u, remake, narrow, whole)
     if large:
         return _in_pieces(call, reset, x_BLD.contiguous(), tensors, LARGE // (2 * width))

@@ -62,15 +62,11 @@ class Library:
         self.fast_matmul = bool(self._dll.pm_fast_matmul())
         self._dll.pm_scan_chunk_floats.restype = ctypes.c_int64
         self._dll.pm_scan_chunk_floats.argtypes = [ctypes.c_int64] * 4
-        self._dll.pm_block_floats.restype = ctypes.c_int64
-        self._dll.pm_block_floats.argtypes = [ctypes.c_char_p]
         for op in OPS:
             self._check(op)
             function = self._dll[f"pm_{op}"]
             function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int64
             setattr(self, op, self._caller(op, _with_memory(op, function)))
-        # The floats that block_forward keeps, of its fields.
-        self.block_floats = self._caller("block_forward", self._dll.pm_block_floats)
 
     def _caller(self, op: str, then: Callable[[bytes], Any]) -> Callable[..., Any]:
         return OPS[op].compile(then, self._parallel_for, torch.get_num_threads)

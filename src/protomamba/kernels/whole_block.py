@@ -18,8 +18,6 @@ from protomamba.kernels.matmul import backend
 from protomamba.kernels.native import Library
 from protomamba.kernels.reference import BlockWeights
 
-# Floats: 32 MiB, the largest piece that malloc can be told to keep (`kernels.keep_freed_memory`).
-MOST = 1 << 23
 _allowed = True
 
 
@@ -34,14 +32,9 @@ def op_by_op() -> Iterator[None]:
         _allowed = before
 
 
-def possible(dtype: torch.dtype, tokens: int, width: int, inner: int) -> bool:
-    """Whether a block whose products have this dtype, on so many tokens of width D and E, can be one call.
-
-    What it keeps, and what it works in, are one piece of memory each, of at most 6 E + 2 D and a little a token: beyond
-    MOST malloc gives memory back to the system, which costs more than the call saves.
-    """
-    fits = tokens * (7 * inner + 2 * width) <= MOST
-    return _allowed and fits and dtype == torch.float32 and backend() == "native"
+def possible(dtype: torch.dtype) -> bool:
+    """Whether blocks whose products have this dtype can be one call."""
+    return _allowed and dtype == torch.float32 and backend() == "native"
 
 
 class Given(NamedTuple):
@@ -53,43 +46,60 @@ class Given(NamedTuple):
     conv_state: Tensor | None
     ssm_state: Tensor | None
 
-    def fields(self, A_EN: Tensor, eps: float, keep: bool) -> dict[str, Any]:
+    def fields(self, A_EN: Tensor, eps: float) -> dict[str, Any]:
         """The fields of the op's struct that both passes have."""
         (batch, length, width), w = self.x.shape, self.w
         (inner, n_state), rank = A_EN.shape, w.dt_proj_ER.shape[1]
         return {
             "B": batch, "L": length, "D": width, "E": inner, "N": n_state, "R": rank, "K": w.conv_weight_E1K.shape[-1],
-            "keep": keep, "eps": eps, "reset": self.reset, "x": self.x, "norm": w.norm_D, "in_proj": w.in_proj_WD,
+            "eps": eps, "reset": self.reset, "x": self.x, "norm": w.norm_D, "in_proj": w.in_proj_WD,
             "taps": w.conv_weight_E1K, "conv_bias": w.conv_bias_E, "x_proj": w.x_proj_SE, "dt_proj": w.dt_proj_ER,
             "dt_bias": w.dt_bias_E, "A": A_EN, "skip": w.D_E, "out_proj": w.out_proj_DE,
             "conv_initial": self.conv_state, "ssm_initial": self.ssm_state,
         }  # fmt: skip
 
 
+class Kept(NamedTuple):
+    """What the forward pass makes on its way, as (B, L, ...), (T,) or the scan's states; no uz in a compact block."""
+
+    u: Tensor
+    uz: Tensor | None
+    normed: Tensor
+    scale: Tensor
+    projected: Tensor
+    delta: Tensor
+    chunks: Tensor | None
+
+
 class Found(NamedTuple):
-    """What the forward pass gives: x after the block, the states after the last token if wanted, and what it keeps."""
+    """What the forward pass gives: x after the block, the states after the last token if wanted, and for the way back
+    A = -exp(A_log) and what it kept."""
 
     x: Tensor
     conv_last: Tensor | None
     ssm_last: Tensor | None
     A_EN: Tensor
-    kept: Tensor
-
-    def u(self) -> Tensor:
-        """The convolution's output (B, L, E), a view."""
-        shape = (*self.x.shape[:2], len(self.A_EN))
-        return self.kept[: shape[0] * shape[1] * shape[2]].view(shape)
+    kept: Kept
 
 
 def forward(library: Library, given: Given, eps: float, keep: bool, want_state: bool) -> Found:
     """The block's output; `keep` for a backward pass."""
     A_EN = -torch.exp(given.w.A_log_EN)
-    fields = given.fields(A_EN, eps, keep)
-    batch, inner, n_state, taps = fields["B"], fields["E"], fields["N"], fields["K"]
+    fields = given.fields(A_EN, eps)
+    batch, length, inner, n_state, taps = (fields[letter] for letter in "BLENK")
     conv = native.floats(batch, taps - 1, inner) if want_state else None
     ssm = native.floats(batch, inner, n_state) if want_state else None
-    out, kept = torch.empty_like(given.x), native.floats(library.block_floats(**fields))
-    library.block_forward(**fields, kept=kept, out=out, conv_last=conv, ssm_last=ssm)
+    kept = Kept(
+        u=native.floats(batch, length, inner),
+        uz=None if given.w.in_proj_WD is None else native.floats(batch, length, 2 * inner),
+        normed=torch.empty_like(given.x),
+        scale=native.floats(batch * length),
+        projected=native.floats(batch, length, fields["R"] + 2 * n_state),
+        delta=native.floats(batch, length, inner),
+        chunks=native.floats(library.scan_chunk_floats(batch, length, inner, n_state)) if keep else None,
+    )
+    out = torch.empty_like(given.x)
+    library.block_forward(**fields, **kept._asdict(), out=out, conv_last=conv, ssm_last=ssm)
     return Found(out, conv, ssm, A_EN, kept)
 
 
@@ -97,7 +107,7 @@ def backward(
     library: Library,
     given: Given,
     A_EN: Tensor,
-    kept: Tensor,
+    kept: Kept,
     dout: Tensor,
     last: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -121,7 +131,7 @@ def backward(
         wanted(given.conv_state), wanted(given.ssm_state),
     )  # fmt: skip
     library.block_backward(
-        **given.fields(A_EN, 0.0, True), kept=kept, dout=dout, dconv_last=last[0], dssm_last=last[1], dx=dx,
+        **given.fields(A_EN, 0.0), **kept._asdict(), dout=dout, dconv_last=last[0], dssm_last=last[1], dx=dx,
         **dict(zip(_GRADIENTS, grads, strict=True)),
     )  # fmt: skip
     return dx, *grads

@@ -39,9 +39,6 @@ PM_EXPORT int64_t pm_fast_matmul() { return W == 16 && cpu_is_amd_family_25(); }
 
 PM_EXPORT int64_t pm_scan_chunk_floats(int64_t B, int64_t L, int64_t E, int64_t N) { return scan_chunk_floats(B, L, E, N); }
 
-// The floats that block_forward keeps.
-PM_EXPORT int64_t pm_block_floats(const BlockArgs* a) { return block_floats(*a); }
-
 // Runs an op. Returns 0, or the bytes of working memory that it was refused, where its results are worth nothing. Of two
 // calls at the same time both may be told what one was refused.
 template <class Op>
