@@ -1,7 +1,7 @@
 // out (M, N) = a b (+ add), float32, a (M, K) and b (K, N) each as it is in memory or as the transpose of what is there.
 //
 // Goto & van de Geijn 2008: K in pieces, so that a sliver of a (SLIVER rows) stays in the first-level cache and a block of b
-// (N_BLOCK columns) in the second; both are packed in the order in which the products want them. An element is summed in the
+// (a few panels) in the second; both are packed in the order in which the products want them. An element is summed in the
 // order of K, whatever M, N and the number of threads: a row's result has the same bits beside any others.
 #pragma once
 #include "transpose.h"
