@@ -199,7 +199,7 @@ def set_level(level: str | None) -> None:
     global _level
     _level = level
     _best.cache_clear()
-    _auto.cache_clear()
+    default.cache_clear()
 
 
 def get_kernels() -> str:
@@ -211,17 +211,13 @@ def get_kernels() -> str:
 
 
 @functools.cache
-def _auto() -> Library | None:
+def default() -> Library | None:
+    """The library that ops use unless `set_kernels` says otherwise; None without one that this CPU can run."""
     found, why = available()
     if found:
         return _best()
     _log.warning("kernels: the reference path is used, which is slow: %s", why)
     return None
-
-
-def default() -> Library | None:
-    """The library that ops use unless `set_kernels` says otherwise; None without one that this CPU can run."""
-    return _auto()
 
 
 def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) -> Library | None:
@@ -230,7 +226,7 @@ def select(op: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES) 
     if mode == "reference" or in_transform():
         return None
     if x.dtype in dtypes and x.device.type == "cpu":
-        return _auto() if mode == "auto" else _best()
+        return default() if mode == "auto" else _best()
     if mode == "native":
         raise ValueError(f"{op}: kernels are set to native, which does not take {x.dtype} on {x.device}; set auto")
     return None

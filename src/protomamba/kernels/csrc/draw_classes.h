@@ -1,7 +1,7 @@
 // Which classes each of some groups of tokens is held against, drawn in proportion to what a few means of their features say of
 // them (definition: draw_classes in reference/). All after the logits in float64 and in the order of the classes.
 #pragma once
-#include "layout.h"
+#include "norm.h"
 
 namespace pm {
 
@@ -24,18 +24,17 @@ constexpr int DRAW_ROUNDS = 100;
 // Logits become e^(l - largest); returns their sum. A row with a NaN has a NaN sum.
 inline double exponentials(float* row, int64_t count) {
     vf top = splat(-INFINITY);
-    for (int64_t c = 0; c < count; c += W) {
-        vf x = first_lanes(load(row + c, int(std::min<int64_t>(W, count - c))), int(std::min<int64_t>(W, count - c)), -INFINITY);
+    for_row(count, [&](int64_t c, int n) {
+        vf x = first_lanes(load(row + c, n), n, -INFINITY);
         top = x > top ? x : top;
-    }
+    });
     float largest = largest_lane(top);
     double total = 0.0;
-    for (int64_t c = 0; c < count; c += W) {
-        int n = int(std::min<int64_t>(W, count - c));
+    for_row(count, [&](int64_t c, int n) {
         vf e = exp(load(row + c, n) - largest);
         store(row + c, e, n);
         total += sum(first_lanes(e, n, 0.0f));
-    }
+    });
     return total;
 }
 

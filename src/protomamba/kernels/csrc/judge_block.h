@@ -126,11 +126,7 @@ inline void judge_row(const JudgeBlockArgs& a, int64_t t) {
 }
 
 inline void judge_block(const JudgeBlockArgs& a) {
-    int64_t parts = std::min(a.T, NORM_PARTS);
-    run(a.pool, parts, [&](int64_t i) {
-        Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) judge_row(a, t);
-    });
+    each_row(a.pool, a.T, [&](int64_t t) { judge_row(a, t); });
 }
 
 }  // namespace pm

@@ -97,7 +97,7 @@ class Fetcher {
           rows_(count > 0 ? transposed ? count : K : 0),
           floats_(transposed ? K : count) {}
     int64_t lines() const { return rows_ * (ceil_div(floats_, LINE) + 1); }
-    // So many lines with each `steps_` of the K that are multiplied meanwhile, so that all are asked for after `K`.
+    // So many lines with every STEP of the K multiplied meanwhile that all are asked for by their end.
     void spread(int64_t K) { a_step_ = K > 0 ? ceil_div(lines() * STEP, K) : 0; }
     void fetch() {
         for (int64_t i = 0; i < a_step_ && rows_ > 0; i++) {

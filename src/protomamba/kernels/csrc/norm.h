@@ -36,6 +36,16 @@ PM_INLINE void for_row(int64_t D, const Body& body) {
     for (int64_t d = 0; d < D; d += W) body(d, int(std::min<int64_t>(W, D - d)));
 }
 
+// Runs row(t) for T rows, on several threads.
+template <class Row>
+void each_row(const Pool& pool, int64_t T, const Row& row) {
+    int64_t parts = std::min(T, NORM_PARTS);
+    run(pool, parts, [&](int64_t i) {
+        Range rows = part(T, parts, i);
+        for (int64_t t = rows.begin; t < rows.end; t++) row(t);
+    });
+}
+
 template <class T>
 void norm_forward_row(const NormArgs& a, int64_t t) {
     const float* x = a.x + t * a.D;
@@ -56,11 +66,7 @@ void norm_forward_row(const NormArgs& a, int64_t t) {
 
 template <class T>
 void norm_forward(const NormArgs& a) {
-    int64_t parts = std::min(a.T, NORM_PARTS);
-    run(a.pool, parts, [&](int64_t i) {
-        Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) norm_forward_row<T>(a, t);
-    });
+    each_row(a.pool, a.T, [&](int64_t t) { norm_forward_row<T>(a, t); });
 }
 
 // dx = scale (w dy - x^ mean(w dy x^)) + dtotal with x^ = scale x; adds dy x^ to dweight.

@@ -77,20 +77,16 @@ struct SphereTurnArgs {
 PM_FIELDS(SphereTurnArgs, T, D, unit, inverse, gradient, index, total)
 
 inline void sphere_turn(const SphereTurnArgs& a) {
-    int64_t parts = std::min(a.T, NORM_PARTS);
-    run(a.pool, parts, [&](int64_t i) {
-        Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) {
-            const float* u = a.unit + t * a.D;
-            float *g = a.gradient + t * a.D, inverse = a.inverse[t];
-            float along = sum_row(a.D, [&](int64_t d, int n) { return load(u + d, n) * load(g + d, n); });
-            float* total = a.total ? a.total + (a.index ? a.index[t] : t) * a.D : nullptr;
-            for_row(a.D, [&](int64_t d, int n) {
-                vf turned = (load(g + d, n) - load(u + d, n) * along) * inverse;
-                if (total) store(total + d, load(total + d, n) + turned, n);
-                else store(g + d, turned, n);
-            });
-        }
+    each_row(a.pool, a.T, [&](int64_t t) {
+        const float* u = a.unit + t * a.D;
+        float *g = a.gradient + t * a.D, inverse = a.inverse[t];
+        float along = sum_row(a.D, [&](int64_t d, int n) { return load(u + d, n) * load(g + d, n); });
+        float* total = a.total ? a.total + (a.index ? a.index[t] : t) * a.D : nullptr;
+        for_row(a.D, [&](int64_t d, int n) {
+            vf turned = (load(g + d, n) - load(u + d, n) * along) * inverse;
+            if (total) store(total + d, load(total + d, n) + turned, n);
+            else store(g + d, turned, n);
+        });
     });
 }
 
@@ -104,14 +100,10 @@ struct SphereUnitArgs {
 PM_FIELDS(SphereUnitArgs, T, D, x, index, unit, inverse)
 
 inline void sphere_unit(const SphereUnitArgs& a) {
-    int64_t parts = std::min(a.T, NORM_PARTS);
-    run(a.pool, parts, [&](int64_t i) {
-        Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) {
-            const float* x = a.x + (a.index ? a.index[t] : t) * a.D;
-            float inverse = a.inverse[t] = inverse_norm(x, a.D);
-            for_row(a.D, [&](int64_t d, int n) { store(a.unit + t * a.D + d, load(x + d, n) * inverse, n); });
-        }
+    each_row(a.pool, a.T, [&](int64_t t) {
+        const float* x = a.x + (a.index ? a.index[t] : t) * a.D;
+        float inverse = a.inverse[t] = inverse_norm(x, a.D);
+        for_row(a.D, [&](int64_t d, int n) { store(a.unit + t * a.D + d, load(x + d, n) * inverse, n); });
     });
 }
 
@@ -127,14 +119,10 @@ PM_FIELDS(KeepLengthsArgs, T, D, length, lengths, index, x)
 
 // Each of these rows gets its length; one without a direction keeps none.
 inline void keep_lengths(const KeepLengthsArgs& a) {
-    int64_t parts = std::min(a.T, NORM_PARTS);
-    run(a.pool, parts, [&](int64_t i) {
-        Range rows = part(a.T, parts, i);
-        for (int64_t t = rows.begin; t < rows.end; t++) {
-            float* x = a.x + (a.index ? a.index[t] : t) * a.D;
-            float factor = inverse_norm(x, a.D) * float(a.lengths ? a.length * a.lengths[t] : a.length);
-            for_row(a.D, [&](int64_t d, int n) { store(x + d, load(x + d, n) * factor, n); });
-        }
+    each_row(a.pool, a.T, [&](int64_t t) {
+        float* x = a.x + (a.index ? a.index[t] : t) * a.D;
+        float factor = inverse_norm(x, a.D) * float(a.lengths ? a.length * a.lengths[t] : a.length);
+        for_row(a.D, [&](int64_t d, int n) { store(x + d, load(x + d, n) * factor, n); });
     });
 }
 
